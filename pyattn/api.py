@@ -1,0 +1,166 @@
+"""The functions users call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyattn import check, ops, registry
+from pyattn.backends.reference import ReferenceBackend
+from pyattn.spec import AttentionSpec, Inputs
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    window: Sequence[int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    segment_ids: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out = softmax(cap(scale * q @ k.T) + bias, over the visible keys) @ v, without an m x n matrix in memory.
+
+    `pyattn.spec` states the definition. A key is visible to a query when every one of `mask`, `causal`, `window`,
+    `key_lengths` and `segment_ids` lets it. A query that sees no key gets 0.
+
+    Args:
+        q: [b, h, m, d] float16, bfloat16, float32 or float64.
+        k: [b, hk, n, d] in q's dtype; hk divides h, and head i reads key/value head i // (h // hk).
+        v: [b, hk, n, dv] in q's dtype.
+        mask: bool, broadcastable to [b, h, m, n]; True means attend.
+        bias: q's dtype or float32, broadcastable to [b, h, m, n]; added to the scaled (and capped) scores. Its
+            gradient is reduced over its broadcast dimensions.
+        causal: query i sees keys j <= i + n - m: the last query is aligned with the last key.
+        window: (left, right), the number of keys besides one's own that a query sees around i + n - m; None on a
+            side is unlimited.
+        key_lengths: integer [b]; batch element b sees its first key_lengths[b] keys.
+        segment_ids: integer (q_ids [b, m], k_ids [b, n]); a query sees the keys of its own segment.
+        scale: factor of q @ k.T; 1 / sqrt(d) by default.
+        softcap: scores become softcap * tanh(score / softcap), before the bias.
+        alibi_slopes: [h] or [b, h]; adds -slope * |i + n - m - j| (Press et al. 2022).
+        sinks: [h], a logit per head that takes part in the softmax and has no value.
+        dropout_p: probability of dropping a weight, in [0, 1). Applied whenever it is positive.
+        seed: int or int64 scalar tensor of the dropout mask, the same mask on every backend and device; drawn from
+            torch's generator by default.
+        return_lse: also return the log of the softmax's denominator, differentiable.
+        backend: "auto", or a name out of `pyattn.backends()`, which then runs or raises.
+
+    Returns:
+        out [b, h, m, dv] in q's dtype, laid out as q is; with return_lse also lse [b, h, m] in float32 (float64 for
+        float64 q), -inf for a query that sees nothing.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, RangeError: an argument does not fit.
+        UnsupportedError: no backend can run the call; lists every backend's reason.
+
+    Source: Dao 2023, arXiv:2307.08691, Algorithm 1. Differs from torch's SDPA: `causal` is bottom-right.
+    """
+    out, lse = _attention(
+        q, k, v, mask=mask, bias=bias, causal=causal, window=window, key_lengths=key_lengths, segment_ids=segment_ids,
+        scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=seed,
+        backend=backend,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options: Any) -> None:
+    """Prints which backend would run this call, why each other would not, and the memory it takes.
+
+    Takes the arguments of `attention`. Reads no values and runs nothing.
+    """
+    options.pop("return_lse", None)
+    x, numbers = _prepare(q, k, v, **options)
+    spec = _spec(x, numbers)
+    name = registry.requested(backend)
+    refusals = {candidate: b.refusal(spec) for candidate, b in registry.BACKENDS.items()}
+    order = registry.AUTOMATIC if name == "auto" else (name,)
+    chosen = next((candidate for candidate in order if refusals[candidate] is None), None)
+    features = ", ".join(sorted(spec.features)) or "none"
+    print(f"attention b={spec.b} h={spec.h} hk={spec.hk} m={spec.m} n={spec.n} d={spec.d} dv={spec.dv} "
+          f"{str(spec.dtype).removeprefix('torch.')} on {spec.device}; features: {features}")  # fmt: skip
+    for candidate, b in registry.BACKENDS.items():
+        arrow = "->" if candidate == chosen else "  "
+        text = refusals[candidate] or _memory_line(spec, *b.workspace_bytes(spec))
+        print(f"{arrow} {candidate:<10} {text}")
+    print(f"   {'unfused':<10} would hold {_megabytes(spec.score_bytes)} for each [b, h, m, n] matrix")
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", top_left: bool = False, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`attention` with both alignments, for the faces that are top-left. Returns (out, lse)."""
+    name = registry.requested(backend)
+    x, numbers = _prepare(q, k, v, top_left=top_left, **options)
+    if name == ReferenceBackend.name:
+        # Plain differentiable torch: outside the operator, torch derives it to any order.
+        check.check_values(x)
+        spec = _spec(x, numbers)
+        return registry.BACKENDS[name].forward(spec, x)
+    return ops.attention(x, numbers, name)
+
+
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    window: Sequence[int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    segment_ids: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    top_left: bool = False,
+) -> tuple[Inputs, tuple]:
+    """Checked tensors, and the numbers (scale, offset, left, right, softcap, dropout_p) of a spec."""
+    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+        # As torch's own attention does under autocast.
+        q, k, v = (t.to(torch.get_autocast_dtype(t.device.type)) for t in (q, k, v))
+    dropout_p = check.check_dropout(dropout_p)
+    left, right = check.check_band(causal, window)
+    x = check.check_inputs(
+        q, k, v, mask=mask, bias=bias, key_lengths=key_lengths, segment_ids=segment_ids, alibi_slopes=alibi_slopes,
+        sinks=sinks, seed=seed, dropout_p=dropout_p,
+    )  # fmt: skip
+    offset = 0 if top_left else k.shape[2] - q.shape[2]
+    numbers = (check.check_scale(scale, q.shape[3]), offset, left, right, check.check_softcap(softcap), dropout_p)
+    return x, numbers
+
+
+def _spec(x: Inputs, numbers: tuple) -> AttentionSpec:
+    scale, offset, left, right, softcap, dropout_p = numbers
+    return AttentionSpec.of(
+        x, scale=scale, offset=offset, left=left, right=right, softcap=softcap, dropout_p=dropout_p
+    )
+
+
+def _memory_line(spec: AttentionSpec, forward: int, backward: int) -> str:
+    return (
+        f"can run: {_megabytes(spec.output_bytes)} for the output, "
+        f"{_megabytes(forward)} of scratch forward, {_megabytes(backward)} backward"
+    )
+
+
+def _megabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.2f} MB"

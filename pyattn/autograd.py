@@ -1,0 +1,37 @@
+"""Gradients of the operator `pyattn::attention`: what its forward saves and how its backward is called."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyattn.check import UnsupportedError
+
+# Positions in the operator's schema.
+_BIAS, _SINKS, _N_TENSORS = 4, 9, 11
+
+
+def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:_N_TENSORS], *output)
+    ctx.options = inputs[_N_TENSORS:]
+
+
+def backward(ctx, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    if d_out is None:
+        d_out = torch.zeros_like(out)
+    found = iter(torch.ops.pyattn.attention_backward(d_out, d_lse, out, lse, *tensors, *ctx.options))
+    grads: list[Tensor | None] = [None] * (_N_TENSORS + len(ctx.options))
+    grads[0], grads[1], grads[2] = next(found), next(found), next(found)
+    for place in (_BIAS, _SINKS):
+        if tensors[place] is not None:
+            grads[place] = next(found)
+    return tuple(grads)
+
+
+def refuse_second_backward(ctx, *grads: Tensor) -> None:
+    raise UnsupportedError(
+        "attention has no second derivative on the fused backends; "
+        'backend="reference" is differentiable any number of times, in O(m * n) memory'
+    )

@@ -1,0 +1,64 @@
+"""The backends: one file each, spec to kernel arguments."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs
+
+
+class Backend(ABC):
+    """One implementation of the contract in `pyattn.spec`.
+
+    A backend declares what it accepts; anything it has not declared is refused by default.
+    """
+
+    name: ClassVar[str]
+    devices: ClassVar[frozenset[str]]
+    dtypes: ClassVar[frozenset[torch.dtype]]
+    features: ClassVar[frozenset[str]]
+    max_head_dim: ClassVar[int]
+
+    @abstractmethod
+    def unavailable(self) -> str | None:
+        """Why this machine cannot run the backend at all; None when it is ready."""
+
+    def refusal(self, spec: AttentionSpec) -> str | None:
+        """Why `spec` cannot run here, in words for the user; None when it can. Reads no tensor."""
+        if reason := self.unavailable():
+            return reason
+        if spec.device not in self.devices:
+            return f"runs on {_listed(self.devices)}, got tensors on {spec.device}"
+        if spec.dtype not in self.dtypes:
+            return f"accepts {_listed(map(_dtype_name, self.dtypes))}, got {_dtype_name(spec.dtype)}"
+        if missing := spec.features - self.features:
+            return f"does not do {_listed(FEATURES[name] for name in missing)}"
+        if max(spec.d, spec.dv) > self.max_head_dim:
+            return f"head size is at most {self.max_head_dim}, got d={spec.d}, dv={spec.dv}"
+        return None
+
+    @abstractmethod
+    def forward(self, spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
+        """Returns out [b, h, m, dv] in q's dtype, laid out by `empty_output`, and lse [b, h, m], contiguous."""
+
+    @abstractmethod
+    def backward(
+        self, spec: AttentionSpec, x: Inputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+    ) -> Grads:
+        """Gradients of sum(out * d_out) + sum(lse * d_lse). `d_out` may have any strides, zero ones included."""
+
+    @abstractmethod
+    def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
+        """Peak scratch memory of (forward, backward) beyond inputs, out, lse and the gradients themselves."""
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _listed(words: object) -> str:
+    return ", ".join(sorted(words))  # type: ignore[call-overload]

@@ -1,0 +1,156 @@
+"""The definition of attention in plain torch, evaluated in float64: the oracle every other backend is held against.
+
+Written from `pyattn.spec` and nothing else. It holds [b, h, m, n] matrices, so `auto` never chooses it.
+It is differentiable torch code throughout: double backward, forward-mode AD and vmap work by torch's own rules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from pyattn.backends import Backend
+from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs
+
+_WORD = 0xFFFFFFFF
+
+
+class ReferenceBackend(Backend):
+    name = "reference"
+    devices = frozenset({"cpu", "cuda"})
+    dtypes = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+    features = frozenset(FEATURES)
+    max_head_dim = 1 << 30
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def forward(self, spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
+        out, lse = definition(spec, cast(x, torch.float64))
+        return out.to(spec.dtype), lse.to(spec.accumulator)
+
+    def backward(
+        self, spec: AttentionSpec, x: Inputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+    ) -> Grads:
+        return gradients(spec, cast(x, torch.float64), d_out, d_lse, like=x)
+
+    def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
+        # Scores, visibility, probabilities and their dropped copy in float64; the backward doubles them.
+        matrix = 8 * spec.b * spec.h * spec.m * spec.n
+        return 4 * matrix, 8 * matrix
+
+
+def definition(spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
+    """out [b, h, m, dv] and lse [b, h, m], each operation in the dtype of x.q."""
+    see = visible(spec, x)  # [b, h, m, n]
+    k, v = (_drop_unseen(t, see) for t in (x.k, x.v))
+    group = spec.h // spec.hk
+    s = scores(spec, x, k.repeat_interleave(group, 1)).masked_fill(~see, -torch.inf)
+    # One more column for the sink logit. Without sinks it is -inf, which also gives n = 0 a column to reduce over.
+    extra = s.new_full((spec.h,), -torch.inf) if x.sinks is None else x.sinks.to(s.dtype)
+    s = torch.cat([s, extra.view(-1, 1, 1).expand(spec.b, spec.h, spec.m, 1)], -1)
+    sees_any = (s != -torch.inf).any(-1, keepdim=True)
+    s = torch.where(sees_any, s, 0.0)  # keeps an empty row's gradients finite; its results are replaced below
+    lse = torch.logsumexp(s, -1, keepdim=True)
+    p = torch.where(sees_any, (s - lse).exp(), 0.0)[..., : spec.n]
+    if spec.dropout_p > 0:
+        p = p * dropout_keep(spec, x) / (1 - spec.dropout_p)
+    return p @ v.repeat_interleave(group, 1), torch.where(sees_any, lse, -torch.inf).squeeze(-1)
+
+
+def gradients(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor | None, like: Inputs) -> Grads:
+    """Gradients of the definition at x by torch's autograd, rounded to the dtypes of `like`."""
+    names = [name for name in Grads._fields if getattr(x, name) is not None]
+    leaves = {name: getattr(x, name).detach().requires_grad_() for name in names}
+    with torch.enable_grad():
+        out, lse = definition(spec, replaced(x, **leaves))
+        loss = (out * d_out.to(out.dtype)).sum()
+        if d_lse is not None:
+            loss = loss + (torch.where(lse == -torch.inf, 0.0, lse) * d_lse.to(lse.dtype)).sum()
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return Grads(**{name: g.to(getattr(like, name).dtype) for name, g in zip(names, found, strict=True)})
+
+
+def visible(spec: AttentionSpec, x: Inputs) -> Tensor:
+    """The one predicate of who sees whom. Returns bool [b, h, m, n]."""
+    device = x.q.device
+    i = torch.arange(spec.m, device=device).view(-1, 1) + spec.offset
+    j = torch.arange(spec.n, device=device)
+    see = torch.ones(spec.b, spec.h, spec.m, spec.n, dtype=torch.bool, device=device)
+    if spec.left is not None:
+        see = see & (j >= i - spec.left)
+    if spec.right is not None:
+        see = see & (j <= i + spec.right)
+    if x.key_lengths is not None:
+        see = see & (j < x.key_lengths.view(-1, 1, 1, 1))
+    if x.q_segments is not None and x.k_segments is not None:
+        see = see & (x.q_segments[:, None, :, None] == x.k_segments[:, None, None, :])
+    if x.mask is not None:
+        see = see & x.mask
+    return see
+
+
+def scores(spec: AttentionSpec, x: Inputs, k: Tensor) -> Tensor:
+    """The logits before masking. k: [b, h, n, d], already repeated over its group. Returns [b, h, m, n]."""
+    s = spec.scale * (x.q @ k.transpose(-1, -2))
+    if spec.softcap is not None:
+        s = spec.softcap * torch.tanh(s / spec.softcap)
+    if x.bias is not None:
+        s = s + x.bias
+    if x.alibi_slopes is not None:
+        i = torch.arange(spec.m, device=s.device).view(-1, 1) + spec.offset
+        distance = (i - torch.arange(spec.n, device=s.device)).abs()
+        s = s - x.alibi_slopes[:, :, None, None].to(s.dtype) * distance.to(s.dtype)
+    return s
+
+
+def dropout_keep(spec: AttentionSpec, x: Inputs) -> Tensor:
+    """Which weights dropout keeps: bool [b, h, m, n]."""
+    assert x.seed is not None
+    sizes = (spec.b, spec.h, spec.m, (spec.n + 3) // 4)
+    b, h, i, j4 = (
+        torch.arange(size, device=x.q.device).view([-1 if axis == place else 1 for axis in range(4)])
+        for place, size in enumerate(sizes)
+    )
+    words = philox(x.seed, j4, i, h, b)
+    words = torch.stack(torch.broadcast_tensors(*words), -1).flatten(-2)[..., : spec.n]
+    return words >= int(spec.dropout_p * 2**32)
+
+
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, ...]:
+    """Philox-4x32-10 (Salmon et al. 2011, section 3.3) in int64 arithmetic. Returns four words in [0, 2**32)."""
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # the low 64 bits wrap, which is all that is needed
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _WORD) ^ c1 ^ k0,
+            product1 & _WORD,
+            ((product0 >> 32) & _WORD) ^ c3 ^ k1,
+            product0 & _WORD,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def cast(x: Inputs, dtype: torch.dtype) -> Inputs:
+    """x with every floating tensor in `dtype`."""
+    floating = {
+        field.name: value.to(dtype)
+        for field in fields(x)
+        if (value := getattr(x, field.name)) is not None and value.is_floating_point()
+    }
+    return replaced(x, **floating)
+
+
+def replaced(x: Inputs, **tensors: Tensor) -> Inputs:
+    """x with some tensors exchanged. Written out because torch.compile does not trace dataclasses.replace."""
+    return Inputs(**{field.name: tensors.get(field.name, getattr(x, field.name)) for field in fields(x)})
+
+
+def _drop_unseen(t: Tensor, see: Tensor) -> Tensor:
+    """Zeroes the keys or values [b, hk, n, *] that no query of their group sees, so that a NaN there goes nowhere."""
+    hk = t.shape[1]
+    seen = see.unflatten(1, (hk, see.shape[1] // hk)).any((2, 3))
+    return torch.where(seen[..., None], t, 0.0)

@@ -1,0 +1,248 @@
+"""Every validation of what users pass in, and the text of every error.
+
+An error names the argument, what was expected, what came, and why it was expected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyattn.spec import Inputs
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+
+
+class PyattnError(Exception):
+    """Base of every error pyattn raises about its input."""
+
+
+class ShapeError(PyattnError, ValueError):
+    """A tensor has the wrong number of dimensions or the wrong sizes."""
+
+
+class DtypeError(PyattnError, TypeError):
+    """A tensor has the wrong dtype, or an argument the wrong type."""
+
+
+class DeviceError(PyattnError, ValueError):
+    """Tensors lie on different devices."""
+
+
+class RangeError(PyattnError, ValueError):
+    """A value lies outside what its argument allows, or two arguments exclude each other."""
+
+
+class UnsupportedError(PyattnError, ValueError):
+    """No backend, or not the one asked for, can run this call; one reason per backend."""
+
+
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    segment_ids: tuple[Tensor, Tensor] | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: int | Tensor | None,
+    dropout_p: float,
+) -> Inputs:
+    """Checks every tensor by its metadata alone and returns them in the form `Inputs` promises."""
+    _check_qkv(q, k, v)
+    b, h, m, _ = q.shape
+    n = k.shape[2]
+    if mask is not None:
+        mask = _broadcastable("mask", mask, (b, h, m, n), (torch.bool,), q)
+    if bias is not None:
+        bias = _broadcastable("bias", bias, (b, h, m, n), (q.dtype, torch.float32), q)
+    q_segments, k_segments = _check_segments(segment_ids, q, k)
+    return Inputs(
+        *(t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v)),
+        mask=mask,
+        bias=bias,
+        key_lengths=None if key_lengths is None else _integers("key_lengths", key_lengths, (b,), q),
+        q_segments=q_segments,
+        k_segments=k_segments,
+        alibi_slopes=None if alibi_slopes is None else _check_slopes(alibi_slopes, q),
+        sinks=None if sinks is None else _check_sinks(sinks, q),
+        seed=_check_seed(seed, dropout_p, q.device),
+    )
+
+
+def check_scale(scale: float | None, d: int) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(d) if d > 0 else 1.0
+    if not math.isfinite(_number("scale", scale)):
+        raise RangeError(f"scale: expected a finite number, got {scale}")
+    return float(scale)
+
+
+def check_softcap(softcap: float | None) -> float | None:
+    if softcap is None:
+        return None
+    if not 0 < _number("softcap", softcap) < math.inf:
+        raise RangeError(f"softcap: expected a positive number (None means no cap), got {softcap}")
+    return float(softcap)
+
+
+def check_dropout(dropout_p: float) -> float:
+    if not 0 <= _number("dropout_p", dropout_p) < 1:
+        raise RangeError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    return float(dropout_p)
+
+
+def check_band(causal: bool, window: Sequence[int | None] | None) -> tuple[int | None, int | None]:
+    """The number of visible keys (left, right) of one's own position; None is unlimited."""
+    if window is None:
+        return None, 0 if causal else None
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise DtypeError(f"window: expected a pair (left, right), got {window!r}")
+    for side, keys in zip(("left", "right"), window, strict=True):
+        if keys is None:
+            continue
+        if isinstance(keys, bool) or not isinstance(keys, (int, torch.SymInt)):
+            raise DtypeError(f"window: expected an int or None on the {side}, got {keys!r}")
+        if keys < 0:
+            raise RangeError(f"window: expected at least 0 keys on the {side} (None means unlimited), got {keys}")
+    left, right = window
+    return left, 0 if causal else right
+
+
+def check_values(x: Inputs) -> None:
+    """Checks what only the values can tell. For tensors on the CPU; reading a GPU's values would stall it."""
+    lengths, n = x.key_lengths, x.k.shape[2]
+    if lengths is not None and lengths.numel() > 0 and lengths.device.type == "cpu":
+        low, high = (int(t) for t in torch.aminmax(lengths))
+        if low < 0 or high > n:
+            wrong = low if low < 0 else high
+            raise RangeError(f"key_lengths: expected values in [0, n={n}], got {wrong}: k has {n} keys")
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise DtypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+        if t.dim() != 4:
+            raise ShapeError(f"{name}: expected 4 dimensions [batch, heads, length, head size], got {_shape(t)}")
+        if t.dtype not in DTYPES:
+            raise DtypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {t.dtype}")
+        if t.dtype is not q.dtype:
+            raise DtypeError(f"{name}: expected {q.dtype}, the dtype of q, got {t.dtype}")
+        _same_device(name, t, q)
+    b, h, _, d = q.shape
+    hk, n = k.shape[1], k.shape[2]
+    if k.shape[0] != b or k.shape[3] != d:
+        why = f"b is {b} in q" if k.shape[0] != b else f"d is {d} in q"
+        raise ShapeError(f"k: expected [b={b}, hk, n, d={d}], got {_shape(k)}: {why}")
+    if v.shape[0] != b or v.shape[1] != hk or v.shape[2] != n:
+        raise ShapeError(f"v: expected [b={b}, hk={hk}, n={n}, dv], got {_shape(v)}: k is {_shape(k)}")
+    if (hk == 0 and h != 0) or (hk != 0 and h % hk != 0):
+        raise ShapeError(f"k: expected a number of heads that divides the {h} heads of q, got {hk}")
+    if d == 0 or v.shape[3] == 0:
+        raise ShapeError(f"q, v: expected head sizes of at least 1, got d={d}, dv={v.shape[3]}")
+
+
+def _broadcastable(
+    name: str, t: Tensor, shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, ...], q: Tensor
+) -> Tensor:
+    """t as 4-D, each size 1 or that of `shape`."""
+    _tensor_of(name, t, dtypes, q)
+    padded = t[(None,) * (4 - t.dim())] if t.dim() < 4 else t
+    fits = padded.dim() == 4 and all(
+        have == want or have == 1 for have, want in zip(padded.shape, shape, strict=True)
+    )
+    if not fits:
+        b, h, m, n = shape
+        raise ShapeError(f"{name}: expected a shape that broadcasts to [b={b}, h={h}, m={m}, n={n}], got {_shape(t)}")
+    return padded
+
+
+def _check_segments(ids: tuple[Tensor, Tensor] | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if ids is None:
+        return None, None
+    if not isinstance(ids, (tuple, list)) or len(ids) != 2:
+        raise DtypeError(f"segment_ids: expected a pair (q_ids [b, m], k_ids [b, n]), got {type(ids).__name__}")
+    b = q.shape[0]
+    return (
+        _integers("segment_ids[0]", ids[0], (b, q.shape[2]), q),
+        _integers("segment_ids[1]", ids[1], (b, k.shape[2]), q),
+    )
+
+
+def _check_slopes(slopes: Tensor, q: Tensor) -> Tensor:
+    b, h = q.shape[:2]
+    _tensor_of("alibi_slopes", slopes, DTYPES, q)
+    if tuple(slopes.shape) not in ((h,), (b, h)):
+        raise ShapeError(f"alibi_slopes: expected [h={h}] or [b={b}, h={h}], got {_shape(slopes)}")
+    if slopes.requires_grad:
+        raise RangeError("alibi_slopes: expected a tensor without gradient, got requires_grad=True: slopes are constants; "
+                         "to learn them pass the distances times the slopes as `bias`")  # fmt: skip
+    return slopes.to(torch.float32).expand(b, h)
+
+
+def _check_sinks(sinks: Tensor, q: Tensor) -> Tensor:
+    h = q.shape[1]
+    _tensor_of("sinks", sinks, DTYPES, q)
+    if tuple(sinks.shape) != (h,):
+        raise ShapeError(f"sinks: expected [h={h}], one logit per query head, got {_shape(sinks)}")
+    return sinks.to(torch.float64 if q.dtype is torch.float64 else torch.float32)
+
+
+def _check_seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """The dropout seed as an int64 scalar on `device`; drawn from torch's generator when none was given."""
+    if dropout_p == 0:
+        return None
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.dtype is not torch.int64 or seed.dim() != 0:
+            raise DtypeError(f"seed: expected an int or an int64 scalar tensor, got {_described(seed)}")
+        return seed.to(device)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise DtypeError(f"seed: expected an int or an int64 scalar tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise RangeError(f"seed: expected an integer of 64 bits, got {seed}")
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def _integers(name: str, t: Tensor, shape: tuple[int, ...], q: Tensor) -> Tensor:
+    _tensor_of(name, t, _INTEGERS, q)
+    if tuple(t.shape) != shape:
+        raise ShapeError(f"{name}: expected shape {list(shape)}, got {_shape(t)}")
+    return t.to(torch.int32)
+
+
+def _tensor_of(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise DtypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+    if t.dtype not in dtypes:
+        expected = " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise DtypeError(f"{name}: expected {expected}, got {str(t.dtype).removeprefix('torch.')}")
+    _same_device(name, t, q)
+
+
+def _same_device(name: str, t: Tensor, q: Tensor) -> None:
+    if t.device != q.device:
+        raise DeviceError(f"{name}: expected a tensor on {q.device}, the device of q, got {t.device}")
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        raise DtypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return value
+
+
+def _shape(t: Tensor) -> str:
+    return str(list(t.shape))
+
+
+def _described(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} {_shape(t)}"

@@ -1,0 +1,69 @@
+"""Which backends there are, and which one runs a call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from pyattn.backends import Backend
+from pyattn.backends.cpu import CpuBackend
+from pyattn.backends.reference import ReferenceBackend
+from pyattn.backends.triton import TritonBackend
+from pyattn.check import RangeError, UnsupportedError
+from pyattn.spec import AttentionSpec
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (TritonBackend(), CpuBackend(), ReferenceBackend())
+}
+# `auto` tries these in order. The reference is not among them: it holds whole score matrices, so it must be asked for.
+AUTOMATIC = ("triton", "cpu")
+
+_default: ContextVar[str] = ContextVar("pyattn_backend", default="auto")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the `with` block, calls that leave `backend="auto"` use the backend `name`.
+
+    A call's backward uses the backend of its forward, also after the block has ended.
+    """
+    token = _default.set(_known(name))
+    try:
+        yield
+    finally:
+        _default.reset(token)
+
+
+def requested(name: str) -> str:
+    """The backend a call asks for: its own argument, else that of `use_backend`, else "auto"."""
+    return _default.get() if name == "auto" else _known(name)
+
+
+def choose(spec: AttentionSpec, name: str) -> Backend:
+    """The first backend that takes `spec`; with a name other than "auto", that one or none.
+
+    Raises:
+        UnsupportedError: one line per backend with its reason.
+    """
+    candidates = AUTOMATIC if name == "auto" else (name,)
+    reasons = {}
+    for candidate in candidates:
+        reason = BACKENDS[candidate].refusal(spec)
+        if reason is None:
+            return BACKENDS[candidate]
+        reasons[candidate] = reason
+    lines = "\n".join(f"  {candidate}: {reason}" for candidate, reason in reasons.items())
+    hint = '\nbackend="reference" runs everything, in float64 and in O(m * n) memory' if name != "reference" else ""
+    raise UnsupportedError(f"no backend can run this attention:\n{lines}{hint}")
+
+
+def backends() -> dict[str, str]:
+    """Every backend's name with "ready", or the reason why this machine cannot run it."""
+    return {name: backend.unavailable() or "ready" for name, backend in BACKENDS.items()}
+
+
+def _known(name: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise RangeError(f"backend: expected auto, {', '.join(BACKENDS)}, got {name!r}")
+    return name

@@ -1,0 +1,175 @@
+"""What to compute: one definition of attention, shared by every backend.
+
+Sizes: `b` batch, `h` query heads, `hk` key/value heads (head `i` reads key/value head `i // (h // hk)`), `m` queries,
+`n` keys, `d` query/key head size, `dv` value head size.
+
+    s[i, j]  = scale * (q_i . k_j)
+    s[i, j]  = softcap * tanh(s[i, j] / softcap)                   if softcap
+    s[i, j] += bias[i, j] - slope_h * |i + offset - j|             if bias / ALiBi slopes
+    p        = softmax of s over the visible j (and the head's sink logit, if sinks)
+    lse_i    = log of that softmax's denominator                   natural log, float32, before dropout
+    out_i    = sum_j keep(i, j) / (1 - dropout_p) * p[i, j] * v_j
+
+Query `i` stands at key position `i + offset`. `offset = n - m` aligns the last query with the last key (bottom-right);
+`offset = 0` aligns the first with the first (top-left, as in torch's SDPA). Key `j` is *visible* to query `i` when
+
+    i + offset - left <= j <= i + offset + right                   causal is right = 0; None is unlimited
+    j < key_lengths[b]
+    q_segments[b, i] == k_segments[b, j]
+    mask[b, h, i, j]                                               True means attend
+
+A row that sees nothing has out 0, lse -inf and zero gradients. Softmax and sums accumulate in float32 (float64 for
+float64 inputs). `keep` is bit-exact on every backend: Philox-4x32-10 (Salmon et al. 2011) with the key `seed`
+(low word, high word) and the counter `(j // 4, i, h, b)` gives four words; key `j` takes word `j % 4` and is kept when
+that word is at least `int(dropout_p * 2**32)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Every feature a backend can declare, with the words the README's table shows for it.
+FEATURES = {
+    "causal": "causal",
+    "window": "sliding window",
+    "key_lengths": "key lengths",
+    "segment_ids": "segment ids",
+    "mask": "boolean mask, any broadcast",
+    "bias": "additive bias with gradient",
+    "softcap": "softcap",
+    "alibi": "ALiBi slopes",
+    "sinks": "attention sinks with gradient",
+    "dropout": "dropout",
+    "gqa": "grouped key/value heads",
+    "dv": "value head size other than d",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The tensors of one call. Absent features are None; `q, k, v` have a last stride of 1."""
+
+    q: Tensor  # [b, h, m, d]
+    k: Tensor  # [b, hk, n, d]
+    v: Tensor  # [b, hk, n, dv]
+    mask: Tensor | None = None  # bool [1|b, 1|h, 1|m, 1|n], any strides
+    bias: Tensor | None = None  # float [1|b, 1|h, 1|m, 1|n], any strides
+    key_lengths: Tensor | None = None  # int32 [b], each in [0, n]
+    q_segments: Tensor | None = None  # int32 [b, m]
+    k_segments: Tensor | None = None  # int32 [b, n]
+    alibi_slopes: Tensor | None = None  # float32 [b, h]
+    sinks: Tensor | None = None  # float32 (float64 with float64 q) [h]
+    seed: Tensor | None = None  # int64 [], on q's device
+
+
+class Grads(NamedTuple):
+    """Gradients in the dtype and shape of their inputs; bias and sinks are None where the input was."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """One call without its tensors: frozen, hashable, all that a backend needs to accept or refuse it."""
+
+    b: int
+    h: int
+    hk: int
+    m: int
+    n: int
+    d: int
+    dv: int
+    dtype: torch.dtype
+    device: str  # torch device type: "cpu", "cuda", ...
+    scale: float
+    offset: int
+    left: int | None = None
+    right: int | None = None
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    mask: bool = False
+    bias: bool = False
+    key_lengths: bool = False
+    segment_ids: bool = False
+    alibi: bool = False
+    sinks: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        x: Inputs,
+        *,
+        scale: float,
+        offset: int,
+        left: int | None = None,
+        right: int | None = None,
+        softcap: float | None = None,
+        dropout_p: float = 0.0,
+    ) -> AttentionSpec:
+        """The spec of a call whose tensors are already checked."""
+        b, h, m, d = x.q.shape
+        hk, n, dv = x.v.shape[1:]
+        return cls(
+            b, h, hk, m, n, d, dv, x.q.dtype, x.q.device.type, scale, offset, left, right, softcap, dropout_p,
+            mask=x.mask is not None,
+            bias=x.bias is not None,
+            key_lengths=x.key_lengths is not None,
+            segment_ids=x.q_segments is not None,
+            alibi=x.alibi_slopes is not None,
+            sinks=x.sinks is not None,
+        )  # fmt: skip
+
+    @property
+    def features(self) -> frozenset[str]:
+        """The names out of FEATURES that this call uses."""
+        causal = self.right == 0 and self.left is None
+        used = {
+            "causal": causal,
+            "window": not causal and (self.left is not None or self.right is not None),
+            "key_lengths": self.key_lengths,
+            "segment_ids": self.segment_ids,
+            "mask": self.mask,
+            "bias": self.bias,
+            "softcap": self.softcap is not None,
+            "alibi": self.alibi,
+            "sinks": self.sinks,
+            "dropout": self.dropout_p > 0,
+            "gqa": self.h != self.hk,
+            "dv": self.d != self.dv,
+        }
+        return frozenset(name for name, is_used in used.items() if is_used)
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        """dtype of the softmax statistics and of every sum."""
+        return torch.float64 if self.dtype is torch.float64 else torch.float32
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of `out` and `lse`: what any backend must allocate."""
+        rows = self.b * self.h * self.m
+        return rows * (self.dv * self.dtype.itemsize + self.accumulator.itemsize)
+
+    @property
+    def score_bytes(self) -> int:
+        """Bytes of one [b, h, m, n] matrix in `dtype`: what an unfused implementation allocates several times."""
+        return self.b * self.h * self.m * self.n * self.dtype.itemsize
+
+
+def empty_output(q: Tensor, dv: int) -> Tensor:
+    """Uninitialised [b, h, m, dv] in q's layout, so that undoing q's head transpose stays free.
+
+    q split from a [b, m, h * d] projection has heads inside the sequence; out then has them there too.
+    """
+    b, h, m, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        return q.new_empty(b, m, h, dv).transpose(1, 2)
+    return q.new_empty(b, h, m, dv)

@@ -1,0 +1,294 @@
+"""How attention is held against its definition: cases, inputs, the float64 oracle and the one tolerance rule.
+
+For users' own kernels too:
+
+    call = make_inputs(CASES[0], torch.float32)
+    expected, baseline = reference(call)
+    actual = evaluate(call, my_attention)
+    for name in expected:
+        assert_as_accurate(actual[name], expected[name], baseline[name], what=name)
+
+The tolerance is derived, not set: the error against float64 may be at most twice that of plain PyTorch in the same
+dtype on the same inputs, plus the rounding of the result itself; for the largest error and for the root mean square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyattn import api, registry
+from pyattn.backends.reference import cast, definition, replaced, visible
+from pyattn.spec import AttentionSpec, Inputs
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the contract. `mask` and `bias` name their dimensions, "1" where they broadcast: "b1mn"."""
+
+    id: str
+    b: int = 2
+    h: int = 2
+    hk: int = 2
+    m: int = 67
+    n: int = 67
+    d: int = 32
+    dv: int = 32
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    top_left: bool = False
+    key_lengths: tuple[int, ...] | None = None  # one per batch element
+    segments: int = 0  # how many segments share the sequence
+    mask: str | None = None
+    bias: str | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+    dropout_p: float = 0.0
+    layout: str = "bhmd"  # or "bmhd": heads inside the sequence, as a projection gives them; or "expanded": stride 0
+    unseen_nan: bool = False  # keys and values that nobody sees hold NaN and infinity
+
+
+CASES: tuple[Case, ...] = (
+    Case("plain"),
+    Case("one-query", m=1, n=131),
+    Case("one-key", m=5, n=1),
+    Case("single", b=1, h=1, hk=1, m=1, n=1, d=1, dv=1),
+    Case("cross", m=37, n=149, dv=48),
+    Case("long", b=1, h=1, hk=1, m=260, n=300, d=64, dv=64),
+    Case("no-queries", m=0),
+    Case("no-keys", n=0),
+    Case("no-batch", b=0),
+    Case("odd-head-sizes", d=17, dv=5),
+    Case("large-head-size", b=1, m=33, n=70, d=192, dv=192),
+    Case("layout-bmhd", layout="bmhd", d=64, dv=64),
+    Case("layout-expanded", layout="expanded"),
+    Case("scale", scale=0.7),
+    Case("scale-negative", scale=-0.3, causal=True),
+    Case("scale-zero", scale=0.0),
+    Case("causal", causal=True, m=130, n=130),
+    Case("causal-more-keys", causal=True, m=40, n=150),
+    Case("causal-more-queries", causal=True, m=150, n=40),
+    Case("causal-top-left", causal=True, top_left=True, m=40, n=150),
+    Case("causal-top-left-more-queries", causal=True, top_left=True, m=150, n=40),
+    Case("window", window=(9, 4), m=140, n=140),
+    Case("window-causal", window=(20, None), causal=True, m=140, n=170),
+    Case("window-left-only", window=(5, None), m=70, n=60),
+    Case("window-right-only", window=(None, 3), m=60, n=70),
+    Case("window-zero", window=(0, 0), m=80, n=80),
+    Case("key-lengths", b=4, key_lengths=(67, 0, 1, 40)),
+    Case("key-lengths-causal", b=3, key_lengths=(130, 64, 20), causal=True, m=100, n=130, unseen_nan=True),
+    Case("segments", segments=3, m=90, n=90),
+    Case("segments-causal", segments=4, causal=True, m=150, n=150),
+    Case("mask-full", mask="bhmn"),
+    Case("mask-per-key", mask="b11n", unseen_nan=True),
+    Case("mask-per-query", mask="11m1"),
+    Case("mask-per-head", mask="1hmn", h=4, hk=2, m=33, n=40),
+    Case("mask-causal", mask="b1mn", causal=True, m=140, n=140),
+    Case("bias-full", bias="bhmn"),
+    Case("bias-shared", bias="11mn", causal=True, m=70, n=90),
+    Case("bias-per-head", bias="1hmn"),
+    Case("bias-per-key", bias="b11n"),
+    Case("bias-per-query", bias="1hm1", n=50),
+    Case("bias-scalar", bias="1111"),
+    Case("softcap", softcap=2.0, scale=1.0),
+    Case("softcap-causal-bias", softcap=5.0, causal=True, bias="1hmn"),
+    Case("alibi", alibi=True, m=70, n=90),
+    Case("alibi-causal", alibi=True, causal=True, h=4, hk=4),
+    Case("sinks", sinks=True),
+    Case("sinks-empty-rows", sinks=True, causal=True, m=80, n=50),
+    Case("gqa", h=6, hk=2, causal=True, m=50, n=80),
+    Case("mqa", h=5, hk=1, m=40, n=70),
+    Case("dropout", dropout_p=0.3, m=70, n=70),
+    Case("dropout-gqa-causal", dropout_p=0.1, h=4, hk=2, causal=True, m=70, n=130),
+    Case("everything", b=2, h=4, hk=2, m=100, n=140, d=40, dv=24, window=(70, 20), key_lengths=(140, 77), segments=2,
+         mask="b1mn", bias="1hmn", softcap=3.0, alibi=True, sinks=True, dropout_p=0.2, layout="bmhd"),
+)  # fmt: skip
+
+
+class Call(NamedTuple):
+    """The arguments of one `pyattn.attention` call and the gradients that come back to it."""
+
+    case: Case
+    tensors: dict[str, Tensor]  # those that take a gradient: q, k, v and where used bias, sinks
+    options: dict[str, Any]  # every other keyword argument
+    d_out: Tensor
+    d_lse: Tensor
+
+
+class Result(NamedTuple):
+    """One tensor of one case held against float64: its errors as multiples of what is allowed, and as numbers."""
+
+    name: str
+    error: float  # largest absolute error
+    baseline: float  # that of plain PyTorch in the same dtype
+    excess: float  # error / allowed error, the worse of maximum and root mean square; passes up to 1
+
+    @property
+    def ratio(self) -> float:
+        """The error over plain PyTorch's."""
+        return self.error / self.baseline if self.baseline > 0 else (0.0 if self.error == 0 else float("inf"))
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Call:
+    """Random tensors for `case`; the same numbers on every device, rounded to `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    c = case
+    sizes = {"b": c.b, "h": c.h, "m": c.m, "n": c.n, "1": 1}
+    tensors = {
+        "q": _laid_out(normal(c.b, c.h, c.m, c.d).to(device, dtype), c.layout),
+        "k": _laid_out(normal(c.b, c.hk, c.n, c.d).to(device, dtype), c.layout),
+        "v": _laid_out(normal(c.b, c.hk, c.n, c.dv).to(device, dtype), c.layout),
+    }
+    options: dict[str, Any] = {
+        "causal": c.causal, "window": c.window, "top_left": c.top_left, "scale": c.scale, "softcap": c.softcap,
+        "dropout_p": c.dropout_p, "seed": 1234567890123 + seed if c.dropout_p > 0 else None,
+    }  # fmt: skip
+    if c.key_lengths is not None:
+        options["key_lengths"] = torch.tensor(c.key_lengths, dtype=torch.int64, device=device)
+    if c.segments:
+        options["segment_ids"] = tuple(
+            torch.randint(0, c.segments, (c.b, length), generator=generator).sort(-1).values.to(device)
+            for length in (c.m, c.n)
+        )
+    if c.mask is not None:
+        options["mask"] = (torch.rand([sizes[s] for s in c.mask], generator=generator) < 0.6).to(device)
+    if c.alibi:
+        options["alibi_slopes"] = torch.linspace(0.5, 0.05, c.h).to(device)
+    if c.bias is not None:
+        tensors["bias"] = normal(*(sizes[s] for s in c.bias)).to(device, dtype)
+    if c.sinks:
+        tensors["sinks"] = normal(c.h).to(device, torch.float64 if dtype is torch.float64 else torch.float32)
+    if c.unseen_nan:
+        _spoil_unseen(tensors, options)
+    accumulator = torch.float64 if dtype is torch.float64 else torch.float32
+    d_out = normal(c.b, c.h, c.m, c.dv).to(device, dtype)
+    return Call(c, tensors, options, d_out, normal(c.b, c.h, c.m).to(device, accumulator))
+
+
+def evaluate(call: Call, attention: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """out, lse and the gradients d_q, d_k, ... of `attention(q, k, v, **options) -> (out, lse)` on `call`."""
+    leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
+    out, lse = attention(**leaves, **call.options)
+    return _with_gradients(leaves, out, lse, call)
+
+
+def evaluate_backend(call: Call, backend: str) -> dict[str, Tensor]:
+    """`evaluate` for one of pyattn's backends, with every result tensor poisoned with NaN before its kernel runs."""
+    with _poisoned():
+        return evaluate(call, lambda **arguments: api._attention(**arguments, backend=backend))
+
+
+def reference(call: Call) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What `evaluate` should give, in float64; and what plain PyTorch gives in the call's own dtype.
+
+    For float64 calls the baseline is float32's, brought down by the ratio of the two units in the last place: there
+    is no wider dtype to measure float64's own error against.
+    """
+    x, numbers = api._prepare(**call.tensors, **call.options)
+    spec = api._spec(x, numbers)
+    expected = _evaluate_definition(spec, cast(x, torch.float64), call)
+    if spec.dtype is not torch.float64:
+        return expected, _evaluate_definition(spec, cast(x, spec.dtype), call)
+    single = _evaluate_definition(spec, cast(x, torch.float32), call)
+    shrink = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return expected, {
+        name: torch.where(t.isfinite(), t + (single[name].double() - t) * shrink, t) for name, t in expected.items()
+    }
+
+
+def compare(name: str, actual: Tensor, expected: Tensor, baseline: Tensor) -> Result:
+    """Holds one tensor against float64 by the rule of this module."""
+    if actual.shape != expected.shape:
+        raise AssertionError(f"{name}: expected shape {list(expected.shape)}, got {list(actual.shape)}")
+    eps = torch.finfo(actual.dtype).eps
+    actual, expected, baseline = (t.detach().double() for t in (actual, expected, baseline))
+    same = torch.isclose(actual, expected, rtol=0, atol=0, equal_nan=True)  # infinities agree only with themselves
+    error, allowed = (torch.where(same, 0.0, (t - expected).abs().nan_to_num(torch.inf)) for t in (actual, baseline))
+    if actual.numel() == 0:
+        return Result(name, 0.0, 0.0, 0.0)
+    size = torch.where(expected.isfinite(), expected, 0.0)
+    excess = max(
+        float(norm(error)) / (2 * float(norm(allowed)) + eps * float(norm(size)) + torch.finfo(torch.float64).tiny)
+        for norm in (lambda t: t.abs().amax(), lambda t: t.square().mean().sqrt())
+    )
+    return Result(name, float(error.amax()), float(allowed.amax()), excess)
+
+
+def assert_as_accurate(actual: Tensor, expected: Tensor, baseline: Tensor, what: str = "result") -> None:
+    """Raises AssertionError unless `actual` is as accurate as the tolerance rule of this module asks.
+
+    Args:
+        actual: what is judged, in any floating dtype.
+        expected: the float64 oracle's result.
+        baseline: plain PyTorch's result in actual's dtype.
+    """
+    result = compare(what, actual, expected, baseline)
+    if not result.excess <= 1:
+        raise AssertionError(
+            f"{what}: largest error {result.error:.3g} against float64, plain PyTorch's is {result.baseline:.3g}: "
+            f"{result.excess:.3g} times what is allowed"
+        )
+
+
+def check_case(backend: str, case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> list[Result]:
+    """Every result of one backend on one case, out, lse and gradients, held against float64."""
+    call = make_inputs(case, dtype, device)
+    actual = evaluate_backend(call, backend)
+    expected, baseline = reference(call)
+    return [compare(name, actual[name], expected[name], baseline[name]) for name in expected]
+
+
+def refusal(backend: str, case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> str | None:
+    """Why `backend` does not run `case`, by its own declaration; None when it does."""
+    call = make_inputs(case, dtype, device)
+    return registry.BACKENDS[backend].refusal(api._spec(*api._prepare(**call.tensors, **call.options)))
+
+
+def _evaluate_definition(spec: AttentionSpec, x: Inputs, call: Call) -> dict[str, Tensor]:
+    leaves = {name: getattr(x, name).detach().requires_grad_() for name in call.tensors}
+    out, lse = definition(spec, replaced(x, **leaves))
+    return _with_gradients(leaves, out, lse, call)
+
+
+def _with_gradients(leaves: dict[str, Tensor], out: Tensor, lse: Tensor, call: Call) -> dict[str, Tensor]:
+    loss = (out * call.d_out.to(out.dtype)).sum()
+    loss = loss + (torch.where(lse == -torch.inf, 0.0, lse) * call.d_lse.to(lse.dtype)).sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return {"out": out.detach(), "lse": lse.detach()} | {f"d_{name}": g for name, g in zip(leaves, grads, strict=True)}
+
+
+def _laid_out(t: Tensor, layout: str) -> Tensor:
+    if layout == "bmhd":
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+    return t[:1, :1].expand(t.shape) if layout == "expanded" else t
+
+
+def _spoil_unseen(tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
+    """NaN and infinity in every key and value that no query sees."""
+    x, numbers = api._prepare(**tensors, **options)
+    spec = api._spec(x, numbers)
+    seen = visible(spec, x).unflatten(1, (spec.hk, spec.h // spec.hk)).any((2, 3))[..., None]
+    tensors["k"] = torch.where(seen, tensors["k"], torch.nan)
+    tensors["v"] = torch.where(seen, tensors["v"], torch.inf)
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    """torch.empty gives NaN, so that an element no kernel wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
