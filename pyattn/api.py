@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyattn import check, ops, registry
 from pyattn.backends.reference import ReferenceBackend
-from pyattn.spec import AttentionSpec, Inputs
+from pyattn.spec import AttentionSpec, Inputs, Numbers
 
 
 def attention(
@@ -85,7 +85,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options
     """
     options.pop("return_lse", None)
     x, numbers = _prepare(q, k, v, **options)
-    spec = _spec(x, numbers)
+    spec = AttentionSpec.of(x, numbers)
     name = registry.requested(backend)
     refusals = {candidate: b.refusal(spec) for candidate, b in registry.BACKENDS.items()}
     order = registry.AUTOMATIC if name == "auto" else (name,)
@@ -109,8 +109,7 @@ def _attention(
     if name == ReferenceBackend.name:
         # Plain differentiable torch: outside the operator, torch derives it to any order.
         check.check_values(x)
-        spec = _spec(x, numbers)
-        return registry.BACKENDS[name].forward(spec, x)
+        return registry.BACKENDS[name].forward(AttentionSpec.of(x, numbers), x)
     return ops.attention(x, numbers, name)
 
 
@@ -132,8 +131,8 @@ def _prepare(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     top_left: bool = False,
-) -> tuple[Inputs, tuple]:
-    """Checked tensors, and the numbers (scale, offset, left, right, softcap, dropout_p) of a spec."""
+) -> tuple[Inputs, Numbers]:
+    """The checked arguments of one call, in the form backends take."""
     if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
         # As torch's own attention does under autocast.
         q, k, v = (t.to(torch.get_autocast_dtype(t.device.type)) for t in (q, k, v))
@@ -144,15 +143,8 @@ def _prepare(
         sinks=sinks, seed=seed, dropout_p=dropout_p,
     )  # fmt: skip
     offset = 0 if top_left else k.shape[2] - q.shape[2]
-    numbers = (check.check_scale(scale, q.shape[3]), offset, left, right, check.check_softcap(softcap), dropout_p)
-    return x, numbers
-
-
-def _spec(x: Inputs, numbers: tuple) -> AttentionSpec:
-    scale, offset, left, right, softcap, dropout_p = numbers
-    return AttentionSpec.of(
-        x, scale=scale, offset=offset, left=left, right=right, softcap=softcap, dropout_p=dropout_p
-    )
+    scale, softcap = check.check_scale(scale, q.shape[3]), check.check_softcap(softcap)
+    return x, Numbers(scale, offset, left, right, softcap, dropout_p)
 
 
 def _memory_line(spec: AttentionSpec, forward: int, backward: int) -> str:

@@ -64,8 +64,11 @@ def check_inputs(
     if bias is not None:
         bias = _broadcastable("bias", bias, (b, h, m, n), (q.dtype, torch.float32), q)
     q_segments, k_segments = _check_segments(segment_ids, q, k)
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     return Inputs(
-        *(t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v)),
+        q,
+        k,
+        v,
         mask=mask,
         bias=bias,
         key_lengths=None if key_lengths is None else _integers("key_lengths", key_lengths, (b,), q),
@@ -156,9 +159,7 @@ def _broadcastable(
     """t as 4-D, each size 1 or that of `shape`."""
     _tensor_of(name, t, dtypes, q)
     padded = t[(None,) * (4 - t.dim())] if t.dim() < 4 else t
-    fits = padded.dim() == 4 and all(
-        have == want or have == 1 for have, want in zip(padded.shape, shape, strict=True)
-    )
+    fits = padded.dim() == 4 and all(have == want or have == 1 for have, want in zip(padded.shape, shape, strict=True))
     if not fits:
         b, h, m, n = shape
         raise ShapeError(f"{name}: expected a shape that broadcasts to [b={b}, h={h}, m={m}, n={n}], got {_shape(t)}")
@@ -183,8 +184,10 @@ def _check_slopes(slopes: Tensor, q: Tensor) -> Tensor:
     if tuple(slopes.shape) not in ((h,), (b, h)):
         raise ShapeError(f"alibi_slopes: expected [h={h}] or [b={b}, h={h}], got {_shape(slopes)}")
     if slopes.requires_grad:
-        raise RangeError("alibi_slopes: expected a tensor without gradient, got requires_grad=True: slopes are constants; "
-                         "to learn them pass the distances times the slopes as `bias`")  # fmt: skip
+        raise RangeError(
+            "alibi_slopes: expected a tensor without gradient, got requires_grad=True: "
+            "slopes are constants; to learn them pass the distances times the slopes as `bias`"
+        )
     return slopes.to(torch.float32).expand(b, h)
 
 

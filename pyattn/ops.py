@@ -11,27 +11,27 @@ from torch import Tensor
 
 from pyattn import autograd, registry
 from pyattn.check import check_values
-from pyattn.spec import AttentionSpec, Grads, Inputs, empty_output
+from pyattn.spec import AttentionSpec, Grads, Inputs, Numbers, empty_output
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? key_lengths, Tensor? q_segments, "
     "Tensor? k_segments, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed"
 )
-_OPTIONS = "float scale, SymInt offset, SymInt? left, SymInt? right, float? softcap, float dropout_p, str backend"
+_NUMBERS = "float scale, SymInt offset, SymInt? left, SymInt? right, float? softcap, float dropout_p, str backend"
 _N_TENSORS = 11  # fields of Inputs, in its order
 
 _library = torch.library.Library("pyattn", "DEF")
-_library.define(f"attention({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)")
+_library.define(f"attention({_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor)")
 _library.define(
-    f"attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, {_TENSORS}, {_OPTIONS}) -> Tensor[]"
+    f"attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, {_TENSORS}, {_NUMBERS}) -> Tensor[]"
 )
 
 
-def attention(x: Inputs, options: tuple, backend: str) -> tuple[Tensor, Tensor]:
-    """Runs the operator. options: (scale, offset, left, right, softcap, dropout_p)."""
+def attention(x: Inputs, numbers: Numbers, backend: str) -> tuple[Tensor, Tensor]:
+    """Runs the operator on the backend of that name, or on the one that "auto" finds. Returns (out, lse)."""
     return torch.ops.pyattn.attention(
         x.q, x.k, x.v, x.mask, x.bias, x.key_lengths, x.q_segments, x.k_segments, x.alibi_slopes, x.sinks, x.seed,
-        *options, backend,
+        *numbers, backend,
     )  # fmt: skip
 
 
@@ -62,11 +62,8 @@ def _attention_backward_fake(d_out: Tensor, d_lse: Tensor | None, out: Tensor, l
 
 def _unpack(args: tuple) -> tuple[Inputs, AttentionSpec, str]:
     x = Inputs(*args[:_N_TENSORS])
-    scale, offset, left, right, softcap, dropout_p, backend = args[_N_TENSORS:]
-    spec = AttentionSpec.of(
-        x, scale=scale, offset=offset, left=left, right=right, softcap=softcap, dropout_p=dropout_p
-    )
-    return x, spec, backend
+    *numbers, backend = args[_N_TENSORS:]
+    return x, AttentionSpec.of(x, Numbers(*numbers)), backend
 
 
 _library.impl("attention", _attention, "CompositeExplicitAutograd")

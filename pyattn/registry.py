@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
-from pyattn.backends import Backend
+from pyattn.backends import Backend, dtype_name
 from pyattn.backends.cpu import CpuBackend
 from pyattn.backends.reference import ReferenceBackend
 from pyattn.backends.triton import TritonBackend
 from pyattn.check import RangeError, UnsupportedError
-from pyattn.spec import AttentionSpec
+from pyattn.spec import FEATURES, AttentionSpec
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (TritonBackend(), CpuBackend(), ReferenceBackend())
@@ -19,25 +18,27 @@ BACKENDS: dict[str, Backend] = {
 # `auto` tries these in order. The reference is not among them: it holds whole score matrices, so it must be asked for.
 AUTOMATIC = ("triton", "cpu")
 
-_default: ContextVar[str] = ContextVar("pyattn_backend", default="auto")
+# A plain global, because torch.compile neither traces a ContextVar nor guards a threading.local.
+_default = "auto"
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the `with` block, calls that leave `backend="auto"` use the backend `name`.
+    """Within the `with` block, calls that leave `backend="auto"` use the backend `name`, in every thread.
 
     A call's backward uses the backend of its forward, also after the block has ended.
     """
-    token = _default.set(_known(name))
+    global _default
+    before, _default = _default, _known(name)
     try:
         yield
     finally:
-        _default.reset(token)
+        _default = before
 
 
 def requested(name: str) -> str:
     """The backend a call asks for: its own argument, else that of `use_backend`, else "auto"."""
-    return _default.get() if name == "auto" else _known(name)
+    return _default if name == "auto" else _known(name)
 
 
 def choose(spec: AttentionSpec, name: str) -> Backend:
@@ -61,6 +62,19 @@ def choose(spec: AttentionSpec, name: str) -> Backend:
 def backends() -> dict[str, str]:
     """Every backend's name with "ready", or the reason why this machine cannot run it."""
     return {name: backend.unavailable() or "ready" for name, backend in BACKENDS.items()}
+
+
+def feature_table() -> str:
+    """What each fused backend declares, as the README's Markdown table."""
+    columns = [BACKENDS[name] for name in AUTOMATIC]
+    rows = [("", *(f"`{backend.name}`" for backend in columns))]
+    rows.append(("---", *("---" for _ in columns)))
+    rows.append(("runs on", *(", ".join(sorted(backend.devices)) for backend in columns)))
+    rows.append(("dtypes", *(", ".join(sorted(map(dtype_name, backend.dtypes))) for backend in columns)))
+    rows.append(("head sizes", *(f"1 to {backend.max_head_dim}" for backend in columns)))
+    for feature, words in FEATURES.items():
+        rows.append((words, *("yes" if feature in backend.features else "no" for backend in columns)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _known(name: str) -> str:

@@ -66,6 +66,17 @@ class Inputs:
     seed: Tensor | None = None  # int64 [], on q's device
 
 
+class Numbers(NamedTuple):
+    """What a call sets besides its tensors, checked."""
+
+    scale: float
+    offset: int
+    left: int | None
+    right: int | None
+    softcap: float | None
+    dropout_p: float
+
+
 class Grads(NamedTuple):
     """Gradients in the dtype and shape of their inputs; bias and sinks are None where the input was."""
 
@@ -91,10 +102,10 @@ class AttentionSpec:
     device: str  # torch device type: "cpu", "cuda", ...
     scale: float
     offset: int
-    left: int | None = None
-    right: int | None = None
-    softcap: float | None = None
-    dropout_p: float = 0.0
+    left: int | None
+    right: int | None
+    softcap: float | None
+    dropout_p: float
     mask: bool = False
     bias: bool = False
     key_lengths: bool = False
@@ -103,22 +114,12 @@ class AttentionSpec:
     sinks: bool = False
 
     @classmethod
-    def of(
-        cls,
-        x: Inputs,
-        *,
-        scale: float,
-        offset: int,
-        left: int | None = None,
-        right: int | None = None,
-        softcap: float | None = None,
-        dropout_p: float = 0.0,
-    ) -> AttentionSpec:
+    def of(cls, x: Inputs, numbers: Numbers) -> AttentionSpec:
         """The spec of a call whose tensors are already checked."""
         b, h, m, d = x.q.shape
         hk, n, dv = x.v.shape[1:]
         return cls(
-            b, h, hk, m, n, d, dv, x.q.dtype, x.q.device.type, scale, offset, left, right, softcap, dropout_p,
+            b, h, hk, m, n, d, dv, x.q.dtype, x.q.device.type, *numbers,
             mask=x.mask is not None,
             bias=x.bias is not None,
             key_lengths=x.key_lengths is not None,

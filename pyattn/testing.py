@@ -3,13 +3,12 @@
 For users' own kernels too:
 
     call = make_inputs(CASES[0], torch.float32)
-    expected, baseline = reference(call)
-    actual = evaluate(call, my_attention)
-    for name in expected:
-        assert_as_accurate(actual[name], expected[name], baseline[name], what=name)
+    for result in reference(call).compare(evaluate(call, my_attention)):
+        assert result.excess <= 1, result
 
 The tolerance is derived, not set: the error against float64 may be at most twice that of plain PyTorch in the same
-dtype on the same inputs, plus the rounding of the result itself; for the largest error and for the root mean square.
+dtype on the same inputs, plus one rounding of the result and one, in the accumulator's dtype, of every term that it
+sums; for the largest error and for the root mean square.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pyattn import api, registry
-from pyattn.backends.reference import cast, definition, replaced, visible
+from pyattn.backends.reference import cast, definition, magnitudes, replaced, visible
 from pyattn.spec import AttentionSpec, Inputs
 
 
@@ -116,7 +115,7 @@ class Call(NamedTuple):
     """The arguments of one `pyattn.attention` call and the gradients that come back to it."""
 
     case: Case
-    tensors: dict[str, Tensor]  # those that take a gradient: q, k, v and where used bias, sinks
+    tensors: dict[str, Any]  # those that take a gradient: q, k, v and where used bias, sinks
     options: dict[str, Any]  # every other keyword argument
     d_out: Tensor
     d_lse: Tensor
@@ -136,6 +135,21 @@ class Result(NamedTuple):
         return self.error / self.baseline if self.baseline > 0 else (0.0 if self.error == 0 else float("inf"))
 
 
+class Oracle(NamedTuple):
+    """What a call should give, tensor by tensor: out, lse, d_q, d_k, ..."""
+
+    expected: dict[str, Tensor]  # float64
+    baseline: dict[str, Tensor]  # plain PyTorch in the call's own dtype
+    rounding: dict[str, Tensor]  # one rounding, in the accumulator's dtype, of every term that an element sums
+
+    def compare(self, actual: dict[str, Tensor]) -> list[Result]:
+        """Holds every tensor against float64."""
+        return [
+            compare(name, actual[name], expected, self.baseline[name], self.rounding[name])
+            for name, expected in self.expected.items()
+        ]
+
+
 def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Call:
     """Random tensors for `case`; the same numbers on every device, rounded to `dtype`."""
     generator = torch.Generator().manual_seed(seed)
@@ -145,7 +159,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
 
     c = case
     sizes = {"b": c.b, "h": c.h, "m": c.m, "n": c.n, "1": 1}
-    tensors = {
+    tensors: dict[str, Any] = {
         "q": _laid_out(normal(c.b, c.h, c.m, c.d).to(device, dtype), c.layout),
         "k": _laid_out(normal(c.b, c.hk, c.n, c.d).to(device, dtype), c.layout),
         "v": _laid_out(normal(c.b, c.hk, c.n, c.dv).to(device, dtype), c.layout),
@@ -189,51 +203,57 @@ def evaluate_backend(call: Call, backend: str) -> dict[str, Tensor]:
         return evaluate(call, lambda **arguments: api._attention(**arguments, backend=backend))
 
 
-def reference(call: Call) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What `evaluate` should give, in float64; and what plain PyTorch gives in the call's own dtype.
+def reference(call: Call) -> Oracle:
+    """What `evaluate` should give for this call, and how far from it a sound implementation may be.
 
     For float64 calls the baseline is float32's, brought down by the ratio of the two units in the last place: there
     is no wider dtype to measure float64's own error against.
     """
     x, numbers = api._prepare(**call.tensors, **call.options)
-    spec = api._spec(x, numbers)
-    expected = _evaluate_definition(spec, cast(x, torch.float64), call)
+    spec = AttentionSpec.of(x, numbers)
+    exact = cast(x, torch.float64)
+    expected = _evaluate_definition(spec, exact, call)
+    eps = torch.finfo(spec.accumulator).eps
+    terms = magnitudes(spec, exact, call.d_out.double(), call.d_lse.double())
+    rounding = {name: eps * t.detach() for name, t in terms.items()}
     if spec.dtype is not torch.float64:
-        return expected, _evaluate_definition(spec, cast(x, spec.dtype), call)
+        return Oracle(expected, _evaluate_definition(spec, cast(x, spec.dtype), call), rounding)
     single = _evaluate_definition(spec, cast(x, torch.float32), call)
-    shrink = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    return expected, {
+    shrink = eps / torch.finfo(torch.float32).eps
+    baseline = {
         name: torch.where(t.isfinite(), t + (single[name].double() - t) * shrink, t) for name, t in expected.items()
     }
+    return Oracle(expected, baseline, rounding)
 
 
-def compare(name: str, actual: Tensor, expected: Tensor, baseline: Tensor) -> Result:
-    """Holds one tensor against float64 by the rule of this module."""
+def compare(name: str, actual: Tensor, expected: Tensor, baseline: Tensor, rounding: Tensor | float = 0.0) -> Result:
+    """Holds one tensor against float64 by the rule of this module. Arguments as for `assert_as_accurate`."""
     if actual.shape != expected.shape:
         raise AssertionError(f"{name}: expected shape {list(expected.shape)}, got {list(actual.shape)}")
     eps = torch.finfo(actual.dtype).eps
     actual, expected, baseline = (t.detach().double() for t in (actual, expected, baseline))
-    same = torch.isclose(actual, expected, rtol=0, atol=0, equal_nan=True)  # infinities agree only with themselves
-    error, allowed = (torch.where(same, 0.0, (t - expected).abs().nan_to_num(torch.inf)) for t in (actual, baseline))
     if actual.numel() == 0:
         return Result(name, 0.0, 0.0, 0.0)
-    size = torch.where(expected.isfinite(), expected, 0.0)
-    excess = max(
-        float(norm(error)) / (2 * float(norm(allowed)) + eps * float(norm(size)) + torch.finfo(torch.float64).tiny)
-        for norm in (lambda t: t.abs().amax(), lambda t: t.square().mean().sqrt())
-    )
+    error, allowed = _distance(actual, expected), _distance(baseline, expected)
+    floor = eps * torch.where(expected.isfinite(), expected, 0.0).abs() + rounding
+    tiny = torch.finfo(torch.float64).tiny
+    excess = max(float(norm(error)) / (2 * float(norm(allowed)) + float(norm(floor)) + tiny) for norm in (_max, _rms))
     return Result(name, float(error.amax()), float(allowed.amax()), excess)
 
 
-def assert_as_accurate(actual: Tensor, expected: Tensor, baseline: Tensor, what: str = "result") -> None:
+def assert_as_accurate(
+    actual: Tensor, expected: Tensor, baseline: Tensor, rounding: Tensor | float = 0.0, what: str = "result"
+) -> None:
     """Raises AssertionError unless `actual` is as accurate as the tolerance rule of this module asks.
 
     Args:
         actual: what is judged, in any floating dtype.
         expected: the float64 oracle's result.
         baseline: plain PyTorch's result in actual's dtype.
+        rounding: the unavoidable error of the sums behind each element, beyond rounding the result to its dtype.
+        what: its name in the error.
     """
-    result = compare(what, actual, expected, baseline)
+    result = compare(what, actual, expected, baseline, rounding)
     if not result.excess <= 1:
         raise AssertionError(
             f"{what}: largest error {result.error:.3g} against float64, plain PyTorch's is {result.baseline:.3g}: "
@@ -244,15 +264,13 @@ def assert_as_accurate(actual: Tensor, expected: Tensor, baseline: Tensor, what:
 def check_case(backend: str, case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> list[Result]:
     """Every result of one backend on one case, out, lse and gradients, held against float64."""
     call = make_inputs(case, dtype, device)
-    actual = evaluate_backend(call, backend)
-    expected, baseline = reference(call)
-    return [compare(name, actual[name], expected[name], baseline[name]) for name in expected]
+    return reference(call).compare(evaluate_backend(call, backend))
 
 
 def refusal(backend: str, case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> str | None:
     """Why `backend` does not run `case`, by its own declaration; None when it does."""
     call = make_inputs(case, dtype, device)
-    return registry.BACKENDS[backend].refusal(api._spec(*api._prepare(**call.tensors, **call.options)))
+    return registry.BACKENDS[backend].refusal(AttentionSpec.of(*api._prepare(**call.tensors, **call.options)))
 
 
 def _evaluate_definition(spec: AttentionSpec, x: Inputs, call: Call) -> dict[str, Tensor]:
@@ -268,16 +286,31 @@ def _with_gradients(leaves: dict[str, Tensor], out: Tensor, lse: Tensor, call: C
     return {"out": out.detach(), "lse": lse.detach()} | {f"d_{name}": g for name, g in zip(leaves, grads, strict=True)}
 
 
+def _max(t: Tensor) -> Tensor:
+    return t.amax()
+
+
+def _rms(t: Tensor) -> Tensor:
+    return t.square().mean().sqrt()
+
+
+def _distance(actual: Tensor, expected: Tensor) -> Tensor:
+    """|actual - expected|, where infinity and NaN agree with themselves alone and are infinitely far from the rest."""
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    difference = (actual - expected).abs()
+    return torch.where(same, 0.0, torch.where(difference.isnan(), torch.inf, difference))
+
+
 def _laid_out(t: Tensor, layout: str) -> Tensor:
     if layout == "bmhd":
         return t.transpose(1, 2).contiguous().transpose(1, 2)
     return t[:1, :1].expand(t.shape) if layout == "expanded" else t
 
 
-def _spoil_unseen(tensors: dict[str, Tensor], options: dict[str, Any]) -> None:
+def _spoil_unseen(tensors: dict[str, Any], options: dict[str, Any]) -> None:
     """NaN and infinity in every key and value that no query sees."""
     x, numbers = api._prepare(**tensors, **options)
-    spec = api._spec(x, numbers)
+    spec = AttentionSpec.of(x, numbers)
     seen = visible(spec, x).unflatten(1, (spec.hk, spec.h // spec.hk)).any((2, 3))[..., None]
     tensors["k"] = torch.where(seen, tensors["k"], torch.nan)
     tensors["v"] = torch.where(seen, tensors["v"], torch.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -34,7 +35,7 @@ class Backend(ABC):
         if spec.device not in self.devices:
             return f"runs on {_listed(self.devices)}, got tensors on {spec.device}"
         if spec.dtype not in self.dtypes:
-            return f"accepts {_listed(map(_dtype_name, self.dtypes))}, got {_dtype_name(spec.dtype)}"
+            return f"accepts {_listed(map(dtype_name, self.dtypes))}, got {dtype_name(spec.dtype)}"
         if missing := spec.features - self.features:
             return f"does not do {_listed(FEATURES[name] for name in missing)}"
         if max(spec.d, spec.dv) > self.max_head_dim:
@@ -56,9 +57,10 @@ class Backend(ABC):
         """Peak scratch memory of (forward, backward) beyond inputs, out, lse and the gradients themselves."""
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
-def _listed(words: object) -> str:
-    return ", ".join(sorted(words))  # type: ignore[call-overload]
+def _listed(words: Iterable[str]) -> str:
+    return ", ".join(sorted(words))

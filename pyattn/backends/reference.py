@@ -45,9 +45,15 @@ class ReferenceBackend(Backend):
 def definition(spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
     """out [b, h, m, dv] and lse [b, h, m], each operation in the dtype of x.q."""
     see = visible(spec, x)  # [b, h, m, n]
-    k, v = (_drop_unseen(t, see) for t in (x.k, x.v))
-    group = spec.h // spec.hk
-    s = scores(spec, x, k.repeat_interleave(group, 1)).masked_fill(~see, -torch.inf)
+    k, v = (_over_heads(_drop_unseen(t, see), spec) for t in (x.k, x.v))
+    p, lse = weights(spec, x, scores(spec, x, k).masked_fill(~see, -torch.inf))
+    if spec.dropout_p > 0:
+        p = p * dropout_keep(spec, x) / (1 - spec.dropout_p)
+    return p @ v, lse
+
+
+def weights(spec: AttentionSpec, x: Inputs, s: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax of the logits s [b, h, m, n] and the head's sink, where -inf is not seen. Returns p [b, h, m, n], lse."""
     # One more column for the sink logit. Without sinks it is -inf, which also gives n = 0 a column to reduce over.
     extra = s.new_full((spec.h,), -torch.inf) if x.sinks is None else x.sinks.to(s.dtype)
     s = torch.cat([s, extra.view(-1, 1, 1).expand(spec.b, spec.h, spec.m, 1)], -1)
@@ -55,9 +61,7 @@ def definition(spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
     s = torch.where(sees_any, s, 0.0)  # keeps an empty row's gradients finite; its results are replaced below
     lse = torch.logsumexp(s, -1, keepdim=True)
     p = torch.where(sees_any, (s - lse).exp(), 0.0)[..., : spec.n]
-    if spec.dropout_p > 0:
-        p = p * dropout_keep(spec, x) / (1 - spec.dropout_p)
-    return p @ v.repeat_interleave(group, 1), torch.where(sees_any, lse, -torch.inf).squeeze(-1)
+    return p, torch.where(sees_any, lse, -torch.inf).squeeze(-1)
 
 
 def gradients(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor | None, like: Inputs) -> Grads:
@@ -71,6 +75,39 @@ def gradients(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor | Non
             loss = loss + (torch.where(lse == -torch.inf, 0.0, lse) * d_lse.to(lse.dtype)).sum()
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return Grads(**{name: g.to(getattr(like, name).dtype) for name, g in zip(names, found, strict=True)})
+
+
+def magnitudes(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor) -> dict[str, Tensor]:
+    """For out, lse and every gradient the sum of the absolute values of the terms that it sums.
+
+    One rounding of each term is what no order of summation and no algorithm avoids. A weight exp(s - lse) carries the
+    roundings of s and lse, hence the factor (1 + |s| + |lse|).
+    """
+    see = visible(spec, x)
+    k, v = (_over_heads(_drop_unseen(t, see), spec) for t in (x.k, x.v))
+    s = scores(spec, x, k).masked_fill(~see, -torch.inf)
+    p, lse = weights(spec, x, s)
+    s, lse = (torch.where(t == -torch.inf, 0.0, t).abs() for t in (s, lse))
+    terms = p * (1 + s + lse[..., None])
+    kept = terms * dropout_keep(spec, x) / (1 - spec.dropout_p) if spec.dropout_p > 0 else terms
+    d_p = d_out.abs() @ v.abs().transpose(-1, -2) * kept
+    delta = d_p.sum(-1, keepdim=True) + d_lse.abs()[..., None]
+    d_s = d_p + terms * delta
+    per_head = {
+        "d_k": abs(spec.scale) * d_s.transpose(-1, -2) @ x.q.abs(),
+        "d_v": kept.transpose(-1, -2) @ d_out.abs(),
+    }
+    found = {
+        "out": kept @ v.abs(),
+        "lse": lse + (p * s).sum(-1),
+        "d_q": abs(spec.scale) * d_s @ k.abs(),
+        **{name: t.unflatten(1, (spec.hk, spec.h // spec.hk)).sum(2) for name, t in per_head.items()},
+    }
+    if x.bias is not None:
+        found["d_bias"] = d_s.sum_to_size(x.bias.shape)
+    if x.sinks is not None:
+        found["d_sinks"] = ((x.sinks.abs()[:, None] + 1 + lse) * delta.squeeze(-1)).sum((0, 2))
+    return found
 
 
 def visible(spec: AttentionSpec, x: Inputs) -> Tensor:
@@ -114,9 +151,8 @@ def dropout_keep(spec: AttentionSpec, x: Inputs) -> Tensor:
         torch.arange(size, device=x.q.device).view([-1 if axis == place else 1 for axis in range(4)])
         for place, size in enumerate(sizes)
     )
-    words = philox(x.seed, j4, i, h, b)
-    words = torch.stack(torch.broadcast_tensors(*words), -1).flatten(-2)[..., : spec.n]
-    return words >= int(spec.dropout_p * 2**32)
+    words = torch.stack(torch.broadcast_tensors(*philox(x.seed, j4, i, h, b)), -1)  # [b, h, m, n / 4, 4]
+    return words.flatten(-2)[..., : spec.n] >= int(spec.dropout_p * 2**32)
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, ...]:
@@ -147,6 +183,11 @@ def cast(x: Inputs, dtype: torch.dtype) -> Inputs:
 def replaced(x: Inputs, **tensors: Tensor) -> Inputs:
     """x with some tensors exchanged. Written out because torch.compile does not trace dataclasses.replace."""
     return Inputs(**{field.name: tensors.get(field.name, getattr(x, field.name)) for field in fields(x)})
+
+
+def _over_heads(t: Tensor, spec: AttentionSpec) -> Tensor:
+    """Keys or values [b, hk, n, *] repeated to one per query head [b, h, n, *]."""
+    return t.repeat_interleave(spec.h // spec.hk, 1)
 
 
 def _drop_unseen(t: Tensor, see: Tensor) -> Tensor:

@@ -1,0 +1,70 @@
+"""The clock: calls take turns, round by round, so that a slow moment of the machine falls on all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+Call = Callable[[], object]
+
+# Writing this much clears any GPU's L2; a few times over also keeps the GPU busy while the CPU queues the timed call,
+# so that the time between the events is the GPU's own.
+_FLUSH_BYTES, _FLUSHES = 256 << 20, 4
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one call: median and the 20th and 80th percentile over `rounds`."""
+
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    rounds: int
+
+
+def interleaved(
+    calls: Mapping[str, Call], device: str, seconds: float, min_rounds: int = 3, max_rounds: int = 50
+) -> dict[str, Timing]:
+    """Times `calls` for about `seconds` in all, at least `min_rounds` rounds. They must have run once already."""
+    clock = _cuda_clock() if device == "cuda" else _wall_clock
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    end = time.monotonic() + seconds
+    done = 0
+    while names and (done < min_rounds or (done < max_rounds and time.monotonic() < end)):
+        first = done % len(names)  # whoever goes first differs, and so does each one's predecessor in the caches
+        for name in names[first:] + names[:first]:
+            samples[name].append(clock(calls[name]))
+        done += 1
+    return {name: _timing(taken) for name, taken in samples.items()}
+
+
+def _timing(samples: list[float]) -> Timing:
+    p20, p50, p80 = torch.tensor(samples, dtype=torch.float64).quantile(
+        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    )
+    return Timing(p20.item(), p50.item(), p80.item(), len(samples))
+
+
+def _wall_clock(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _cuda_clock() -> Callable[[Call], float]:
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def clock(call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(_FLUSHES):
+            flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return clock

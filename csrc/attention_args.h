@@ -1,0 +1,56 @@
+// The one struct that crosses the border between Python and the kernels: pointers, strides, sizes, flags.
+// Names, shapes and meaning are those of pyattn/spec.py.
+#pragma once
+
+#include <cstdint>
+
+namespace pyattn {
+
+enum class Dtype { float32, bfloat16, float16, float64 };
+
+// No band on this side. Far beyond any length, yet safe to add to an index.
+constexpr int64_t kUnlimited = int64_t{1} << 40;
+constexpr int64_t kMaxHeadDim = 512;
+
+// A tensor of up to four dimensions; strides count elements. A null pointer means that the tensor is absent.
+struct TensorArg {
+    void* ptr = nullptr;
+    int64_t size[4] = {1, 1, 1, 1};
+    int64_t stride[4] = {0, 0, 0, 0};
+
+    explicit operator bool() const { return ptr != nullptr; }
+};
+
+struct AttentionArgs {
+    Dtype dtype = Dtype::float32;  // of q, k, v, out and their gradients
+    Dtype bias_dtype = Dtype::float32;
+    int64_t b = 0, h = 0, hk = 0, m = 0, n = 0, d = 0, dv = 0;
+
+    double scale = 1;
+    double softcap = 0;  // 0: none
+    int64_t offset = 0, left = kUnlimited, right = kUnlimited;
+    bool dropout = false;
+    uint32_t dropout_threshold = 0;  // a weight is kept when its Philox word is at least this
+    double keep_scale = 1;           // 1 / (1 - dropout_p)
+    uint64_t seed = 0;
+
+    TensorArg q, k, v, out;             // [b, h, m, d], [b, hk, n, d], [b, hk, n, dv], [b, h, m, dv]; last stride 1
+    TensorArg mask, bias;               // [1|b, 1|h, 1|m, 1|n]; a broadcast dimension has stride 0
+    void* lse = nullptr;                // [b, h, m] contiguous, in the accumulator's dtype
+    const int32_t* key_lengths = nullptr;  // [b]
+    const int32_t* q_segments = nullptr;   // [b, m] contiguous
+    const int32_t* k_segments = nullptr;   // [b, n] contiguous
+    const float* alibi_slopes = nullptr;   // [b, h] contiguous
+    const void* sinks = nullptr;           // [h], in the accumulator's dtype
+
+    // Backward only.
+    TensorArg d_out, d_q, d_k, d_v;  // last stride 1
+    TensorArg d_bias;                // in the bias's shape and dtype
+    const void* d_lse = nullptr;     // [b, h, m] contiguous, in the accumulator's dtype
+    void* delta = nullptr;           // [b, h, m] scratch, in the accumulator's dtype
+    void* d_sinks = nullptr;         // [h], in the accumulator's dtype
+
+    int threads = 1;
+};
+
+}  // namespace pyattn

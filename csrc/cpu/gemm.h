@@ -1,0 +1,105 @@
+// The one matrix product: out[c][lane] (+)= sum_t x[t][lane] * y(c, t), lanes in vectors, y broadcast one by one.
+// Every product of attention has this form once scores are kept transposed (keys by queries):
+//   scores^T = K  * Q^T      lanes are queries      d_v = P^T * d_out     lanes are value columns
+//   out^T    = V^T * P^T     lanes are queries      d_k = dS^T * Q        lanes are key columns
+//   d_q^T    = K^T * dS^T    lanes are queries
+// so that K and V are read where they lie, and neither they nor the scores are ever transposed.
+#pragma once
+
+#include "vec.h"
+
+namespace pyattn {
+namespace PYATTN_ISA {
+
+// A matrix with one contiguous dimension of lanes.
+template <class A>
+struct Lanes {
+    A* ptr;
+    int64_t ld;
+};
+
+// The broadcast operand y(c, t).
+template <class A>
+struct Broadcast {
+    const A* ptr;
+    int64_t stride_c, stride_t;
+};
+
+// What happens to the old content of `out`.
+template <class A>
+struct Old {
+    bool keep;
+    const A* factor;  // per lane; null is 1
+};
+
+template <class A, int R, int C>
+static inline __attribute__((always_inline)) void gemm_kernel(const A* x, int64_t ldx, Broadcast<A> y, int64_t depth,
+                                                              A* out, int64_t ldo, bool keep, const A* factor) {
+    constexpr int W = kWidth<A>;
+    Vec<A> acc[C][R] = {};
+    for (int64_t t = 0; t < depth; ++t) {
+        Vec<A> row[R];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) row[r] = load(x + t * ldx + r * W);
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) {
+            const Vec<A> scalar = fill<A>(y.ptr[c * y.stride_c + t * y.stride_t]);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) acc[c][r] += row[r] * scalar;
+        }
+    }
+    // The old content joins last: a sum of per-tile sums rounds less than one long chain.
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            A* at = out + c * ldo + r * W;
+            if (keep) acc[c][r] += factor ? load(at) * load(factor + r * W) : load(at);
+            store(at, acc[c][r]);
+        }
+    }
+}
+
+// One strip of R vectors of lanes: all columns, C at a time, then fewer.
+template <class A, int R, int C>
+static inline void gemm_strip(int64_t columns, const A* x, int64_t ldx, Broadcast<A> y, int64_t depth, A* out,
+                              int64_t ldo, Old<A> old) {
+    int64_t c = 0;
+    for (; c + C <= columns; c += C) {
+        Broadcast<A> part = y;
+        part.ptr += c * y.stride_c;
+        // Fixing the stride that is 1 turns the addresses of the other operand's columns into constants.
+        if (y.stride_c == 1) {
+            part.stride_c = 1;
+            gemm_kernel<A, R, C>(x, ldx, part, depth, out + c * ldo, ldo, old.keep, old.factor);
+        } else {
+            part.stride_t = 1;
+            gemm_kernel<A, R, C>(x, ldx, part, depth, out + c * ldo, ldo, old.keep, old.factor);
+        }
+    }
+    if constexpr (C > 1) {
+        y.ptr += c * y.stride_c;
+        constexpr int fewer = C == 6 ? 4 : C / 2;
+        if (c < columns) gemm_strip<A, R, fewer>(columns - c, x, ldx, y, depth, out + c * ldo, ldo, old);
+    }
+}
+
+// lanes: a multiple of kWidth. Either y.stride_c or y.stride_t is 1.
+template <class A, int R = PYATTN_STRIP_VECTORS>
+static inline void gemm(int64_t lanes, int64_t columns, int64_t depth, Lanes<const A> x, Broadcast<A> y, Lanes<A> out,
+                        Old<A> old) {
+    constexpr int strip = R * kWidth<A>;
+    int64_t lane = 0;
+    for (; lane + strip <= lanes; lane += strip) {
+        const Old<A> part{old.keep, old.factor ? old.factor + lane : nullptr};
+        gemm_strip<A, R, 6>(columns, x.ptr + lane, x.ld, y, depth, out.ptr + lane, out.ld, part);
+    }
+    if constexpr (R > 1) {
+        const Old<A> rest{old.keep, old.factor ? old.factor + lane : nullptr};
+        if (lane < lanes)
+            gemm<A, R / 2>(lanes - lane, columns, depth, {x.ptr + lane, x.ld}, y, {out.ptr + lane, out.ld}, rest);
+    }
+}
+
+}  // namespace PYATTN_ISA
+}  // namespace pyattn

@@ -1,0 +1,139 @@
+// From q.k to the logits of a tile (softcap, bias, ALiBi, visibility), and dropout. Tiles are [key][query].
+#pragma once
+
+#include "../philox.h"
+#include "mask.h"
+
+namespace pyattn {
+namespace PYATTN_ISA {
+
+template <class A>
+class Score {
+  public:
+    // bias_tile: kKeys * kQueries and bias_rows: kQueries * kKeys, used only where there is a bias.
+    Score(const AttentionArgs& args, int64_t batch, int64_t head, A* bias_tile, A* bias_rows)
+        : args_(args),
+          scale_(static_cast<A>(args.scale)),
+          softcap_(static_cast<A>(args.softcap)),
+          slope_(args.alibi_slopes ? static_cast<A>(args.alibi_slopes[batch * args.h + head]) : A(0)),
+          batch_(batch),
+          head_(head),
+          bias_tile_(bias_tile),
+          bias_rows_(bias_rows) {}
+
+    // Turns products q.k into logits in place; `visible` is null where all of the tile is. With a softcap and a non-null
+    // cap_slope, that receives the softcap's derivative. Returns the factor that the logits still lack: a plain tile is
+    // left as it is, because its reader multiplies for free. That factor is never negative, so that a maximum stays one.
+    A apply(A* tile, int64_t i, int64_t queries, int64_t j, int64_t keys, int64_t lanes, const A* visible,
+            A* cap_slope) const {
+        const bool plain = softcap_ == 0 && !args_.bias && !args_.alibi_slopes && !visible;
+        if (plain && scale_ >= 0) return scale_;
+        if (softcap_ != 0) {
+            apply_softcap(tile, keys, lanes, cap_slope);
+        } else {
+            apply_scale(tile, keys, lanes);
+        }
+        if (args_.bias) add_bias(tile, i, queries, j, keys, lanes);
+        if (args_.alibi_slopes) add_alibi(tile, i, j, keys, lanes);
+        if (visible) hide(tile, keys, lanes, visible);
+        return 1;
+    }
+
+  private:
+    void apply_scale(A* tile, int64_t keys, int64_t lanes) const {
+        for (int64_t key = 0; key < keys; ++key) {
+            for (int64_t lane = 0; lane < lanes; lane += kWidth<A>) {
+                A* at = tile + key * kQueries + lane;
+                store(at, load(at) * scale_);
+            }
+        }
+    }
+
+    void apply_softcap(A* tile, int64_t keys, int64_t lanes, A* cap_slope) const {
+        const A inner = static_cast<A>(args_.scale / args_.softcap);
+        for (int64_t key = 0; key < keys; ++key) {
+            for (int64_t lane = 0; lane < lanes; lane += kWidth<A>) {
+                const int64_t at = key * kQueries + lane;
+                const Vec<A> t = tanh<A>(load(tile + at) * inner);
+                store(tile + at, t * softcap_);
+                if (cap_slope) store(cap_slope + at, A(1) - t * t);
+            }
+        }
+    }
+
+    void add_bias(A* tile, int64_t i, int64_t queries, int64_t j, int64_t keys, int64_t lanes) const {
+        switch (args_.bias_dtype) {
+            case Dtype::float32: return add_bias_of<float>(tile, i, queries, j, keys, lanes);
+            case Dtype::bfloat16: return add_bias_of<bfloat16>(tile, i, queries, j, keys, lanes);
+            case Dtype::float16: return add_bias_of<float16>(tile, i, queries, j, keys, lanes);
+            case Dtype::float64: return add_bias_of<double>(tile, i, queries, j, keys, lanes);
+        }
+    }
+
+    template <class B>
+    void add_bias_of(A* tile, int64_t i, int64_t queries, int64_t j, int64_t keys, int64_t lanes) const {
+        const int64_t stride_i = args_.bias.stride[2], stride_j = args_.bias.stride[3];
+        const B* from = row_pointer<B>(args_.bias, batch_, head_, i) + j * stride_j;
+        const int64_t width = padded<A>(keys);
+        for (int64_t query = 0; query < queries; ++query) {
+            A* row = bias_rows_ + query * width;
+            for (int64_t key = 0; key < keys; ++key) row[key] = static_cast<A>(widen(from[query * stride_i + key * stride_j]));
+            for (int64_t key = keys; key < width; ++key) row[key] = 0;
+        }
+        transpose<A>({bias_rows_, width}, queries, keys, {bias_tile_, kQueries}, lanes);
+        for (int64_t key = 0; key < keys; ++key) {
+            for (int64_t lane = 0; lane < lanes; lane += kWidth<A>) {
+                const int64_t at = key * kQueries + lane;
+                store(tile + at, load(tile + at) + load(bias_tile_ + at));
+            }
+        }
+    }
+
+    void add_alibi(A* tile, int64_t i, int64_t j, int64_t keys, int64_t lanes) const {
+        for (int64_t key = 0; key < keys; ++key) {
+            A* row = tile + key * kQueries;
+            const int64_t origin = i + args_.offset - (j + key);
+            for (int64_t lane = 0; lane < lanes; ++lane) {
+                const int64_t distance = origin + lane < 0 ? -(origin + lane) : origin + lane;
+                row[lane] -= slope_ * static_cast<A>(distance);
+            }
+        }
+    }
+
+    void hide(A* tile, int64_t keys, int64_t lanes, const A* visible) const {
+        for (int64_t key = 0; key < keys; ++key) {
+            for (int64_t lane = 0; lane < lanes; lane += kWidth<A>) {
+                const int64_t at = key * kQueries + lane;
+                const Vec<A> s = load(tile + at);
+                store(tile + at, load(visible + at) != A(0) ? s : fill<A>(-static_cast<A>(INFINITY)));
+            }
+        }
+    }
+
+    const AttentionArgs& args_;
+    A scale_, softcap_, slope_;
+    int64_t batch_, head_;
+    A* bias_tile_;
+    A* bias_rows_;
+};
+
+// keep[key][query] = 1 / (1 - dropout_p) or 0. j is a multiple of 4.
+template <class A>
+static inline void draw_keep(const AttentionArgs& args, int64_t batch, int64_t head, int64_t i, int64_t j,
+                             int64_t keys, A* keep) {
+    const A kept = static_cast<A>(args.keep_scale);
+    for (int64_t key = 0; key < keys; key += 4) {
+        A* row = keep + key * kQueries;
+        const uint32_t counter = static_cast<uint32_t>((j + key) / 4);
+        for (int lane = 0; lane < kQueries; ++lane) {
+            const PhiloxWords words = philox(args.seed, counter, static_cast<uint32_t>(i + lane),
+                                             static_cast<uint32_t>(head), static_cast<uint32_t>(batch));
+            for (int w = 0; w < 4; ++w) {
+                row[w * kQueries + lane] = words.word[w] >= args.dropout_threshold ? kept : A(0);
+            }
+        }
+    }
+}
+
+}  // namespace PYATTN_ISA
+}  // namespace pyattn

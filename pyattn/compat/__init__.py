@@ -1,0 +1,1 @@
+"""Drop-in faces: the names, signatures and meanings of other attention implementations."""

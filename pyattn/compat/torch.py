@@ -1,0 +1,195 @@
+"""torch.nn.functional.scaled_dot_product_attention, argument for argument."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from pyattn import api
+from pyattn.check import DtypeError, RangeError, ShapeError, UnsupportedError
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(scale * query @ key.T + attn_mask) @ value, with torch's names, order and meaning of every argument.
+
+    Args:
+        query: [..., h, l, e], at least 2-D; the leading dimensions of query, key and value broadcast.
+        key: [..., h, s, e].
+        value: [..., h, s, ev].
+        attn_mask: broadcastable to the scores [..., h, l, s]. bool: True means attend. float32 or query's dtype: added
+            to the scaled scores, and differentiable. Or `torch.nn.attention.bias.causal_upper_left`, `.._lower_right`.
+        dropout_p: probability of dropping a weight, in [0, 1]; applied whenever it is positive.
+        is_causal: query i sees the keys j <= i: the first query is aligned with the first key. Excludes attn_mask.
+        scale: 1 / sqrt(e) by default.
+        enable_gqa: key and value may have fewer heads; head i reads key/value head i // (h // hk).
+
+    Returns:
+        [..., h, l, ev] in query's dtype; 0 for a query that sees no key.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, RangeError, UnsupportedError: where torch raises, too.
+
+    Differs from torch: a mask together with is_causal always raises (torch's fused CPU kernel joins the two), and a
+    NaN in a key or value that a boolean mask hides from every query does not reach the output.
+    """
+    _check_query_key_value(query, key, value, enable_gqa)
+    if attn_mask is not None:
+        _check_mask(attn_mask, query, key, is_causal)
+    options: dict[str, Any] = {"scale": scale, "causal": is_causal, "top_left": True, "dropout_p": dropout_p}
+    if isinstance(attn_mask, CausalBias):
+        options |= {"causal": True, "top_left": attn_mask.variant == CausalVariant.UPPER_LEFT}
+        attn_mask = None
+
+    true_rank = max(query.dim(), key.dim(), value.dim())
+    rank = max(4, true_rank)
+    q, k, v = (_of_rank(t, rank) for t in (query, key, value))
+    lead = _leading_sizes(q, k, v, enable_gqa)
+    if attn_mask is not None:
+        _check_mask_shape(attn_mask, query, key, enable_gqa)
+        attn_mask = _of_rank(attn_mask, rank)
+    rows, columns = _axes(lead, attn_mask)
+    if k.shape[-3] != v.shape[-3] or columns != [rank - 3]:
+        k, v = _repeated(k, lead[-1]), _repeated(v, lead[-1])
+    q = q.expand(*lead, *q.shape[-2:])
+    k, v = (t.expand(*lead[:-1], *t.shape[-3:]) for t in (k, v))
+
+    if attn_mask is not None:
+        options["mask" if attn_mask.dtype is torch.bool else "bias"] = _folded(attn_mask, rows, columns)
+    if dropout_p == 1:  # no weight is kept: the same as a query that sees nothing
+        options |= {"dropout_p": 0.0, "mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=query.device)}
+    out, _ = api._attention(*(_folded(t, rows, columns) for t in (q, k, v)), **options)
+    return _unfolded(out, lead, rows, columns)[(0,) * (rank - true_rank)]
+
+
+def _check_query_key_value(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    least, form = (3, "[..., heads, length, head size]") if enable_gqa else (2, "[..., length, head size]")
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, Tensor):
+            raise DtypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+        if t.is_nested:
+            raise UnsupportedError(f"{name}: expected a dense tensor, got a nested one: pad it and pass a mask")
+        if t.dim() < least:
+            raise ShapeError(f"{name}: expected at least {least} dimensions {form}, got {list(t.shape)}")
+        if t.dtype is not query.dtype and not torch.is_autocast_enabled(query.device.type):
+            raise DtypeError(f"{name}: expected {query.dtype}, the dtype of query, got {t.dtype}")
+    e, s = query.shape[-1], key.shape[-2]
+    if key.shape[-1] != e:
+        raise ShapeError(f"key: expected [..., s, e={e}], got {list(key.shape)}: e is {e} in query")
+    if value.shape[-2] != s:
+        raise ShapeError(f"value: expected [..., s={s}, ev], got {list(value.shape)}: key has {s} keys")
+
+
+def _check_mask(attn_mask: Tensor, query: Tensor, key: Tensor, is_causal: bool) -> None:
+    if is_causal:
+        raise RangeError(
+            "attn_mask, is_causal: expected at most one of the two, got both: is_causal is a mask of its own"
+        )
+    if not isinstance(attn_mask, Tensor):
+        raise DtypeError(f"attn_mask: expected a torch.Tensor, got {type(attn_mask).__name__}")
+    if isinstance(attn_mask, CausalBias):
+        have, want = (attn_mask.seq_len_q, attn_mask.seq_len_kv), (query.shape[-2], key.shape[-2])
+        if have != want:
+            raise ShapeError(
+                f"attn_mask: expected a causal bias of size {want}, the lengths in query and key, got {have}"
+            )
+        return
+    under_autocast = torch.is_autocast_enabled(query.device.type)
+    dtype = torch.get_autocast_dtype(query.device.type) if under_autocast else query.dtype
+    if attn_mask.dtype not in (torch.bool, torch.float32, dtype):
+        raise DtypeError(f"attn_mask: expected torch.bool, torch.float32 or query's {dtype}, got {attn_mask.dtype}")
+
+
+def _check_mask_shape(attn_mask: Tensor, query: Tensor, key: Tensor, enable_gqa: bool) -> None:
+    """The mask may broadcast, but unlike torch's arithmetic in general it may not make the scores larger."""
+    rank = max(query.dim(), key.dim())
+    q, k = _of_rank(query, rank), _of_rank(key, rank)
+    scores = [*_broadcast(q.shape[:-2], (*k.shape[:-3], 1) if enable_gqa else k.shape[:-2]), q.shape[-2], k.shape[-2]]
+    fits = attn_mask.dim() <= rank and all(
+        have == 1 or have == want for have, want in zip(reversed(attn_mask.shape), reversed(scores), strict=False)
+    )
+    if not fits:
+        raise ShapeError(f"attn_mask: expected a shape that broadcasts to that of the scores, {scores}, "
+                         f"got {list(attn_mask.shape)}")  # fmt: skip
+
+
+def _leading_sizes(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> list[int]:
+    """The sizes [..., h] of the output before its last two, for tensors of one rank."""
+    if not enable_gqa:
+        return _broadcast(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    h = q.shape[-3]
+    for name, t in (("key", k), ("value", v)):
+        if t.shape[-3] == 0 or h % t.shape[-3] != 0:
+            raise ShapeError(
+                f"{name}: expected a number of heads that divides the {h} heads of query, got {t.shape[-3]}"
+            )
+    return [*_broadcast(q.shape[:-3], k.shape[:-3], v.shape[:-3]), h]
+
+
+def _broadcast(*shapes: Sequence[int]) -> list[int]:
+    """The common shape of shapes of one rank."""
+    common = []
+    for sizes in zip(*shapes, strict=True):
+        size = 1
+        for other in sizes:
+            if other != 1 and size != 1 and other != size:
+                listed = ", ".join(str(list(shape)) for shape in shapes)
+                raise ShapeError(f"query, key, value: expected leading dimensions that broadcast, got {listed}")
+            size = other if size == 1 else size
+        common.append(size)
+    return common
+
+
+def _axes(lead: list[int], attn_mask: Tensor | None) -> tuple[list[int], list[int]]:
+    """Which leading axes merge into the batch and which into the heads of [b, h, m, d].
+
+    The last axis is the heads, except where the mask broadcasts over some of the others and not over all: only when
+    those it broadcasts over are on the one side and the rest on the other can it be merged without being expanded.
+    """
+    *batch, heads = range(len(lead))
+    if attn_mask is not None:
+        kept = [axis for axis in batch if attn_mask.shape[axis] != 1]
+        if kept and any(attn_mask.shape[axis] != lead[axis] for axis in batch):
+            rows = [axis for axis in (*batch, heads) if attn_mask.shape[axis] != 1]
+            return rows, [axis for axis in (*batch, heads) if axis not in rows]
+    return batch, [heads]
+
+
+def _folded(t: Tensor, rows: list[int], columns: list[int]) -> Tensor:
+    """t as 4-D, its axes `rows` merged into one and `columns` into the next. A view where strides allow."""
+    sizes = t.shape
+    b, h = (math.prod(sizes[axis] for axis in axes) for axes in (rows, columns))
+    return t.permute(*rows, *columns, -2, -1).reshape(b, h, *sizes[-2:])
+
+
+def _unfolded(out: Tensor, lead: list[int], rows: list[int], columns: list[int]) -> Tensor:
+    """Undoes `_folded`."""
+    order = [*rows, *columns]
+    split = out.reshape(*(lead[axis] for axis in order), *out.shape[-2:])
+    return split.permute(*(order.index(axis) for axis in range(len(lead))), -2, -1)
+
+
+def _repeated(t: Tensor, heads: int) -> Tensor:
+    """t with every one of its heads repeated in place, `heads` in all."""
+    have = t.shape[-3]
+    if have in (1, heads):
+        return t.expand(*t.shape[:-3], heads, *t.shape[-2:])
+    return t.repeat_interleave(heads // have, -3)
+
+
+def _of_rank(t: Tensor, rank: int) -> Tensor:
+    return t[(None,) * (rank - t.dim())]

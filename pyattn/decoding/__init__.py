@@ -1,0 +1,1 @@
+"""Turning a model's next-token logits into text."""

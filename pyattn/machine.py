@@ -1,0 +1,69 @@
+"""What `pyattn info` says about the machine it runs on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+import pyattn
+from pyattn.backends.cpu import isas
+
+# The vector instructions that CPU kernels are chosen by, as Linux names them.
+_CPU_FLAGS = ("sse4_2", "f16c", "fma", "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve")
+
+
+def describe() -> dict[str, str]:
+    """Names and values, in the order to show them."""
+    return {
+        "pyattn": f"{pyattn.__version__} at {Path(pyattn.__file__).parent}",
+        "Python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": torch.__version__,
+        "Triton": _version("triton"),
+        "compiler": _compiler(),
+        "CPU": _cpu(),
+        "CPU kernels": ", ".join(isas()) or "none",
+        "GPU": _gpu(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _compiler() -> str:
+    for name in ("c++", "g++", "clang++"):
+        if path := shutil.which(name):
+            said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+            return f"{path}: {said.partition(chr(10))[0]}"
+    return "no C++ compiler on PATH"
+
+
+def _cpu() -> str:
+    fields: dict[str, str] = {}
+    if (source := Path("/proc/cpuinfo")).exists():
+        for line in source.read_text("utf-8", "replace").splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    model = fields.get("model name") or platform.processor() or platform.machine()
+    flags = set((fields.get("flags") or fields.get("Features", "")).split())
+    found = [flag for flag in _CPU_FLAGS if flag in flags] or [torch.backends.cpu.get_cpu_capability()]
+    return f"{model}, {torch.get_num_threads()} threads; {' '.join(found)}"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    found = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = device.total_memory / 2**30
+        found.append(f"{device.name}, sm_{device.major}{device.minor}, {memory:.0f} GiB")
+    return "; ".join(found)

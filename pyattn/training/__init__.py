@@ -1,0 +1,1 @@
+"""Training a model on text: data, learning rate, loop, checkpoints, curves."""

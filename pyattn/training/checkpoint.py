@@ -1,0 +1,102 @@
+"""One file from which a run goes on exactly as if it had never stopped.
+
+safetensors (no pickle: loading runs no code) with tensors `model.*`, `optimizer.*`, `rng.*`, and JSON in its header.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pyattn.check import PyattnError
+from pyattn.training.files import replacing
+
+FORMAT = "pyattn checkpoint 1"
+
+
+class CheckpointError(PyattnError, ValueError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a file holds."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.meta["step"]
+
+
+def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, meta: dict[str, Any]) -> None:
+    """Writes the state after `step`, in place of an older one in one step: there is a whole checkpoint at any time."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata={"format": FORMAT, "meta": json.dumps({"step": step} | meta)})
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads a whole file into memory.
+
+    Raises:
+        CheckpointError: no such file, truncated or damaged, or written by something else.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint: expected a file, {path} does not exist")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"checkpoint: {path} is truncated or damaged ({error})") from error
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"checkpoint: {path} was not written by this version of pyattn's training")
+    return Checkpoint(path, tensors, json.loads(header["meta"]))
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Puts model, optimizer and torch's random generators where the checkpoint was. Changes nothing when it raises.
+
+    Raises:
+        CheckpointError: its parameters are not those of `model`.
+    """
+    weights = _group(checkpoint.tensors, "model.")
+    expected = model.state_dict()
+    shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
+    for name, tensor in expected.items():
+        if shapes.get(name) != list(tensor.shape):
+            raise CheckpointError(
+                f"checkpoint: {checkpoint.path} is of another model: {name} is {shapes.get(name, 'missing')} there "
+                f"and {list(tensor.shape)} here"
+            )
+    if unknown := weights.keys() - expected.keys():
+        raise CheckpointError(f"checkpoint: {checkpoint.path} is of another model: it also has {min(unknown)}")
+    model.load_state_dict(weights)
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in _group(checkpoint.tensors, "optimizer.").items():
+        index, key = name.split(".")
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(checkpoint.tensors["rng.cpu"])
+    if "rng.cuda" in checkpoint.tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(checkpoint.tensors["rng.cuda"])
+
+
+def _group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

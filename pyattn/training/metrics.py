@@ -1,0 +1,63 @@
+"""The numbers of a run: one JSON object per line, written as they come."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from pyattn.check import PyattnError
+from pyattn.training.files import replacing
+
+FILE = "metrics.jsonl"
+
+
+class RunError(PyattnError, ValueError):
+    """A run's folder lacks what was asked of it."""
+
+
+def start(folder: Path, step: int) -> None:
+    """Makes the file of a run that goes on after `step`: what an interrupted run wrote beyond it is dropped."""
+    kept = [line for line in _lines(folder) if line["step"] <= step] if step and (folder / FILE).exists() else []
+    with replacing(folder / FILE) as path:
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def append(folder: Path, **values: float) -> None:
+    """Adds one line; `values` has a `step`."""
+    with open(folder / FILE, "a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All lines of a run.
+
+    Raises:
+        RunError: the folder is not one of a run, or nothing was trained in it.
+    """
+    if not (folder / FILE).is_file():
+        raise RunError(f"run: expected a folder written by `pyattn train`, {folder} has no {FILE}")
+    lines = _lines(folder)
+    if not any("loss" in line for line in lines):
+        raise RunError(f"run: {folder / FILE} has no training step")
+    return lines
+
+
+def curve(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one quantity, where it was measured."""
+    found = [line for line in lines if name in line]
+    return [line["step"] for line in found], [line[name] for line in found]
+
+
+def tokens_per_second(lines: list[dict[str, Any]]) -> float:
+    """Median over the training steps; evaluation, checkpoints and sampling do not count."""
+    return statistics.median(line["tokens"] / line["seconds"] for line in lines if "seconds" in line)
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    try:
+        # What follows the last newline is a line that a killed run did not finish.
+        return [json.loads(line) for line in (folder / FILE).read_text("utf-8").split("\n")[:-1]]
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunError(f"run: {folder / FILE} is damaged ({error})") from error

@@ -1,0 +1,48 @@
+"""Pictures of training runs, as PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pyattn.training import metrics
+from pyattn.training.files import replacing
+
+
+def loss_curve(folder: Path) -> Path:
+    """Draws the training and validation loss of one run into its folder. Returns the picture's path."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    _curves(figure.subplots(), [folder])
+    return _save(figure, folder / "loss.png")
+
+
+def comparison(folders: list[Path], picture: Path) -> Path:
+    """Draws the losses of several runs over one another and their tokens per second side by side."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses, speeds = figure.subplots(1, 2, width_ratios=(3, 2))
+    _curves(losses, folders)
+    values = [metrics.tokens_per_second(metrics.read(folder)) for folder in folders]
+    bars = speeds.bar([folder.name for folder in folders], values, color=[f"C{i}" for i in range(len(folders))])
+    speeds.bar_label(bars, [f"{value:,.0f}" for value in values])
+    speeds.set(ylabel="tokens per second (median over the steps)")
+    return _save(figure, picture)
+
+
+def _curves(axes: Axes, folders: list[Path]) -> None:
+    for i, folder in enumerate(folders):
+        lines = metrics.read(folder)
+        # Each further run is thinner and dashed, so that curves that coincide are all seen.
+        style = "-" if i == 0 else "--"
+        axes.plot(*metrics.curve(lines, "loss"), f"C{i}{style}", alpha=0.5, lw=1, label=f"{folder.name}: training")
+        axes.plot(*metrics.curve(lines, "val_loss"), f"C{i}{style}", marker="o", label=f"{folder.name}: validation")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _save(figure: Figure, picture: Path) -> Path:
+    with replacing(picture) as path:
+        figure.savefig(path, format="png", dpi=150)
+    return picture

@@ -1,0 +1,81 @@
+"""Builds pyattn._C with CMake and Ninja; everything else about the package is in pyproject.toml.
+
+A machine without a C++17 compiler still gets an installable package: the failure is a warning, and its reason is left
+beside the package for the `cpu` backend to show.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+REASON_FILE = "_C.not_built.txt"  # read by pyattn/backends/cpu.py
+SHOWN_LINES = 12
+
+
+class BuildWithCMake(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        reason_file = target.parent / REASON_FILE
+        if output := compile_extension(Path(self.build_temp).resolve(), target, bool(self.debug)):
+            reason_file.write_text(failure_reason(output) + "\n", encoding="utf-8")
+            last_lines = "\n".join(output.strip().splitlines()[-SHOWN_LINES:])
+            warnings.warn(f"pyattn is installed without its cpu backend: {failure_reason(output)}\n{last_lines}")
+        else:
+            reason_file.unlink(missing_ok=True)
+
+    def copy_extensions_to_source(self) -> None:
+        """build_extension has written to the right place already; a failed build has nothing to copy."""
+
+
+def compile_extension(build_dir: Path, target: Path, debug: bool) -> str:
+    """Builds `target`. Returns "" on success, otherwise what the tools printed."""
+    try:
+        import pybind11
+    except ImportError:
+        return "pybind11 is not installed"
+    build_dir.mkdir(parents=True, exist_ok=True)
+    configure = [
+        *("cmake", "-G", "Ninja", "-S", str(ROOT / "csrc"), "-B", str(build_dir)),
+        f"-DCMAKE_BUILD_TYPE={'Debug' if debug else 'Release'}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]
+    try:
+        for command in (configure, ["cmake", "--build", str(build_dir)]):
+            run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            if run.returncode != 0:
+                return run.stdout or f"{' '.join(command[:2])} ended with status {run.returncode}"
+    except OSError as error:
+        return f"{error.filename or 'cmake'} could not be started: {error.strerror}"
+    built = next(build_dir.glob("_C*.so"), None) or next(build_dir.glob("_C*.pyd"), None)
+    if built is None:
+        return f"the build left no _C module in {build_dir.name}"
+    # Replaced in one step: a process that has the old module open keeps it.
+    fresh = target.with_name(target.name + ".new")
+    fresh.write_bytes(built.read_bytes())
+    fresh.replace(target)
+    return ""
+
+
+def failure_reason(output: str) -> str:
+    """One sentence for the user of the `cpu` backend, out of what the build tools printed."""
+    if "No CMAKE_CXX_COMPILER could be found" in output or "CMAKE_CXX_COMPILER not set" in output:
+        return (
+            "not built: no C++17 compiler was found when pyattn was installed; install one and run pip install again"
+        )
+    errors = [line.strip() for line in output.splitlines() if "error" in line.lower()]
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    cause = (errors or lines or ["no output"])[0]
+    return f"not built: the build failed when pyattn was installed ({cause}); mend it and run pip install again"
+
+
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("pyattn._C", sources=[])], cmdclass={"build_ext": BuildWithCMake})

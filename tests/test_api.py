@@ -1,0 +1,106 @@
+"""The public functions around the kernels: dispatch, explanation, seeds, layouts, autocast."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pyattn
+
+
+def _qkv(m=33, n=33, requires_grad=False):
+    torch.manual_seed(0)
+    return [torch.randn(2, 4, length, 16, requires_grad=requires_grad) for length in (m, n, n)]
+
+
+def test_backends_are_ready_or_say_why():
+    states = pyattn.backends()
+    assert states["reference"] == "ready"
+    assert states["cpu"] == "ready"
+    if not torch.cuda.is_available():
+        assert "CUDA" in states["triton"]
+
+
+def test_use_backend_sets_the_default_until_it_ends():
+    q, k, v = _qkv()
+    fused = pyattn.attention(q, k, v)
+    with pyattn.use_backend("reference"):
+        inside = pyattn.attention(q, k, v)
+        assert torch.equal(pyattn.attention(q, k, v, backend="cpu"), fused), "an explicit backend wins"
+    assert torch.equal(inside, pyattn.attention(q, k, v, backend="reference"))
+    assert torch.equal(pyattn.attention(q, k, v), fused)
+
+
+def test_use_backend_reference_differentiates_twice():
+    q, k, v = _qkv(5, 5, requires_grad=True)
+    with pyattn.use_backend("reference"):
+        (grad,) = torch.autograd.grad(pyattn.attention(q, k, v).square().sum(), q, create_graph=True)
+    grad.sum().backward()
+    assert k.grad.isfinite().all()
+
+
+def test_explain_prints_the_choice_every_refusal_and_bytes(capsys):
+    q, k, v = _qkv(64, 128)
+    pyattn.explain(q, k, v, causal=True, return_lse=True)
+    text = capsys.readouterr().out
+    assert "b=2 h=4 hk=4 m=64 n=128 d=16 dv=16 float32 on cpu; features: causal" in text
+    assert "-> cpu" in text
+    assert "triton" in text
+    assert f"{2 * 4 * 64 * 128 * 4 / 1e6:.2f} MB" in text
+
+
+def test_dropout_seed_repeats_and_generator_advances():
+    q, k, v = _qkv()
+    first, again = (pyattn.attention(q, k, v, dropout_p=0.5, seed=7) for _ in range(2))
+    assert torch.equal(first, again)
+    torch.manual_seed(1)
+    drawn, next_drawn = (pyattn.attention(q, k, v, dropout_p=0.5) for _ in range(2))
+    assert not torch.equal(drawn, next_drawn)
+    torch.manual_seed(1)
+    assert torch.equal(pyattn.attention(q, k, v, dropout_p=0.5), drawn)
+
+
+def test_output_keeps_the_layout_of_q():
+    x = torch.randn(2, 33, 4, 16)
+    out = pyattn.attention(*(x.transpose(1, 2) for _ in range(3)))
+    assert out.transpose(1, 2).is_contiguous()
+    assert pyattn.attention(*_qkv()).is_contiguous()
+
+
+def test_strided_last_dimension_gives_the_same_result():
+    q, k, v = _qkv()
+    strided = (t.transpose(2, 3).contiguous().transpose(2, 3) for t in (q, k, v))
+    assert torch.equal(pyattn.attention(*strided), pyattn.attention(q, k, v))
+
+
+def test_autocast_lowers_the_inputs_as_torch_does():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert pyattn.attention(*_qkv()).dtype is torch.bfloat16
+
+
+def test_lse_alone_is_differentiable():
+    q, k, v = _qkv(requires_grad=True)
+    _, lse = pyattn.attention(q, k, v, return_lse=True)
+    (d_q,) = torch.autograd.grad(lse.sum(), q, retain_graph=True)
+    scores = (q @ k.transpose(-1, -2) / 4).logsumexp(-1)
+    torch.testing.assert_close(d_q, torch.autograd.grad(scores.sum(), q)[0])
+
+
+def test_gradient_checkpointing_repeats_the_dropout_mask():
+    q, k, v = _qkv(requires_grad=True)
+
+    def attention(q):
+        return pyattn.attention(q, k, v, dropout_p=0.3)
+
+    grads = []
+    for call in (attention, lambda q: torch.utils.checkpoint.checkpoint(attention, q, use_reentrant=False)):
+        torch.manual_seed(3)
+        grads.append(torch.autograd.grad(call(q).square().sum(), q)[0])
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("module", ["triton", "transformers", "matplotlib", "typer", "rich", "tokenizers"])
+def test_import_pyattn_leaves_heavy_modules_alone(module):
+    code = f"import torch, sys; before = set(sys.modules); import pyattn; sys.exit({module!r} in {{*sys.modules}} - before)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

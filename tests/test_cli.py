@@ -1,0 +1,215 @@
+"""The `pyattn` command: what it prints, what it leaves behind, and how it says no."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import pyattn
+from pyattn import testing, verification
+from pyattn.cli import app
+from pyattn.training import checkpoint, metrics
+
+TEXT = argparse.__file__
+TINY = [
+    *("train", "gpt", "--text", TEXT, "--attention", "torch", "--device", "cpu", "--layers", "1", "--heads", "2"),
+    *("--width", "32", "--context", "32", "--batch", "4", "--vocab", "300", "--sample-tokens", "10"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small are slower on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def _assert_refused(result: Result, message: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert re.search(message, result.stderr), result.stderr
+    assert result.stderr.startswith("pyattn: ")
+    assert "Traceback" not in result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_help_shows_every_command_and_an_example() -> None:
+    text = _run("--help").output
+    for word in ("info", "verify", "bench", "train", "compare", "A whole example"):
+        assert word in text
+    assert "pyattn train gpt" in _run("train", "gpt", "--help").output
+
+
+def test_info_lists_versions_and_every_backend() -> None:
+    result = _run("info")
+    assert result.exit_code == 0
+    assert torch.__version__ in result.output
+    assert pyattn.__version__ in result.output
+    for name in pyattn.backends():
+        assert name in result.output
+
+
+def test_verify_all_right_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "CASES", [case for case in testing.CASES if case.id in ("plain", "gqa", "sinks")])
+    result = _run("verify", "--backend", "reference")
+    assert result.exit_code == 0, result.output
+    assert "12 cases passed, 0 failed" in result.output
+    for word in ("reference", "causal", "grouped", "sinks", "float16", "bfloat16", "float32", "float64"):
+        assert word in result.output
+
+
+@pytest.mark.parametrize("wrong", ["result", "exception"])
+def test_verify_wrong_kernel_fails_and_is_named(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    def check_case(name: str, case: testing.Case, dtype: torch.dtype, device: str) -> list[testing.Result]:
+        if wrong == "exception":
+            raise RuntimeError("launch failed")
+        return [testing.Result("d_q", error=0.5, baseline=0.1, excess=2.5)]
+
+    monkeypatch.setattr(verification, "CASES", testing.CASES[:2])
+    monkeypatch.setattr(verification, "check_case", check_case)
+    result = _run("verify", "--backend", "reference")
+    assert result.exit_code == 1
+    assert "8 failed" in result.output
+    assert "FAILED" in result.output
+    assert "reference plain float32 " + ("d_q: error 0.5" if wrong == "result" else "RuntimeError: launch failed") in (
+        result.output
+    )
+
+
+def test_verify_unknown_backend_is_refused() -> None:
+    _assert_refused(_run("verify", "--backend", "flash"), "backend: expected auto, .*got 'flash'")
+
+
+def test_verify_backend_that_is_not_ready_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification.registry, "backends", lambda: {"reference": "has a cold"})
+    _assert_refused(_run("verify", "--backend", "reference"), "reference is not ready: has a cold")
+
+
+def test_train_then_resume_then_compare(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        result = _run(*TINY, "--out", tmp_path / name, "--steps", 4)
+        assert result.exit_code == 0, result.output
+        assert "step     4/4  validation" in result.output
+        assert "tokens/s" in result.output
+        assert (tmp_path / name / "sample.txt").exists()
+    result = _run("train", "gpt", "--out", tmp_path / "a", "--resume", "--steps", 6, "--sample-tokens", 0)
+    assert result.exit_code == 0, result.output
+    assert [line["step"] for line in metrics.read(tmp_path / "a")] == [1, 2, 3, 4, 5, 6]
+    result = _run("compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "both.png")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"", "is empty"),
+        (b"\xff\xfe\x00", "expected UTF-8"),
+        (b"a few words", "one batch of 4 x 32"),
+    ],
+)
+def test_train_bad_text_is_refused_and_nothing_written(tmp_path: Path, content: bytes | None, message: str) -> None:
+    source = tmp_path / "text.txt"
+    if content is not None:
+        source.write_bytes(content)
+    _assert_refused(_run(*TINY, "--text", source, "--out", tmp_path / "run"), message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--attention", "flash"], "attention: expected one of pyattn, torch, got flash"),
+        (["--heads", "3"], "heads: expected a divisor of width=32, got 3"),
+        (["--device", "tpu"], "device: expected cpu or cuda, got tpu"),
+        (["--dtype", "int8"], "dtype: expected one of float32, bfloat16, got int8"),
+        (["--resume"], "checkpoint: .* does not exist"),
+    ],
+)
+def test_train_bad_option_is_refused(tmp_path: Path, options: list[str], message: str) -> None:
+    _assert_refused(_run(*TINY, "--out", tmp_path / "run", *options), message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    _assert_refused(_run(*TINY, "--out", tmp_path / "file" / "run", "--steps", 2), "file")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "other model", "there already"])
+def test_train_unusable_checkpoint_is_refused_and_nothing_overwritten(tmp_path: Path, damage: str) -> None:
+    from safetensors.torch import save_file
+
+    out = tmp_path / "run"
+    assert _run(*TINY, "--out", out, "--steps", 2).exit_code == 0
+    path, options = out / "checkpoint.safetensors", ["--resume"]
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "foreign":
+        save_file({"weight": torch.zeros(2)}, path)
+    elif damage == "other model":
+        options += ["--layers", "2"]
+    else:
+        options = []
+    before = _bytes(tmp_path)
+    _assert_refused(_run(*TINY, "--out", out, *options), "checkpoint: ")
+    assert _bytes(tmp_path) == before
+
+
+def test_compare_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    _assert_refused(_run("compare", tmp_path, "--out", tmp_path / "x.png"), r"has no metrics\.jsonl")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_train_interrupted_leaves_a_checkpoint_that_resumes(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    main = [sys.executable, "-c", "from pyattn.cli import main; main()"]
+    process = subprocess.Popen(
+        [*main, *TINY, "--out", str(out), "--steps", "100000"], stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text("utf-8").count("\n") < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"go on with: pyattn train gpt --out {out} --resume" in printed
+    step = checkpoint.load(out / "checkpoint.safetensors").step
+    assert [line["step"] for line in metrics.read(out)] == list(range(1, step + 1))
+    resumed = _run("train", "gpt", "--out", out, "--resume", "--steps", step + 2, "--sample-tokens", 0)
+    assert resumed.exit_code == 0, resumed.output
+    assert metrics.read(out)[-1]["step"] == step + 2
+
+
+def test_command_without_its_libraries_says_what_to_install() -> None:
+    code = "import sys; sys.modules['typer'] = None; import pyattn.cli"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode != 0
+    assert process.stderr.strip() == "pyattn: the command needs typer: pip install 'pyattn[tools]'"
+
+
+def test_import_pyattn_brings_none_of_the_command_s_libraries() -> None:
+    code = "import sys, pyattn; print({'typer', 'rich', 'matplotlib', 'tokenizers', 'safetensors'} & set(sys.modules))"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "set()"

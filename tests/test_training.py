@@ -1,0 +1,327 @@
+"""Data, schedule, loop, checkpoints and curves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyattn
+from pyattn.training import checkpoint, metrics, plot
+from pyattn.training.checkpoint import CheckpointError
+from pyattn.training.data import Corpus, TextError, load_corpus, training_batch, validation_batches
+from pyattn.training.files import replacing
+from pyattn.training.loop import DivergedError, Plan, train
+from pyattn.training.run import Run, Settings, open_run
+from pyattn.training.schedules import warmup_cosine
+
+TEXT = Path(argparse.__file__)  # 100 kB of real text on every machine
+TINY = {
+    "text": str(TEXT), "attention": "torch", "seed": 0, "steps": 6, "layers": 2, "heads": 2, "width": 32, "context": 32,
+    "batch": 4, "vocab": 300, "lr": 1e-2, "dropout": 0.1, "dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small are slower on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _corpus(tmp_path: Path, source: Path | None = TEXT, **options: int) -> Corpus:
+    return load_corpus(source, **({"vocab": 300, "context": 32, "batch": 4, "cache": tmp_path / "cache"} | options))
+
+
+def _open(folder: Path, given: dict | None = None, resume: bool = False, overwrite: bool = False) -> Run:
+    given = given or {}
+    return open_run(folder, TINY | given, set(given), "cpu", resume=resume, overwrite=overwrite)
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_corpus_tokens_decode_to_the_text(tmp_path: Path) -> None:
+    corpus = _corpus(tmp_path)
+    tokens = torch.cat([corpus.train, corpus.validation]).tolist()
+    assert corpus.tokenizer.decode(tokens) == TEXT.read_text("utf-8")
+    assert 0.04 < len(corpus.validation) / len(tokens) < 0.06
+
+
+def test_corpus_second_load_comes_from_the_cache(tmp_path: Path) -> None:
+    first = _corpus(tmp_path)
+    (stored,) = (tmp_path / "cache").iterdir()
+    written = stored.stat().st_mtime_ns
+    second = _corpus(tmp_path)
+    assert torch.equal(first.train, second.train)
+    assert first.tokenizer.to_str() == second.tokenizer.to_str()
+    assert stored.stat().st_mtime_ns == written
+
+
+def test_corpus_damaged_cache_is_made_again(tmp_path: Path) -> None:
+    first = _corpus(tmp_path)
+    (stored,) = (tmp_path / "cache").iterdir()
+    stored.write_bytes(stored.read_bytes()[:1000])
+    assert torch.equal(_corpus(tmp_path).train, first.train)
+
+
+def test_corpus_folder_reads_every_visible_file(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    (folder / "part").mkdir(parents=True)
+    (folder / "a.txt").write_text("alpha " * 300)
+    (folder / "part" / "b").write_text("beta " * 300)
+    (folder / ".hidden").write_bytes(b"\xff")
+    corpus = _corpus(tmp_path, folder)
+    text = corpus.tokenizer.decode(torch.cat([corpus.train, corpus.validation]).tolist())
+    assert sorted([text.count("alpha"), text.count("beta")]) == [300, 300]
+
+
+def test_corpus_end_of_text_mark_inside_a_text_stays_text(tmp_path: Path) -> None:
+    source = tmp_path / "marks.txt"
+    source.write_text("<|endoftext|> " * 500)
+    corpus = _corpus(tmp_path, source)
+    end = corpus.tokenizer.token_to_id("<|endoftext|>")
+    assert int((torch.cat([corpus.train, corpus.validation]) == end).sum()) == 1  # where the document begins
+
+
+def test_corpus_default_is_the_standard_library(tmp_path: Path) -> None:
+    corpus = _corpus(tmp_path, None)
+    text = corpus.tokenizer.decode(torch.cat([corpus.train, corpus.validation]).tolist())
+    assert "class ArgumentParser(" in text
+    assert "class TestArgumentParser" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"", "is empty"),
+        (b" \n\t ", "is empty"),
+        (b"abc \xff\xfe def", "byte 0xff at 4"),
+        (b"too short", "one batch of 4 x 32"),
+    ],
+)
+def test_corpus_bad_text_is_an_error(tmp_path: Path, content: bytes | None, message: str) -> None:
+    source = tmp_path / "text.txt"
+    if content is not None:
+        source.write_bytes(content)
+    with pytest.raises(TextError, match=message):
+        _corpus(tmp_path, source)
+
+
+def test_training_batch_targets_are_the_next_tokens() -> None:
+    inputs, targets = training_batch(torch.arange(1000), batch=5, context=16, seed=3, step=7)
+    assert inputs.shape == targets.shape == (5, 16)
+    assert torch.equal(inputs + 1, targets)
+
+
+def test_training_batch_depends_on_seed_and_step_alone() -> None:
+    def drawn(seed: int, step: int) -> list[int]:
+        return training_batch(torch.arange(10000), batch=8, context=4, seed=seed, step=step)[0][:, 0].tolist()
+
+    assert drawn(0, 1) == drawn(0, 1)
+    assert len({tuple(drawn(seed, step)) for seed in range(3) for step in range(3)}) == 9
+
+
+def test_training_batch_reaches_both_ends_of_the_text() -> None:
+    starts = {
+        start
+        for step in range(60)
+        for start in training_batch(torch.arange(12), batch=4, context=4, seed=0, step=step)[0][:, 0].tolist()
+    }
+    assert starts == set(range(8))
+
+
+@pytest.mark.parametrize("length", [33, 64, 65, 1000])
+def test_validation_batches_stay_inside_the_text(length: int) -> None:
+    batches = validation_batches(torch.arange(length), batch=3, context=32, count=2)
+    assert batches
+    assert sum(len(inputs) for inputs, _ in batches) <= 6
+    assert all(torch.equal(inputs + 1, targets) for inputs, targets in batches)
+
+
+def test_schedule_warms_up_peaks_and_ends_at_the_floor() -> None:
+    rates = [warmup_cosine(step, 100, 2.0, warmup=10) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[9] == pytest.approx(2.0)
+    assert rates[54] == pytest.approx(1.1)  # half of the way from 10 to 100
+    assert rates[-1] == pytest.approx(0.2)
+    assert sorted(rates[9:], reverse=True) == rates[9:]
+
+
+def test_run_tiny_model_loss_falls(tmp_path: Path) -> None:
+    run = _open(tmp_path / "run", {"steps": 40, "dropout": 0.0})
+    steps = list(run.steps())
+    assert [step.step for step in steps] == list(range(1, 41))
+    assert steps[0].loss == pytest.approx(5.7, abs=0.1)  # ln 300
+    assert steps[-1].loss < 4.6
+    assert steps[-1].val_loss < 4.6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_run_resumed_equals_uninterrupted_bitwise(tmp_path: Path, dtype: str) -> None:
+    whole = _open(tmp_path / "whole", {"dtype": dtype})
+    expected = [(step.loss, step.grad_norm, step.val_loss) for step in whole.steps()]
+    first = _open(tmp_path / "parts", {"dtype": dtype})
+    found = []
+    for step in first.steps():
+        found.append((step.loss, step.grad_norm, step.val_loss))
+        if step.step == 3:
+            first.save()
+            break
+    torch.manual_seed(999)  # whatever happens between the two processes
+    second = _open(tmp_path / "parts", resume=True)
+    found += [(step.loss, step.grad_norm, step.val_loss) for step in second.steps()]
+    assert found == expected
+    ours, theirs = second.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [line["step"] for line in metrics.read(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_run_resumed_drops_metrics_beyond_the_checkpoint(tmp_path: Path) -> None:
+    run = _open(tmp_path / "run", {"steps": 30})  # evaluates, and so saves, every third step
+    for step in run.steps():
+        if step.step == 5:
+            break
+    assert [line["step"] for line in metrics.read(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # killed while it wrote
+    next(_open(tmp_path / "run", resume=True).steps())
+    assert [line["step"] for line in metrics.read(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_run_attentions_of_one_seed_give_the_same_losses(tmp_path: Path) -> None:
+    with pyattn.use_backend("reference"):
+        ours = [step.loss for step in _open(tmp_path / "a", {"attention": "pyattn", "dropout": 0.0}).steps()]
+    torchs = [step.loss for step in _open(tmp_path / "b", {"dropout": 0.0}).steps()]
+    assert ours == pytest.approx(torchs, rel=1e-4)
+
+
+def test_run_leaves_checkpoint_curve_metrics_and_sample(tmp_path: Path) -> None:
+    run = _open(tmp_path / "run")
+    list(run.steps())
+    text = run.sample(20)
+    assert (tmp_path / "run" / "sample.txt").read_text("utf-8") == text
+    assert text
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(_bytes(tmp_path / "run")) == ["checkpoint.safetensors", "loss.png", "metrics.jsonl", "sample.txt"]
+    assert run.sample(20) == text
+
+
+def test_run_diverged_loss_is_an_error_and_keeps_the_weights(tmp_path: Path) -> None:
+    run = _open(tmp_path / "run")
+    with torch.no_grad():
+        run.model.ln_f.bias.fill_(torch.nan)
+    before = run.model.wte.weight.clone()
+    with pytest.raises(DivergedError, match="--lr"):
+        next(train(run.model, run.optimizer, run.corpus, Plan(6, 4, 32, 1e-2, 0)))
+    assert torch.equal(run.model.wte.weight, before)
+
+
+def test_run_existing_checkpoint_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    list(_open(tmp_path / "run").steps())
+    before = _bytes(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="--resume"):
+        _open(tmp_path / "run")
+    assert _bytes(tmp_path / "run") == before
+    assert len(list(_open(tmp_path / "run", {"steps": 2}, overwrite=True).steps())) == 2
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, -1])
+def test_resume_truncated_checkpoint_is_an_error_and_nothing_changes(tmp_path: Path, length: int) -> None:
+    run = _open(tmp_path / "run")
+    list(run.steps())
+    run.checkpoint_path.write_bytes(run.checkpoint_path.read_bytes()[:length])
+    before = _bytes(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="truncated"):
+        _open(tmp_path / "run", resume=True)
+    assert _bytes(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(("name", "value"), [("layers", 3), ("width", 64), ("seed", 1), ("attention", "pyattn")])
+def test_resume_other_setting_is_an_error(tmp_path: Path, name: str, value: object) -> None:
+    list(_open(tmp_path / "run").steps())
+    with pytest.raises(CheckpointError, match=f"{name} is {TINY[name]} there and {value} here"):
+        _open(tmp_path / "run", {name: value}, resume=True)
+
+
+def test_resume_more_steps_goes_on(tmp_path: Path) -> None:
+    list(_open(tmp_path / "run").steps())
+    assert [step.step for step in _open(tmp_path / "run", {"steps": 9}, resume=True).steps()] == [7, 8, 9]
+    with pytest.raises(CheckpointError, match="already at step 9"):
+        _open(tmp_path / "run", {"steps": 8}, resume=True)
+
+
+def test_resume_changed_text_is_an_error(tmp_path: Path) -> None:
+    source = tmp_path / "text.txt"
+    source.write_bytes(TEXT.read_bytes())
+    list(_open(tmp_path / "run", {"text": str(source)}).steps())
+    source.write_text(source.read_text() + "more")
+    with pytest.raises(CheckpointError, match="text is no longer"):
+        _open(tmp_path / "run", resume=True)
+
+
+def test_checkpoint_of_other_software_is_an_error(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"wte.weight": torch.zeros(3, 3)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not written by"):
+        checkpoint.load(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        checkpoint.load(tmp_path / "none.safetensors")
+
+
+def test_restore_other_model_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
+    list(_open(tmp_path / "run").steps())
+    saved = checkpoint.load(tmp_path / "run" / "checkpoint.safetensors")
+    for change in ({"width": 64}, {"layers": 1}, {"layers": 3}):
+        other = _open(tmp_path / "other", change)
+        before = {name: tensor.clone() for name, tensor in other.model.state_dict().items()}
+        with pytest.raises(CheckpointError, match="another model"):
+            checkpoint.restore(saved, other.model, other.optimizer)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in other.model.state_dict().items())
+
+
+def test_replacing_failure_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert _bytes(tmp_path) == {"file": b"old"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"steps": 0}, {"batch": 0}, {"vocab": 100}, {"lr": 0.0}, {"dtype": "int8"}, {"heads": 3}, {"seed": -1}]
+)
+def test_settings_bad_value_is_named(change: dict) -> None:
+    with pytest.raises(pyattn.RangeError, match=next(iter(change))):
+        Settings(**(TINY | change))
+
+
+def test_comparison_draws_every_run(tmp_path: Path) -> None:
+    for name, seconds in (("a", 0.5), ("b", 1.0)):
+        folder = tmp_path / name
+        folder.mkdir()
+        metrics.start(folder, 0)
+        for step in (1, 2, 3):
+            metrics.append(folder, step=step, loss=3.0 / step, tokens=100, seconds=seconds)
+        metrics.append(folder, step=4, loss=0.5, tokens=100, seconds=90.0, val_loss=1.0)
+    assert metrics.tokens_per_second(metrics.read(tmp_path / "a")) == 200
+    picture = plot.comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "both.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("content", [None, "", "{not json}\n", json.dumps({"step": 1, "val_loss": 2.0}) + "\n"])
+def test_metrics_of_no_run_are_an_error(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(metrics.RunError, match=r"metrics\.jsonl"):
+        metrics.read(tmp_path)

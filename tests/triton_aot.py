@@ -1,0 +1,147 @@
+"""Compiles the Triton kernels ahead of time, without a GPU, exactly as a launch would, and reads what they use."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from pyattn.spec import AttentionSpec, Inputs
+from pyattn.triton_kernels import config
+from pyattn.triton_kernels.flash_bwd import flash_bwd
+from pyattn.triton_kernels.flash_fwd import flash_fwd
+from pyattn.triton_kernels.launch import Call
+
+# Architecture as `config` names it: the compiler's target, and the shared memory in bytes that one block may have.
+TARGETS = {
+    "sm80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm86": (GPUTarget("cuda", 86, 32), 99 * 1024),
+    "sm90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch, caught before it reaches a device."""
+
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def bind(self, target: GPUTarget) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
+        """Bound arguments, specialization and options, by the code that Triton itself launches with."""
+        backend = make_backend(target)
+        binder = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        return binder(*self.args, **self.kwargs)
+
+    def key(self, target: GPUTarget) -> str:
+        """What decides whether a launch recompiles."""
+        _, specialization, options = self.bind(target)
+        return f"{self.kernel.__name__} {specialization} {options}"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel takes."""
+
+    kernel: str
+    registers: int
+    spilled: int  # bytes on NVIDIA, registers on AMD
+    shared: int  # bytes
+
+
+def record(run: Callable[[], None], architecture: str) -> list[Launch]:
+    """The launches that `run` makes, with the launch sizes of `architecture`."""
+    caught: list[Launch] = []
+
+    def catch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        caught.append(Launch(kernel, args, kwargs))
+
+    with mock.patch.object(JITFunction, "run", catch), mock.patch.object(config, "architecture", lambda _: architecture):
+        run()
+    return caught
+
+
+def attention_launches(
+    architecture: str,
+    dtype: torch.dtype = torch.float16,
+    b: int = 2,
+    h: int = 4,
+    hk: int = 4,
+    m: int = 1024,
+    n: int = 1024,
+    d: int = 64,
+    dv: int | None = None,
+    heads_inside: bool = False,
+    mask: bool = False,
+    key_lengths: bool = False,
+    **call: Any,
+) -> list[Launch]:
+    """The launches of one forward and backward. Tensors are on the meta device: they have strides but no memory."""
+
+    def tensor(heads: int, rows: int, size: int) -> torch.Tensor:
+        if heads_inside:
+            return torch.empty(b, rows, heads, size, dtype=dtype, device="meta").transpose(1, 2)
+        return torch.empty(b, heads, rows, size, dtype=dtype, device="meta")
+
+    dv = dv or d
+    q, k, v, out = tensor(h, m, d), tensor(hk, n, d), tensor(hk, n, dv), tensor(h, m, dv)
+    lse = torch.empty(b, h, m, device="meta")
+    if mask:
+        call["mask"] = torch.empty(b, 1, m, n, dtype=torch.bool, device="meta")
+    if key_lengths:
+        call["key_lengths"] = torch.empty(b, dtype=torch.int32, device="meta")
+    if "dropout_p" in call:
+        call["seed"] = torch.empty((), dtype=torch.int64, device="meta")
+    arguments = Call(**({"scale": d**-0.5, "offset": n - m} | call))
+
+    def run() -> None:
+        flash_fwd(q, k, v, out, lse, arguments)
+        gradients = (torch.empty_like(t) for t in (q, k, v))
+        flash_bwd(q, k, v, out, lse, torch.empty_like(out), torch.empty_like(lse), *gradients, arguments)
+
+    return record(run, architecture)
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Usage:
+    """Compiles for `target` and reads registers, spills and shared memory from the machine code."""
+    bound, specialization, options = launch.bind(target)
+    backend = make_backend(target)
+    options, signature, constants, attributes = launch.kernel._pack_args(
+        backend, launch.kwargs, bound, specialization, options
+    )
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=target, options=options.__dict__)
+    read = _nvidia_usage if target.backend == "cuda" else _amd_usage
+    registers, spilled = read(compiled.asm)
+    return Usage(launch.kernel.__name__, registers, spilled, compiled.metadata.shared)
+
+
+def _nvidia_usage(assembly: dict[str, Any]) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(assembly["cubin"])
+        file.flush()
+        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    text = report.stdout + report.stderr
+    stack, local = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("STACK", "LOCAL"))
+    return int(re.search(r"REG:(\d+)", text)[1]), stack + local
+
+
+def _amd_usage(assembly: dict[str, Any]) -> tuple[int, int]:
+    text = assembly["amdgcn"]
+    spilled = sum(int(re.search(rf"\.{kind}gpr_spill_count: +(\d+)", text)[1]) for kind in "sv")
+    return int(re.search(r"\.vgpr_count: +(\d+)", text)[1]), spilled

@@ -1,0 +1,43 @@
+"""The one predicate of who sees whom, for a tile of queries against a tile of keys."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def visible(
+    start_m,
+    start_n,
+    rows,
+    cols,
+    M,
+    n_keys,
+    offset,
+    left,
+    right,
+    mask_base,
+    stride_mask_m,
+    stride_mask_n,
+    MASK_CONTIGUOUS: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """Which keys `start_n + cols` the queries `start_m + rows` see; rows and cols broadcast, in either orientation.
+
+    `left`, `right` and `mask_base` are None where the call has no such limit. Only elements that the other limits leave
+    visible are read from the mask.
+    """
+    i_m = start_m + rows
+    j_n = start_n + cols
+    see = (i_m < M) & (j_n < n_keys)
+    if left is not None:
+        see = see & (j_n >= i_m + (offset - left))
+    if right is not None:
+        see = see & (j_n <= i_m + (offset + right))
+    if mask_base is not None:
+        first = mask_base + (start_m.to(tl.int64) * stride_mask_m + start_n.to(tl.int64) * stride_mask_n)
+        inner_n = cols.to(OFFSET)
+        if not MASK_CONTIGUOUS:
+            inner_n = inner_n * stride_mask_n.to(OFFSET)
+        inner = rows.to(OFFSET) * stride_mask_m.to(OFFSET) + inner_n
+        see = see & (tl.load(first + inner, mask=see, other=0) != 0)
+    return see
