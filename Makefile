@@ -12,8 +12,8 @@ run: .venv/tools
 	$(BIN)/pyattn info
 	$(BIN)/pyattn verify
 	$(BIN)/pyattn bench --out runs/bench
-	$(BIN)/pyattn train gpt --attention pyattn --out runs/gpt-pyattn
-	$(BIN)/pyattn train gpt --attention torch --out runs/gpt-torch
+	$(BIN)/pyattn train gpt --attention pyattn --out runs/gpt-pyattn --overwrite
+	$(BIN)/pyattn train gpt --attention torch --out runs/gpt-torch --overwrite
 	$(BIN)/pyattn compare runs/gpt-pyattn runs/gpt-torch --out runs/gpt.png
 
 test: .venv/test

@@ -1,4 +1,4 @@
-"""Builds pyattn._C with CMake and Ninja; everything else about the package is in pyproject.toml.
+"""Lists the packages and builds pyattn._C with CMake and Ninja; everything else is in pyproject.toml.
 
 A machine without a C++17 compiler still gets an installable package: the failure is a warning, and its reason is left
 beside the package for the `cpu` backend to show.
@@ -11,28 +11,40 @@ import sys
 import warnings
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 REASON_FILE = "_C.not_built.txt"  # read by pyattn/backends/cpu.py
-SHOWN_LINES = 12
+SHOWN_LINES = 12  # of a failed build's output, in the warning
+# Top-level folders that are installed inside the package.
+MAPPED = {"pyattn.triton_kernels": "triton_kernels", "pyattn.benchmarks": "benchmarks"}
 
 
 class BuildWithCMake(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        reason_file = target.parent / REASON_FILE
+        reason_file = target.with_name(REASON_FILE)
         if output := compile_extension(Path(self.build_temp).resolve(), target, bool(self.debug)):
+            target.unlink(missing_ok=True)
             reason_file.write_text(failure_reason(output) + "\n", encoding="utf-8")
             last_lines = "\n".join(output.strip().splitlines()[-SHOWN_LINES:])
-            warnings.warn(f"pyattn is installed without its cpu backend: {failure_reason(output)}\n{last_lines}")
+            message = f"pyattn is installed without its cpu backend: {failure_reason(output)}\n{last_lines}"
+            warnings.warn(message, stacklevel=1)
         else:
             reason_file.unlink(missing_ok=True)
 
     def copy_extensions_to_source(self) -> None:
-        """build_extension has written to the right place already; a failed build has nothing to copy."""
+        """After an editable build: the module, or the reason that there is none, and not the other one's remains."""
+        package = Path(self.get_finalized_command("build_py").get_package_dir("pyattn"))
+        for ext in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(ext.name))
+            for file in (built, built.with_name(REASON_FILE)):
+                if file.exists():
+                    replace_file(package / file.name, file)
+                else:
+                    (package / file.name).unlink(missing_ok=True)
 
 
 def compile_extension(build_dir: Path, target: Path, debug: bool) -> str:
@@ -58,19 +70,21 @@ def compile_extension(build_dir: Path, target: Path, debug: bool) -> str:
     built = next(build_dir.glob("_C*.so"), None) or next(build_dir.glob("_C*.pyd"), None)
     if built is None:
         return f"the build left no _C module in {build_dir.name}"
-    # Replaced in one step: a process that has the old module open keeps it.
-    fresh = target.with_name(target.name + ".new")
-    fresh.write_bytes(built.read_bytes())
-    fresh.replace(target)
+    replace_file(target, built)
     return ""
+
+
+def replace_file(target: Path, source: Path) -> None:
+    """Copies in one step: a process that has the old module open keeps it."""
+    fresh = target.with_name(target.name + ".new")
+    fresh.write_bytes(source.read_bytes())
+    fresh.replace(target)
 
 
 def failure_reason(output: str) -> str:
     """One sentence for the user of the `cpu` backend, out of what the build tools printed."""
-    if "No CMAKE_CXX_COMPILER could be found" in output or "CMAKE_CXX_COMPILER not set" in output:
-        return (
-            "not built: no C++17 compiler was found when pyattn was installed; install one and run pip install again"
-        )
+    if "CMAKE_CXX_COMPILER could be found" in output or "not a full path to an existing compiler" in output:
+        return "not built: no C++17 compiler was found when pyattn was installed; install one and run pip install again"
     errors = [line.strip() for line in output.splitlines() if "error" in line.lower()]
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     cause = (errors or lines or ["no output"])[0]
@@ -78,4 +92,9 @@ def failure_reason(output: str) -> str:
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("pyattn._C", sources=[])], cmdclass={"build_ext": BuildWithCMake})
+    setup(
+        packages=[*find_packages(include=["pyattn", "pyattn.*"]), *MAPPED],
+        package_dir=MAPPED,
+        ext_modules=[Extension("pyattn._C", sources=[])],
+        cmdclass={"build_ext": BuildWithCMake},
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from rich.progress import track
 from . import chart, environment, report
 from .cases import CPU_CASES, CPU_QUICK_CASES, Case
 from .peers import CPU_PEERS
-from .suite import Row, measure, with_cpu_memory
+from .suite import Row, measure
 
 BASELINE = "SDPA fused"
 
@@ -29,16 +28,13 @@ def run(out_dir: Path, *, quick: bool = False, console: Console | None = None) -
         One row per case, direction and peer. A row with status "failed" is a wrong result.
     """
     console = console or Console()
-    cases, seconds = (CPU_QUICK_CASES, 20.0) if quick else (CPU_CASES, 72.0)
-    start = time.monotonic()
+    cases, seconds = (CPU_QUICK_CASES, 20.0) if quick else (CPU_CASES, 70.0)
     rows: list[Row] = []
-    # A quarter of the time is kept for the memory, which is measured in a second pass.
-    steps = measure(cases, CPU_PEERS, "cpu", 0.75 * seconds)
+    steps = measure(cases, CPU_PEERS, "cpu", seconds)
     for step in track(
         steps, "measuring", total=len(cases), console=console, transient=True, disable=not console.is_terminal
     ):
         rows += step
-    rows = with_cpu_memory(rows, seconds - (time.monotonic() - start))
     _publish(out_dir, rows, console)
     return rows
 

@@ -8,7 +8,9 @@ from math import exp, log
 from pathlib import Path
 from typing import TypeVar
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .suite import Row
@@ -56,7 +58,7 @@ def print_tables(rows: Sequence[Row], baseline: str, console: Console) -> None:
         chosen = [row for row in rows if (row.case.dtype_name, row.direction) == (dtype, direction)]
         console.print(_table(f"{direction}, {dtype}", chosen, baseline, notes))
     for reason, number in notes.items():
-        console.print(f"[dim]({number}) {reason}[/dim]", highlight=False)
+        console.print(f"[dim]({number}) {escape(reason)}[/dim]", highlight=False)
     legend = (
         "ms: median time. GFLOP/s, TFLOP/s: operations of the matrix products alone. MB: peak memory beyond the "
         f"inputs, results included. ratio: {baseline}'s time over pyattn's."
@@ -88,10 +90,10 @@ def by_case(rows: Iterable[Row]) -> list[list[Row]]:
 
 def _table(title: str, rows: Sequence[Row], baseline: str, notes: dict[str, int]) -> Table:
     speed, scale = unit(rows)
-    table = Table(title=title, title_justify="left", pad_edge=False)
-    table.add_column("case")
+    table = Table(title=f"{title}: ms, {speed}, MB", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("case", no_wrap=True)
     for peer in _in_order(row.peer for row in rows):
-        table.add_column(f"{peer}\nms {speed}    MB", justify="right")
+        table.add_column(peer, justify="right")
     table.add_column("ratio", justify="right")
     for group in by_case(rows):
         ratio = _ratio(group, baseline)
@@ -102,10 +104,10 @@ def _table(title: str, rows: Sequence[Row], baseline: str, notes: dict[str, int]
 
 def _cell(row: Row, scale: float, notes: dict[str, int]) -> str:
     if row.timing is None or row.gflops is None:
-        number = notes.setdefault(f"{row.peer}: {row.reason}", len(notes) + 1)
+        number = notes.setdefault(row.reason, len(notes) + 1)
         return f"[red]FAILED[/red] ({number})" if row.status == "failed" else f"[dim]({number})[/dim]"
     megabytes = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
-    return f"{row.timing.p50_ms:.2f} {row.gflops / scale:7.0f} {megabytes:>5}"
+    return f"{row.timing.p50_ms:.2f} {row.gflops / scale:5.0f} {megabytes:>4}"
 
 
 def _ratio(group: Sequence[Row], baseline: str) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -74,20 +74,12 @@ def measure_case(
         outcomes = {peer.name: admitted(peer, case, direction, x, gate, setup_until) for peer in peers}
         calls = {name: outcome for name, outcome in outcomes.items() if not isinstance(outcome, Row)}
         timings = interleaved(calls, device, seconds)
-        peaks = {name: memory.cuda_peak(call) for name, call in calls.items()} if device == "cuda" else {}
         for name, outcome in outcomes.items():
             if isinstance(outcome, Row):
                 rows.append(outcome)
             else:
-                rows.append(Row(case, direction, name, "ok", "", timings[name], peaks.get(name)))
+                rows.append(Row(case, direction, name, "ok", "", timings[name], memory.peak(outcome, device)))
     return rows
-
-
-def with_cpu_memory(rows: Sequence[Row], seconds: float) -> list[Row]:
-    """The rows with their peak memory on the CPU, measured within `seconds`."""
-    jobs = [(row.case, row.direction, row.peer) for row in rows if row.timing]
-    peaks = memory.cpu_peaks(jobs, seconds)
-    return [replace(row, peak_bytes=peaks.get((row.case, row.direction, row.peer))) for row in rows]
 
 
 def admitted(

@@ -147,7 +147,9 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ShapeError(f"k: expected [b={b}, hk, n, d={d}], got {_shape(k)}: {why}")
     if v.shape[0] != b or v.shape[1] != hk or v.shape[2] != n:
         raise ShapeError(f"v: expected [b={b}, hk={hk}, n={n}, dv], got {_shape(v)}: k is {_shape(k)}")
-    if (hk == 0 and h != 0) or (hk != 0 and h % hk != 0):
+    if h == 0 or hk == 0:
+        raise ShapeError(f"q, k: expected at least 1 head, got h={h}, hk={hk}")
+    if h % hk != 0:
         raise ShapeError(f"k: expected a number of heads that divides the {h} heads of q, got {hk}")
     if d == 0 or v.shape[3] == 0:
         raise ShapeError(f"q, v: expected head sizes of at least 1, got d={d}, dv={v.shape[3]}")

@@ -30,8 +30,13 @@ if TYPE_CHECKING:
     from pyattn.training.run import Run
     from pyattn.verification import Verdict
 
-# Without a terminal there is no width to ask for; a table in a log file then has room for its columns.
-console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+
+def _console(markup: bool) -> Console:
+    # Without a terminal there is no width to ask for; a table in a log file then has room for its columns.
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=markup)
+
+
+console = _console(markup=False)  # paths and samples may hold brackets
 
 
 class _Commands(TyperGroup):
@@ -127,7 +132,7 @@ def bench(
     """
     from pyattn.benchmarks import cpu
 
-    rows = cpu.run(out, quick=quick, console=console)
+    rows = cpu.run(out, quick=quick, console=_console(markup=True))
     if any(row.status == "failed" for row in rows):
         raise typer.Exit(1)
 
@@ -145,16 +150,16 @@ def train_gpt(
     attention: Annotated[str, typer.Option(help="pyattn or torch (its own fused attention).")] = "pyattn",
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")] = None,
     sample_tokens: Annotated[int, typer.Option(min=0, help="Length of the text written at the end.")] = 200,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 240,
-    batch: Annotated[int, typer.Option(help="Windows per step.")] = 4,
-    lr: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 2e-3,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
+    batch: Annotated[int, typer.Option(help="Windows per step.")] = 2,
+    lr: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 1.5e-3,
     dropout: Annotated[float, typer.Option(help="Probability, in [0, 1).")] = 0.0,
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for matrix products and attention.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of weights, batches, dropout and sample.")] = 0,
-    layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 4,
-    heads: Annotated[int, typer.Option(help="Attention heads per block.")] = 4,
-    width: Annotated[int, typer.Option(help="Size of a token's vector.")] = 256,
-    context: Annotated[int, typer.Option(help="Tokens that the model looks back.")] = 512,
+    layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 6,
+    heads: Annotated[int, typer.Option(help="Attention heads per block.")] = 2,
+    width: Annotated[int, typer.Option(help="Size of a token's vector.")] = 128,
+    context: Annotated[int, typer.Option(help="Tokens that the model looks back.")] = 1024,
     vocab: Annotated[int, typer.Option(help="Size of the byte-level BPE vocabulary.")] = 2048,
 ) -> None:
     """Train a GPT-2 on a text, then let it write.

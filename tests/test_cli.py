@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +105,23 @@ def test_verify_backend_that_is_not_ready_is_refused_with_its_reason(monkeypatch
     _assert_refused(_run("verify", "--backend", "reference"), "reference is not ready: has a cold")
 
 
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("failed", 1)])
+def test_bench_exit_code_says_whether_a_result_was_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, code: int
+) -> None:
+    from pyattn.benchmarks import cpu
+
+    asked = {}
+
+    def run(out_dir: Path, **options: object) -> list[SimpleNamespace]:
+        asked.update(options, out_dir=out_dir)
+        return [SimpleNamespace(status="ok"), SimpleNamespace(status=status)]
+
+    monkeypatch.setattr(cpu, "run", run)
+    assert _run("bench", "--quick", "--out", tmp_path).exit_code == code
+    assert (asked["out_dir"], asked["quick"]) == (tmp_path, True)
+
+
 def test_train_then_resume_then_compare(tmp_path: Path) -> None:
     for name in ("a", "b"):
         result = _run(*TINY, "--out", tmp_path / name, "--steps", 4)
@@ -187,7 +205,7 @@ def test_train_interrupted_leaves_a_checkpoint_that_resumes(tmp_path: Path) -> N
     process = subprocess.Popen(
         [*main, *TINY, "--out", str(out), "--steps", "100000"], stdout=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text("utf-8").count("\n") < 3:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)

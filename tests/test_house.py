@@ -28,7 +28,7 @@ LEVELS = (
     ("pyattn.check", "pyattn.registry", "pyattn.autograd", "pyattn.ops"),
     ("pyattn.backends",),
     ("triton_kernels", "pyattn.triton_kernels", "pyattn._C"),
-    ("pyattn.spec",),
+    ("pyattn.spec", "pyattn.dropout"),
 )
 
 

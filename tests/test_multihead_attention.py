@@ -170,7 +170,7 @@ def test_mha_one_seed_gives_the_parameters_of_torch(options: dict) -> None:
 def test_mha_state_dict_loads_strictly_in_both_directions(options: dict) -> None:
     theirs, ours = pair(**options)
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    with pytest.raises(RuntimeError, match="in_proj_weight|k_proj_weight"):
+    with pytest.raises(RuntimeError, match="proj_weight"):
         ours.load_state_dict({name: t for name, t in theirs.state_dict().items() if "proj_weight" not in name})
 
 
@@ -291,7 +291,7 @@ def test_mha_gradient_through_dropped_weights_is_their_derivative() -> None:
         torch.manual_seed(0)
         return ours(query, key, value, average_attn_weights=False)
 
-    assert torch.autograd.gradcheck(results, tuple(t.requires_grad_() for t in (query, key, value)))
+    assert torch.autograd.gradcheck(results, tuple(t.requires_grad_() for t in (query, key, value)), fast_mode=True)
 
 
 def test_mha_dropout_follows_torch_manual_seed_and_the_training_flag() -> None:
@@ -339,7 +339,8 @@ def test_mha_under_autocast_agrees_with_torch() -> None:
 def encoder_pair(**options: Any) -> tuple[nn.TransformerEncoder, nn.TransformerEncoder]:
     """A torch encoder, and the same with our attention in each of its layers."""
     options = {"d_model": 16, "nhead": 4, "dim_feedforward": 24, "dtype": torch.float64, "batch_first": True} | options
-    theirs = nn.TransformerEncoder(nn.TransformerEncoderLayer(**options), 2)
+    nests = not options.get("norm_first", False)
+    theirs = nn.TransformerEncoder(nn.TransformerEncoderLayer(**options), 2, enable_nested_tensor=nests)
     ours = copy.deepcopy(theirs)
     for layer in ours.layers:
         attention = pyattn.MultiheadAttention(16, 4, batch_first=True, dtype=torch.float64)
@@ -363,10 +364,20 @@ def test_mha_in_a_torch_encoder_agrees_with_torch(norm_first: bool, padded: bool
     }
     options = {"mask": masks.get(mask), "src_key_padding_mask": padding if padded else None}
     with torch.set_grad_enabled(not inference):
-        actual, expected = ours(x, **options), theirs(x, **options)
-    if padded:  # torch's two paths disagree on what a padded query gives
+        actual = ours(x, **options)
+        expected = without_fast_path(theirs, x, **options)
+    if padded:  # the encoder gives 0 for padded queries in inference alone
         actual, expected = (t.masked_fill(padding[..., None], 0.0) for t in (actual, expected))
     torch.testing.assert_close(actual, expected)
+
+
+def without_fast_path(module: nn.Module, *args: Any, **options: Any) -> Tensor:
+    """torch's layer without its inference kernel, which misreads float masks (pytorch#107084)."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        return module(*args, **options)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -410,10 +421,13 @@ def test_mha_nested_input_with_a_mask_raises() -> None:
         ours(x, x, x, attn_mask=torch.zeros(4, 4, dtype=torch.bool))
 
 
-@pytest.mark.parametrize(("embed_dim", "num_heads", "dropout"), [(0, 1, 0.0), (8, 0, 0.0), (8, 3, 0.0), (8, 2, 1.5)])
-def test_mha_bad_construction_raises(embed_dim: int, num_heads: int, dropout: float) -> None:
-    with pytest.raises(pyattn.RangeError, match="embed_dim|dropout"):
-        pyattn.MultiheadAttention(embed_dim, num_heads, dropout)
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [((0, 1), "embed_dim"), ((8, 0), "num_heads"), ((8, 3), "num_heads"), ((8, 2, 1.5), "dropout")],
+)
+def test_mha_bad_construction_raises_and_names_it(arguments: tuple, named: str) -> None:
+    with pytest.raises(pyattn.RangeError, match=named):
+        pyattn.MultiheadAttention(*arguments)
 
 
 q, k = torch.zeros(M, B, E), torch.zeros(N, B, E)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import pyattn
 from pyattn import testing
-from pyattn.backends.reference import philox
+from pyattn.dropout import philox
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,21 @@ from pyattn.triton_kernels.flash_bwd import flash_bwd
 from pyattn.triton_kernels.flash_fwd import flash_fwd
 from pyattn.triton_kernels.launch import Call
 
-# Architecture as `config` names it: the compiler's target, and the shared memory in bytes that one block may have.
-TARGETS = {
-    "sm80": (GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm86": (GPUTarget("cuda", 86, 32), 99 * 1024),
-    "sm90": (GPUTarget("cuda", 90, 32), 227 * 1024),
-    "sm100": (GPUTarget("cuda", 100, 32), 227 * 1024),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+
+
+@dataclass(frozen=True)
+class Chip:
+    target: GPUTarget
+    architecture: str  # as `config` names it
+    shared: int  # bytes of shared memory that one block may have
+
+
+CHIPS = {
+    # An A100 has 163 KB, but the same launch sizes serve its smaller relatives (8.6, 8.9), which have 99.
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), "ampere", 99 * 1024),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), "hopper", 227 * 1024),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), "hopper", 227 * 1024),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), "cdna", 64 * 1024),
 }
 
 
@@ -54,6 +62,20 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Job:
+    """One forward and backward to compile for one chip."""
+
+    chip: str
+    dtype: torch.dtype
+    options: dict[str, Any]  # of attention_launches
+
+    @property
+    def id(self) -> str:
+        options = (name if value is True else f"{name}{value}" for name, value in self.options.items())
+        return "-".join([self.chip, str(self.dtype).removeprefix("torch."), *options])
+
+
+@dataclass(frozen=True)
 class Usage:
     """What a compiled kernel takes."""
 
@@ -70,7 +92,7 @@ def record(run: Callable[[], None], architecture: str) -> list[Launch]:
     def catch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         caught.append(Launch(kernel, args, kwargs))
 
-    with mock.patch.object(JITFunction, "run", catch), mock.patch.object(config, "architecture", lambda _: architecture):
+    with mock.patch.object(JITFunction, "run", catch), mock.patch.object(config, "architecture_of", lambda _: architecture):
         run()
     return caught
 
@@ -116,6 +138,13 @@ def attention_launches(
     return record(run, architecture)
 
 
+def compile_job(job: Job, cache: str) -> list[Usage]:
+    """Compiles every kernel of a job, or takes it from the folder `cache`."""
+    triton.knobs.cache.dir = cache
+    chip = CHIPS[job.chip]
+    return [compile_launch(x, chip.target) for x in attention_launches(chip.architecture, job.dtype, **job.options)]
+
+
 def compile_launch(launch: Launch, target: GPUTarget) -> Usage:
     """Compiles for `target` and reads registers, spills and shared memory from the machine code."""
     bound, specialization, options = launch.bind(target)
@@ -143,5 +172,5 @@ def _nvidia_usage(assembly: dict[str, Any]) -> tuple[int, int]:
 
 def _amd_usage(assembly: dict[str, Any]) -> tuple[int, int]:
     text = assembly["amdgcn"]
-    spilled = sum(int(re.search(rf"\.{kind}gpr_spill_count: +(\d+)", text)[1]) for kind in "sv")
+    spilled = sum(int(re.search(rf"\.{kind}gpr_spill_count: +(\d+)", text)[1]) for kind in "v")
     return int(re.search(r"\.vgpr_count: +(\d+)", text)[1]), spilled

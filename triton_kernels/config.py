@@ -1,22 +1,96 @@
-"""Launch sizes."""
+"""Launch sizes, as a table by kernel, architecture, bits per element and head size.
+
+No row has been measured on a GPU yet. The sizes start from PyTorch 2.13's FlexAttention defaults where those are said
+(its kernels have the same loops), and are the largest for which ahead-of-time compilation shows no register spills
+and fits the chip's shared memory; `tests/test_triton_compile.py` holds them to that.
+"""
+
 from __future__ import annotations
-from dataclasses import dataclass
-import os, ast
+
+from functools import cache
+from typing import NamedTuple
+
 import torch
 
-@dataclass(frozen=True)
-class Config:
+
+class Config(NamedTuple):
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
 
-    @property
-    def arguments(self):
-        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps, "num_stages": self.num_stages}
+    def arguments(self) -> dict[str, int]:
+        """As the kernels take them."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
 
-OVERRIDE = {}
-def architecture(device): return "interpreter"
-def choose(kernel: str, q, block_d: int, block_dv: int) -> Config:
-    if kernel in OVERRIDE: return OVERRIDE[kernel]
-    return Config(16, 32, 4, 1)
+
+# (kernel, architecture, bits): {largest padded head size: launch sizes}
+TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
+    # 227 KB of shared memory. Compute capability 9.0, 10.0 and 10.3.
+    ("forward", "hopper", 16): {
+        64: Config(128, 64, 4, 3),  # two blocks fit one SM; 128 keys (FlexAttention's) would spill
+        128: Config(128, 64, 8, 3),  # FlexAttention's
+        256: Config(128, 32, 8, 2),  # 64 keys would spill
+    },
+    ("dq", "hopper", 16): {
+        64: Config(128, 64, 8, 3),  # FlexAttention's
+        128: Config(128, 64, 8, 2),  # FlexAttention's with one stage less
+        256: Config(128, 32, 8, 2),  # 64 keys would spill
+    },
+    ("dkdv", "hopper", 16): {
+        64: Config(64, 128, 8, 2),  # FlexAttention's with one stage less
+        128: Config(64, 128, 8, 2),  # FlexAttention's with one stage less
+        256: Config(32, 32, 8, 1),  # both sums of 64 keys would fill a warpgroup's registers
+    },
+    # 99 KB of shared memory, so that one row serves compute capability 8.0 to 8.9 and 12.0.
+    ("forward", "ampere", 16): {
+        64: Config(128, 64, 4, 3),  # FlexAttention's
+        128: Config(128, 64, 8, 3),  # FlexAttention's
+        256: Config(64, 32, 8, 2),  # 128 queries would spill
+    },
+    ("dq", "ampere", 16): {
+        64: Config(64, 64, 4, 2),  # FlexAttention's
+        128: Config(64, 64, 4, 2),  # FlexAttention's
+        256: Config(64, 32, 8, 1),  # 4 warps would spill
+    },
+    ("dkdv", "ampere", 16): {
+        64: Config(64, 64, 4, 2),  # FlexAttention's
+        128: Config(64, 64, 8, 2),  # FlexAttention's with 8 warps: 4 would spill
+        256: Config(32, 32, 8, 1),  # 64 keys would exceed the shared memory
+    },
+    # 64 KB of shared memory and 512 registers. AMD CDNA.
+    ("forward", "cdna", 16): {128: Config(128, 64, 4, 1), 256: Config(64, 32, 4, 1)},
+    ("dq", "cdna", 16): {128: Config(64, 64, 4, 1), 256: Config(64, 32, 4, 1)},
+    ("dkdv", "cdna", 16): {64: Config(64, 64, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(32, 32, 4, 1)},
+    # Exact float32 products run outside the matrix units on NVIDIA, unrolled: larger tiles spill and compile for long.
+    ("forward", "any", 32): {64: Config(32, 32, 4, 1), 256: Config(16, 32, 4, 1)},
+    ("dq", "any", 32): {128: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)},
+    ("dkdv", "any", 32): {128: Config(32, 32, 8, 1), 256: Config(16, 16, 4, 1)},
+    # Small, so that small tests have several blocks in each direction.
+    ("forward", "interpreter", 16): {256: Config(32, 32, 4, 1)},
+    ("dq", "interpreter", 16): {256: Config(32, 32, 4, 1)},
+    ("dkdv", "interpreter", 16): {256: Config(32, 32, 4, 1)},
+}
+
+
+def choose(kernel: str, architecture: str, bits: int, head_dim: int) -> Config:
+    """The row for a kernel ("forward", "dq" or "dkdv") and the larger of the two padded head sizes."""
+    rows = TABLE[kernel, architecture, bits] if bits == 16 else TABLE[kernel, "any", bits]
+    return rows[min(size for size in rows if size >= head_dim)]
+
+
+def architecture_of(device: torch.device) -> str:
+    """The table's name for a device; tensors on the CPU are the interpreter's."""
+    return "interpreter" if device.type == "cpu" else _gpu_architecture(device)
+
+
+@cache
+def _gpu_architecture(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return "cdna"
+    return "hopper" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "ampere"

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config, launch
+from . import launch
 from .mask import visible
 from .philox import dropout_keep
 from .schedule import (
@@ -226,6 +226,7 @@ def _flash_bwd_dkdv_kernel(
     threshold,
     inv_keep,
     SCALE_SIGN: tl.constexpr,
+    GROUPED: tl.constexpr,
     MASK_CONTIGUOUS: tl.constexpr,
     ALIGN: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -269,49 +270,53 @@ def _flash_bwd_dkdv_kernel(
     )
     start, full_start, full_stop, stop = visited_blocks(first, last, first_full, last_full, mask_ptr, BLOCK_M)
     HAS_MASKED: tl.constexpr = left is not None or right is not None or mask_ptr is not None
-    for i_g in tl.range(0, GROUP):
-        i_h = i_kv * GROUP + i_g
-        q_base = head_start(q_ptr, i_b, i_h, stride_qb, stride_qh, ALIGN)
-        do_base = head_start(do_ptr, i_b, i_h, stride_dob, stride_doh, ALIGN)
-        statistics = (i_b * H + i_h).to(tl.int64) * M
-        mask_base = mask_ptr
-        if mask_ptr is not None:
-            mask_base = head_start(mask_ptr, i_b, i_h, stride_mask_b, stride_mask_h, 1)
-        for run in tl.static_range(first_run(HAS_MASKED), stop_run(mask_ptr)):
-            for step in tl.range(0, run_length(run, start, full_start, full_stop, stop), BLOCK_M):
-                start_m = block_start(run, step, start, full_start, full_stop, BLOCK_M)
-                in_m = start_m + rows < M
-                # [BLOCK_M, BLOCK_D]
-                q_tile = load_tile(
-                    q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET
-                )
-                # [BLOCK_M, BLOCK_DV]
-                do_tile = load_tile(
-                    do_base, stride_dom, start_m, in_m, True, HEAD_DIM_V, BLOCK_M, BLOCK_DV, ALIGN, OFFSET
-                )
-                # [BLOCK_M]
-                lse = tl.load(lse_ptr + statistics + start_m + rows, mask=in_m, other=float("-inf"))
-                delta = tl.load(delta_ptr + statistics + start_m + rows, mask=in_m, other=0.0)
-                # [BLOCK_N, BLOCK_M]
-                s_t = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-                p_t = exp_scores(s_t, unit, subtracted_lse(lse, EXACT)[None, :], EXACT)
-                dp_t = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
-                if run == MASKED_RUN:
-                    see = visible(
-                        start_m, start_n, rows[None, :], cols[:, None], M, n_keys, offset, left, right,
-                        mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
-                    )  # fmt: skip
-                    p_t = tl.where(see, p_t, 0.0)
-                p_kept = p_t
-                if seed_ptr is not None:
-                    keep = tl.trans(dropout_keep(seed, threshold, i_b, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N))
-                    p_kept = tl.where(keep, p_t * inv_keep, 0.0)
-                    dp_t = tl.where(keep, dp_t * inv_keep, 0.0)
-                dv = tl.dot(p_kept.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
-                ds_t = p_t * (dp_t - delta[None, :])
-                if run == MASKED_RUN:
-                    ds_t = tl.where(see, ds_t, 0.0)
-                dk = tl.dot(ds_t.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+    # The query heads of the group follow one another in one loop, so that its pipeline never drains between them.
+    for run in tl.static_range(first_run(HAS_MASKED), stop_run(mask_ptr)):
+        length = run_length(run, start, full_start, full_stop, stop)
+        for step in tl.range(0, length * GROUP, BLOCK_M):
+            i_h = i_kv
+            if GROUPED:
+                i_h = i_kv * GROUP + step // length
+                step = step % length
+            start_m = block_start(run, step, start, full_start, full_stop, BLOCK_M)
+            in_m = start_m + rows < M
+            statistics = (i_b * H + i_h).to(tl.int64) * M + start_m
+            # [BLOCK_M, BLOCK_D]
+            q_base = head_start(q_ptr, i_b, i_h, stride_qb, stride_qh, ALIGN)
+            q_tile = load_tile(
+                q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET
+            )
+            # [BLOCK_M, BLOCK_DV]
+            do_base = head_start(do_ptr, i_b, i_h, stride_dob, stride_doh, ALIGN)
+            do_tile = load_tile(
+                do_base, stride_dom, start_m, in_m, True, HEAD_DIM_V, BLOCK_M, BLOCK_DV, ALIGN, OFFSET
+            )
+            # [BLOCK_M]
+            lse = tl.load(lse_ptr + statistics + rows, mask=in_m, other=float("-inf"))
+            delta = tl.load(delta_ptr + statistics + rows, mask=in_m, other=0.0)
+            # [BLOCK_N, BLOCK_M]
+            s_t = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+            p_t = exp_scores(s_t, unit, subtracted_lse(lse, EXACT)[None, :], EXACT)
+            dp_t = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
+            if run == MASKED_RUN:
+                mask_base = mask_ptr
+                if mask_ptr is not None:
+                    mask_base = head_start(mask_ptr, i_b, i_h, stride_mask_b, stride_mask_h, 1)
+                see = visible(
+                    start_m, start_n, rows[None, :], cols[:, None], M, n_keys, offset, left, right,
+                    mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                )  # fmt: skip
+                p_t = tl.where(see, p_t, 0.0)
+            p_kept = p_t
+            if seed_ptr is not None:
+                keep = tl.trans(dropout_keep(seed, threshold, i_b, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N))
+                p_kept = tl.where(keep, p_t * inv_keep, 0.0)
+                dp_t = tl.where(keep, dp_t * inv_keep, 0.0)
+            dv = tl.dot(p_kept.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
+            ds_t = p_t * (dp_t - delta[None, :])
+            if run == MASKED_RUN:
+                ds_t = tl.where(see, ds_t, 0.0)
+            dk = tl.dot(ds_t.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
 
     # Keys past the length were never masked above, only their own rows of dk and dv are wrong.
     in_n = start_n + cols < N
@@ -345,15 +350,15 @@ def flash_bwd(
     common = call.arguments(q, k, v) | launch.layout(q, k, v, out, d_out, dq, dk, dv, mask=call.mask)
     common["scale"] = call.scale
     with launch.on_device_of(q):
-        sizes = config.choose("dq", q, common["BLOCK_D"], common["BLOCK_DV"])
+        sizes = launch.sizes("dq", q, v)
         if b * m > 0:
             _flash_bwd_dq_kernel[(triton.cdiv(m, sizes.block_m) * h * b,)](
                 q, k, v, out, d_out, dq, lse, d_lse, delta,
-                **launch.strides(q=q, k=k, v=v, o=out, do=d_out, dq=dq), **common, **sizes.arguments,
+                **launch.strides(q=q, k=k, v=v, o=out, do=d_out, dq=dq), **common, **sizes.arguments(),
             )  # fmt: skip
-        sizes = config.choose("dkdv", q, common["BLOCK_D"], common["BLOCK_DV"])
+        sizes = launch.sizes("dkdv", q, v)
         if b * n > 0:
             _flash_bwd_dkdv_kernel[(triton.cdiv(n, sizes.block_n) * hk * b,)](
                 q, k, v, d_out, dk, dv, lse, delta,
-                **launch.strides(q=q, k=k, v=v, do=d_out, dk=dk, dv=dv), **common, **sizes.arguments,
+                **launch.strides(q=q, k=k, v=v, do=d_out, dk=dk, dv=dv), **common, **sizes.arguments(), GROUPED=h != hk,
             )  # fmt: skip

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import config, launch
+from . import launch
 from .mask import visible
 from .philox import dropout_keep
 from .schedule import MASKED_RUN, block_start, keys_seen, run_length, stop_run, visited_blocks
@@ -138,8 +138,8 @@ def flash_fwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: l
     if b * m == 0:
         return
     common = call.arguments(q, k, v) | launch.layout(q, k, v, out, mask=call.mask)
-    sizes = config.choose("forward", q, common["BLOCK_D"], common["BLOCK_DV"])
+    sizes = launch.sizes("forward", q, v)
     with launch.on_device_of(q):
         _flash_fwd_kernel[(triton.cdiv(m, sizes.block_m) * h * b,)](
-            q, k, v, out, lse, **launch.strides(q=q, k=k, v=v, o=out), **common, **sizes.arguments
+            q, k, v, out, lse, **launch.strides(q=q, k=k, v=v, o=out), **common, **sizes.arguments()
         )

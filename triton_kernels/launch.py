@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import config
+
 # Values that change from call to call and must never cause a recompilation. Triton would otherwise compile a variant for
 # 1, one for multiples of 16 and one for the rest; members of a tuple cannot be exempted, so strides are single arguments.
 RUNTIME_VALUES = (
@@ -89,6 +91,12 @@ def strides(**tensors: Tensor) -> dict[str, int]:
         for name, t in tensors.items()
         for axis, stride in zip("bhn" if name in ("k", "v", "dk", "dv") else "bhm", t.stride(), strict=False)
     }
+
+
+def sizes(kernel: str, q: Tensor, v: Tensor) -> config.Config:
+    """The launch sizes of `kernel` for these tensors."""
+    head_dim = padded_head_dim(max(q.shape[3], v.shape[3]))
+    return config.choose(kernel, config.architecture_of(q.device), 8 * q.element_size(), head_dim)
 
 
 def padded_head_dim(d: int) -> int:

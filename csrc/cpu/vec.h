@@ -41,7 +41,7 @@ static inline void store(A* to, Vec<A> x) {
 }
 template <class A>
 static inline Vec<A> fill(A x) {
-    return Vec<A>{} + x;
+    return x - Vec<A>{};  // x - 0 is x, -0 too, so the subtraction folds away; x + 0 would stay
 }
 
 // A NaN in x is passed over: the exponentials that follow bring it back.
@@ -51,33 +51,32 @@ static inline Vec<A> running_max(Vec<A> so_far, Vec<A> x) {
 }
 
 // Coefficients are Chebyshev fits of (e^f - 1 - f) / f^2 on [-ln2/2, ln2/2], highest power first.
+// `round` is 1.5 * 2^mantissa, which rounds what is added to it to an integer, plus the exponent's bias.
 template <class A>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
     static constexpr float lowest = -87.33654f;  // ln of the smallest normal number; below it the result is 0
-    static constexpr float round = 0x1.8p23f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+    static constexpr float round = 0x1.8p23f + 127, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
     static constexpr int mantissa = 23;
-    static constexpr int32_t bias = 127;
     static constexpr float poly[] = {1.39262508e-3f, 8.36323288e-3f, 4.16665542e-2f, 1.66665766e-1f, 0.5f};
 };
 template <>
 struct ExpConstants<double> {
     static constexpr double lowest = -708.396418532264;
-    static constexpr double round = 0x1.8p52, ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b39p-40;
+    static constexpr double round = 0x1.8p52 + 1023, ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b39p-40;
     static constexpr int mantissa = 52;
-    static constexpr int64_t bias = 1023;
     static constexpr double poly[] = {2.5100472505694996e-8,  2.7620201591031549e-7, 2.7557268276905697e-6,
                                       2.4801521057868205e-5,  1.9841269863171556e-4, 1.3888888917367081e-3,
                                       8.3333333333300382e-3,  4.1666666666623821e-2, 1.6666666666666667e-1,
                                       0.5};
 };
 
-// e^x for x <= 0 (and a little above). e^-inf is exactly 0; a NaN stays one.
+// e^x for x <= 0 (and a little above), to 1 ulp. e^-inf is exactly 0; a NaN stays one.
 template <class A>
 static inline Vec<A> exp(Vec<A> x) {
     using C = ExpConstants<A>;
-    // Adding `round` leaves the nearest integer of x / ln2 in the low mantissa bits.
+    // The low mantissa bits of `shifted` are the nearest integer of x / ln2 plus the bias: an exponent field.
     const Vec<A> shifted = x * fill<A>(static_cast<A>(1.4426950408889634)) + C::round;
     const Vec<A> whole = shifted - C::round;
     const Vec<A> f = (x - whole * C::ln2_high) - whole * C::ln2_low;
@@ -85,9 +84,8 @@ static inline Vec<A> exp(Vec<A> x) {
 #pragma GCC unroll 10
     for (int i = 1; i < static_cast<int>(sizeof C::poly / sizeof(A)); ++i) poly = poly * f + C::poly[i];
     poly = (poly * f + A(1)) * f + A(1);
-    const Bits<A> power = ((Bits<A>)shifted << C::mantissa) + (C::bias << C::mantissa);
-    const Vec<A> result = poly * (Vec<A>)power;
-    return x < C::lowest ? Vec<A>{} : result;
+    const Vec<A> power = (Vec<A>)((Bits<A>)shifted << C::mantissa);
+    return x < C::lowest ? Vec<A>{} : poly * power;
 }
 
 // tanh after Cephes: a rational function near 0, where 1 - 2 / (e^2x + 1) would cancel, and that elsewhere.

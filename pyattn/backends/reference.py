@@ -11,10 +11,9 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from pyattn import dropout
 from pyattn.backends import Backend
 from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs
-
-_WORD = 0xFFFFFFFF
 
 
 class ReferenceBackend(Backend):
@@ -59,9 +58,8 @@ def weights(spec: AttentionSpec, x: Inputs, s: Tensor) -> tuple[Tensor, Tensor]:
     s = torch.cat([s, extra.view(-1, 1, 1).expand(spec.b, spec.h, spec.m, 1)], -1)
     sees_any = (s != -torch.inf).any(-1, keepdim=True)
     s = torch.where(sees_any, s, 0.0)  # keeps an empty row's gradients finite; its results are replaced below
-    lse = torch.logsumexp(s, -1, keepdim=True)
-    p = torch.where(sees_any, (s - lse).exp(), 0.0)[..., : spec.n]
-    return p, torch.where(sees_any, lse, -torch.inf).squeeze(-1)
+    p = torch.where(sees_any, torch.softmax(s, -1), 0.0)[..., : spec.n]
+    return p, torch.where(sees_any, torch.logsumexp(s, -1, keepdim=True), -torch.inf).squeeze(-1)
 
 
 def gradients(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor | None, like: Inputs) -> Grads:
@@ -146,37 +144,17 @@ def scores(spec: AttentionSpec, x: Inputs, k: Tensor) -> Tensor:
 def dropout_keep(spec: AttentionSpec, x: Inputs) -> Tensor:
     """Which weights dropout keeps: bool [b, h, m, n]."""
     assert x.seed is not None
-    sizes = (spec.b, spec.h, spec.m, (spec.n + 3) // 4)
-    b, h, i, j4 = (
-        torch.arange(size, device=x.q.device).view([-1 if axis == place else 1 for axis in range(4)])
-        for place, size in enumerate(sizes)
-    )
-    words = torch.stack(torch.broadcast_tensors(*philox(x.seed, j4, i, h, b)), -1)  # [b, h, m, n / 4, 4]
-    return words.flatten(-2)[..., : spec.n] >= int(spec.dropout_p * 2**32)
-
-
-def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, ...]:
-    """Philox-4x32-10 (Salmon et al. 2011, section 3.3) in int64 arithmetic. Returns four words in [0, 2**32)."""
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(10):
-        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # the low 64 bits wrap, which is all that is needed
-        c0, c1, c2, c3 = (
-            ((product1 >> 32) & _WORD) ^ c1 ^ k0,
-            product1 & _WORD,
-            ((product0 >> 32) & _WORD) ^ c3 ^ k1,
-            product0 & _WORD,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    return c0, c1, c2, c3
+    b, h, i = (torch.arange(size, device=x.q.device) for size in (spec.b, spec.h, spec.m))
+    return dropout.keep(x.seed, spec.dropout_p, b[:, None, None], h[:, None], i, spec.n)
 
 
 def cast(x: Inputs, dtype: torch.dtype) -> Inputs:
     """x with every floating tensor in `dtype`."""
-    floating = {
-        field.name: value.to(dtype)
-        for field in fields(x)
-        if (value := getattr(x, field.name)) is not None and value.is_floating_point()
-    }
+    floating = {}
+    for field in fields(x):
+        value = getattr(x, field.name)
+        if value is not None and value.is_floating_point():
+            floating[field.name] = value.to(dtype)
     return replaced(x, **floating)
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from pyattn import api
 from pyattn.check import DtypeError, RangeError, ShapeError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalBias
 
 
 def scaled_dot_product_attention(
@@ -51,8 +52,8 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         _check_mask(attn_mask, query, key, is_causal)
     options: dict[str, Any] = {"scale": scale, "causal": is_causal, "top_left": True, "dropout_p": dropout_p}
-    if isinstance(attn_mask, CausalBias):
-        options |= {"causal": True, "top_left": attn_mask.variant == CausalVariant.UPPER_LEFT}
+    if _is_causal_bias(attn_mask):
+        options |= {"causal": True, "top_left": attn_mask.variant.name == "UPPER_LEFT"}
         attn_mask = None
 
     true_rank = max(query.dim(), key.dim(), value.dim())
@@ -94,14 +95,23 @@ def _check_query_key_value(query: Tensor, key: Tensor, value: Tensor, enable_gqa
         raise ShapeError(f"value: expected [..., s={s}, ev], got {list(value.shape)}: key has {s} keys")
 
 
-def _check_mask(attn_mask: Tensor, query: Tensor, key: Tensor, is_causal: bool) -> None:
+def _is_causal_bias(attn_mask: Tensor | None) -> TypeGuard[CausalBias]:
+    """Whether it is one of torch's causal_upper_left and causal_lower_right objects."""
+    if attn_mask is None or type(attn_mask) is Tensor:
+        return False
+    from torch.nn.attention.bias import CausalBias  # here, because it imports all of torch._dynamo
+
+    return isinstance(attn_mask, CausalBias)
+
+
+def _check_mask(attn_mask: Any, query: Tensor, key: Tensor, is_causal: bool) -> None:
     if is_causal:
         raise RangeError(
             "attn_mask, is_causal: expected at most one of the two, got both: is_causal is a mask of its own"
         )
     if not isinstance(attn_mask, Tensor):
         raise DtypeError(f"attn_mask: expected a torch.Tensor, got {type(attn_mask).__name__}")
-    if isinstance(attn_mask, CausalBias):
+    if _is_causal_bias(attn_mask):
         have, want = (attn_mask.seq_len_q, attn_mask.seq_len_kv), (query.shape[-2], key.shape[-2])
         if have != want:
             raise ShapeError(
@@ -171,9 +181,7 @@ def _axes(lead: list[int], attn_mask: Tensor | None) -> tuple[list[int], list[in
 
 def _folded(t: Tensor, rows: list[int], columns: list[int]) -> Tensor:
     """t as 4-D, its axes `rows` merged into one and `columns` into the next. A view where strides allow."""
-    sizes = t.shape
-    b, h = (math.prod(sizes[axis] for axis in axes) for axes in (rows, columns))
-    return t.permute(*rows, *columns, -2, -1).reshape(b, h, *sizes[-2:])
+    return t.permute(*rows, *columns, -2, -1).flatten(len(rows), -3).flatten(0, len(rows) - 1)
 
 
 def _unfolded(out: Tensor, lead: list[int], rows: list[int], columns: list[int]) -> Tensor:

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyattn import api
-from pyattn.backends.reference import philox
+from pyattn import api, dropout
 from pyattn.check import DtypeError, RangeError, ShapeError, UnsupportedError
 
 
@@ -231,6 +230,7 @@ class MultiheadAttention(nn.Module):
         need_weights: bool,
         average: bool,
     ) -> tuple[Tensor, Tensor | None]:
+        """The fused output [b, h, m, d], and the weights in a second pass with the same dropout."""
         dropout_p = self.dropout if self.training else 0.0
         if dropout_p == 1:  # no weight is kept: the same as queries that see nothing
             dropout_p, mask = 0.0, torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=q.device)
@@ -242,7 +242,10 @@ class MultiheadAttention(nn.Module):
         )
         if not need_weights:
             return out, None
-        return out, attention_weights(q, k, lse == -torch.inf, mask, bias, dropout_p, seed, average)
+        # Without mask and bias there is no row that sees nothing, and two passes over the weights are saved.
+        sees_none = None if mask is None and bias is None else lse == -torch.inf
+        hidden = None if mask is None else ~mask
+        return out, attention_weights(q, k, hidden, bias, sees_none, dropout_p, seed, average)
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         sizes = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
@@ -266,9 +269,9 @@ class MultiheadAttention(nn.Module):
 def attention_weights(
     q: Tensor,
     k: Tensor,
-    sees_none: Tensor,
-    mask: Tensor | None,
+    hidden: Tensor | None,
     bias: Tensor | None,
+    sees_none: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
     average: bool,
@@ -279,8 +282,9 @@ def attention_weights(
 
     Args:
         q, k: [b, h, m, d], [b, h, n, d].
-        sees_none: bool [b, h, m], the rows whose weights are 0.
-        mask, bias, dropout_p, seed: as they were given to `attention`; mask and bias 4-D.
+        hidden: bool, the opposite of the mask that `attention` was given.
+        bias, dropout_p, seed: as they were given to `attention`. hidden and bias broadcast to [b, h, m, n].
+        sees_none: bool [b, h, m], the rows whose weights are 0, if there may be such.
         average: over the heads.
 
     Returns:
@@ -291,9 +295,9 @@ def attention_weights(
     shape = (b, m, k.shape[2]) if average else (b, h, m, k.shape[2])
     weights = torch.zeros(shape, dtype=accumulator if average else q.dtype, device=q.device)
     for head in range(h):
-        of_head = (None if t is None else t[:, head if t.shape[1] > 1 else 0] for t in (mask, bias))
+        optional = (None if t is None else t[:, head if t.shape[1] > 1 else 0] for t in (hidden, bias, sees_none))
         p = checkpoint(
-            _head_weights, q[:, head], k[:, head], sees_none[:, head, :, None], *of_head, dropout_p, seed, head,
+            _head_weights, q[:, head], k[:, head], *optional, dropout_p, seed, head,
             use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
         if average:
@@ -306,9 +310,9 @@ def attention_weights(
 def _head_weights(
     q: Tensor,
     k: Tensor,
-    sees_none: Tensor,
-    mask: Tensor | None,
+    hidden: Tensor | None,
     bias: Tensor | None,
+    sees_none: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
     head: int,
@@ -319,20 +323,17 @@ def _head_weights(
         s = (q.to(accumulator) / math.sqrt(q.shape[-1])) @ k.to(accumulator).mT
     if bias is not None:
         s.add_(bias)
-    if mask is not None:
-        s.masked_fill_(~mask, -torch.inf)
-    # Zero, because the softmax of a row of nothing but -inf would be NaN, and so would its gradient.
-    p = torch.softmax(s.masked_fill_(sees_none, 0.0), -1).masked_fill(sees_none, 0.0)
+    if hidden is not None:
+        s.masked_fill_(hidden, -torch.inf)
+    if sees_none is None:
+        p = torch.softmax(s, -1)
+    else:  # the softmax of a row of nothing but -inf would be NaN, and so would its gradient
+        p = torch.softmax(s.masked_fill_(sees_none[..., None], 0.0), -1).masked_fill(sees_none[..., None], 0.0)
     if seed is None:
         return p
-    return torch.where(_kept(seed, dropout_p, p.shape, head), p / (1 - dropout_p), 0.0)
-
-
-def _kept(seed: Tensor, dropout_p: float, shape: torch.Size, head: int) -> Tensor:
-    """Which weights [b, m, n] of one head dropout keeps, by the rule of `pyattn.spec`."""
-    b, m, n = (torch.arange(size, device=seed.device) for size in (shape[0], shape[1], (shape[2] + 3) // 4))
-    words = philox(seed, n, m[:, None], torch.full_like(n, head), b[:, None, None])
-    return torch.stack(torch.broadcast_tensors(*words), -1).flatten(-2)[..., : shape[2]] >= int(dropout_p * 2**32)
+    i_b, i_h, i_m = (torch.arange(size, device=p.device) for size in (p.shape[0], 1, p.shape[1]))
+    kept = dropout.keep(seed, dropout_p, i_b[:, None], i_h + head, i_m, p.shape[2])
+    return torch.where(kept, p / (1 - dropout_p), 0.0)
 
 
 def _check_mask(name: str, mask: Tensor, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:

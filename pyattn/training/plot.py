@@ -26,6 +26,7 @@ def comparison(folders: list[Path], picture: Path) -> Path:
     values = [metrics.tokens_per_second(metrics.read(folder)) for folder in folders]
     bars = speeds.bar([folder.name for folder in folders], values, color=[f"C{i}" for i in range(len(folders))])
     speeds.bar_label(bars, [f"{value:,.0f}" for value in values])
+    speeds.margins(y=0.1)  # room for the numbers above the bars
     speeds.set(ylabel="tokens per second (median over the steps)")
     return _save(figure, picture)
 

@@ -1,0 +1,255 @@
+"""The benchmark: it times only what is right, counts what it says it counts, and leaves its files."""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pyattn.benchmarks import cpu, environment, gpu, memory, report, suite
+from pyattn.benchmarks.cases import CPU_CASES, DIRECTIONS, GPU_CASES, Case, make_inputs
+from pyattn.benchmarks.gate import Gate
+from pyattn.benchmarks.peers import CPU_PEERS, Peer, Pyattn
+from pyattn.benchmarks.timing import interleaved
+from rich.console import Console
+
+import pyattn
+
+TINY = Case(2, 3, 40, 40, 16, torch.float32, True)
+FIELDS = {
+    "case", "b", "h", "m", "n", "d", "dtype", "causal", "direction", "peer", "status", "reason", "p20_ms", "p50_ms",
+    "p80_ms", "rounds", "gflops", "peak_bytes", "speedup", "device", "device_type", "threads", "versions", "commit",
+    "platform",
+}  # fmt: skip
+
+
+class Altered(Peer):
+    """torch's attention with its result changed: a kernel that is wrong."""
+
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor], name: str = "altered") -> None:
+        super().__init__(name)
+        self.change = change
+
+    def prepare(self, case, device):
+        right = CPU_PEERS[2].prepare(case, device)
+        return lambda q, k, v: self.change(right(q, k, v))
+
+
+def first_head_only(out: torch.Tensor) -> torch.Tensor:
+    rest = out.new_full(out.shape, torch.nan)
+    rest[0, 0], rest[-1, -1] = out[0, 0], out[-1, -1]
+    return rest
+
+
+def explode(out: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("no kernel\nfor this")
+
+
+WRONG = {
+    "zeros": torch.zeros_like,
+    "slightly scaled": lambda out: out * 1.001,
+    "rolled over the queries": lambda out: out.roll(1, 2),
+    "NaN between the checked heads": first_head_only,
+}
+
+
+def test_flops_of_full_forward_are_two_matrix_products():
+    case = Case(2, 3, 5, 7, 11, torch.float32, False)
+    assert case.flops("forward") == 2 * (2 * 3) * 2 * (5 * 7 * 11)
+    assert case.flops("backward") == 2.5 * case.flops("forward")
+
+
+def test_flops_of_causal_are_half():
+    full, causal = (Case(1, 1, 8, 8, 4, torch.float32, causal) for causal in (False, True))
+    assert causal.flops("forward") == full.flops("forward") / 2
+
+
+@pytest.mark.parametrize("cases", [CPU_CASES, GPU_CASES], ids=["cpu", "gpu"])
+def test_cases_that_are_causal_mean_the_same_to_every_peer(cases):
+    assert all(case.m == case.n for case in cases if case.causal)
+    assert len({case.id for case in cases}) == len(cases)
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG.keys())
+def test_wrong_kernel_is_reported_and_not_timed(change):
+    with pyattn.use_backend("reference"):
+        rows = suite.measure_case(TINY, [Pyattn(), Altered(change)], "cpu", seconds=0)
+    forward = {row.peer: row for row in rows if row.direction == "forward"}
+    assert forward["altered"].status == "failed"
+    assert "out" in forward["altered"].reason
+    assert forward["altered"].timing is None and forward["altered"].gflops is None
+    assert forward["pyattn"].status == "ok" and forward["pyattn"].timing.rounds >= 3
+
+
+def test_wrong_gradient_is_reported_though_forward_is_right():
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, out):
+            return out.clone()
+
+        @staticmethod
+        def backward(ctx, d_out):
+            return d_out * 0.999
+
+    rows = suite.measure_case(TINY, [Altered(Halved.apply)], "cpu", seconds=0)
+    assert [row.status for row in rows] == ["ok", "failed"]
+    assert "d_q" in rows[1].reason
+
+
+def test_error_of_peer_is_its_reason_and_of_ours_a_failure():
+    peer, ours = Altered(explode, "peer"), Altered(explode, "ours")
+    ours.ours = True
+    rows = suite.measure_case(TINY, [peer, ours], "cpu", seconds=0)
+    assert [row.status for row in rows] == ["not run", "failed"] * 2
+    assert rows[0].reason == "RuntimeError: no kernel for this"
+
+
+def test_call_that_no_backend_takes_is_not_run_with_every_reason(monkeypatch):
+    for name in ("cpu", "triton"):
+        monkeypatch.setattr(type(pyattn.registry.BACKENDS[name]), "unavailable", lambda self: "not built here")
+    row = suite.measure_case(TINY, [Pyattn()], "cpu", seconds=0)[0]
+    assert row.status == "not run" and "not built here" in row.reason
+
+
+def test_gate_of_one_head_still_finds_wrong_result():
+    case = Case(1, 1, 20, 30, 8, torch.bfloat16, False)
+    x = make_inputs(case, "cpu")
+    right = torch.nn.functional.scaled_dot_product_attention(*x[:3])
+    assert Gate(case, x).problem("forward", (right,)) is None
+    assert "out is wrong" in Gate(case, x).problem("forward", (right * 1.1,))
+
+
+def test_budget_that_is_used_up_leaves_cases_unrun_and_says_so():
+    steps = list(suite.measure([TINY], CPU_PEERS, "cpu", seconds=0))
+    assert {(row.status, row.timing) for row in steps[0]} == {("not run", None)}
+    assert all("budget of 0 s" in row.reason for row in steps[0])
+    assert len(steps[0]) == len(CPU_PEERS) * len(DIRECTIONS)
+
+
+def test_slow_peer_is_left_out_when_its_preparation_does_not_fit():
+    slow, quick = Altered(lambda out: out, "slow"), Altered(lambda out: out, "quick")
+    slow.setup_seconds = {"cpu": 60.0}
+    rows = next(suite.measure([TINY], [slow, quick], "cpu", seconds=5))
+    assert {row.peer: row.status for row in rows} == {"slow": "not run", "quick": "ok"}
+
+
+def test_interleaved_calls_take_turns_in_rotating_order():
+    order: list[str] = []
+    found = interleaved({name: lambda name=name: order.append(name) for name in "abc"}, "cpu", 0, min_rounds=3)
+    assert "".join(order) == "abcbcacab"
+    assert {timing.rounds for timing in found.values()} == {3}
+    assert all(0 <= t.p20_ms <= t.p50_ms <= t.p80_ms for t in found.values())
+
+
+@pytest.mark.skipif(memory.peak(lambda: None, "cpu") is None, reason="the resident set's peak is read on Linux only")
+def test_memory_of_unfused_attention_holds_scores_and_of_fused_does_not():
+    case = Case(1, 8, 768, 768, 32, torch.float32, False)
+    rows = suite.measure_case(case, CPU_PEERS[1:3], "cpu", seconds=0)
+    used = {row.peer: row.peak_bytes for row in rows if row.direction == "forward"}
+    scores, output = 8 * 768 * 768 * 4, 8 * 768 * 32 * 4
+    assert used["SDPA math"] >= 0.9 * scores
+    assert 0.5 * output <= used["SDPA fused"] < 0.5 * scores
+
+
+@pytest.mark.skipif(memory.peak(lambda: None, "cpu") is None, reason="the resident set's peak is read on Linux only")
+@pytest.mark.parametrize("megabytes", [1, 20, 200])
+def test_memory_of_known_allocations_is_their_sum_at_most_once_each(megabytes: int):
+    def call() -> None:
+        for _ in range(2):  # the second takes the first one's place
+            torch.ones(megabytes << 18)
+
+    for _ in range(3):
+        call()
+    assert memory.peak(call, "cpu") == pytest.approx(megabytes << 20, rel=0.1, abs=1 << 18)
+
+
+def test_cpu_run_leaves_json_lines_chart_and_tables(tmp_path: Path, monkeypatch, capsys):
+    cases = (TINY, Case(1, 2, 16, 24, 8, torch.bfloat16, False))
+    monkeypatch.setattr(cpu, "CPU_QUICK_CASES", cases)
+    monkeypatch.setattr(cpu, "CPU_PEERS", CPU_PEERS[:3])
+    with pyattn.use_backend("reference"):
+        rows = cpu.run(tmp_path / "new", quick=True, console=Console(width=160))
+    lines = [json.loads(line) for line in (tmp_path / "new" / "cpu.jsonl").read_text().splitlines()]
+    assert all(set(line) == FIELDS for line in lines)
+    assert [(line["case"], line["direction"], line["peer"]) for line in lines] == [
+        (case.id, direction, peer.name) for case in cases for direction in DIRECTIONS for peer in CPU_PEERS[:3]
+    ]
+    assert all(line["status"] == "ok" and 0 < line["p20_ms"] <= line["p50_ms"] <= line["p80_ms"] for line in lines)
+    assert all(line["speedup"] == 1 for line in lines if line["peer"] == cpu.BASELINE)
+    assert len(rows) == len(lines)
+    png = (tmp_path / "new" / "cpu.png").read_bytes()
+    assert png.startswith(b"\x89PNG") and len(png) > 10_000
+    printed = capsys.readouterr().out
+    assert "backward, bfloat16" in printed and "ratio" in printed and TINY.label in printed
+
+
+def test_speedup_is_baselines_time_over_ones_own():
+    slow, fast = (
+        suite.Row(TINY, "forward", name, "ok", timing=suite.Timing(ms, ms, ms, 3)) for name, ms in (("s", 8), ("f", 2))
+    )
+    assert report.speedup(fast, slow) == 4
+    assert report.record(fast, {}, slow)["speedup"] == 4
+    assert fast.gflops == pytest.approx(TINY.flops("forward") / 2e-3 / 1e9)
+
+
+def test_gpu_without_gpu_says_so_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and "no GPU" in printed.err
+
+
+def test_gpu_without_installed_kernels_installs_offline_and_runs_itself_elsewhere(tmp_path: Path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / gpu.CONTRACT).touch()
+    runs: list[tuple[list[str], dict]] = []
+
+    def run(command, **options):
+        runs.append((command, options))
+        return subprocess.CompletedProcess(command, 0 if "pip" in command else 7)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(gpu, "__package__", "benchmarks")
+    assert gpu.main(["--checkout", str(tmp_path), "--seconds", "100"]) == 7
+    (pip, _), (again, options) = runs
+    assert {"--no-index", "--no-build-isolation", "--no-deps", str(tmp_path)} <= set(pip)
+    assert pip[pip.index("--target") + 1] == options["cwd"] != str(tmp_path)
+    assert again[1:3] == ["-m", "pyattn.benchmarks.gpu"] and again[again.index("--checkout") + 1] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("body", "seconds", "passes"),
+    [("pass", 60, True), ("assert False", 60, False), ("import time; time.sleep(60)", 3, False)],
+    ids=["passing", "failing", "unfinished"],
+)
+def test_gpu_contract_passes_only_when_suite_does_in_time(tmp_path: Path, body: str, seconds: float, passes: bool):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / gpu.CONTRACT).write_text(f"def test_case():\n    {body}\n")
+    start = time.monotonic()
+    assert gpu.run_contract(tmp_path, seconds) is passes
+    assert time.monotonic() - start < seconds + 5
+
+
+def test_gpu_benchmark_leaves_files_in_folder_of_device(tmp_path: Path, monkeypatch, capsys):
+    """The whole GPU path but the GPU: its cases and clock are the CPU's."""
+    cases = (TINY, Case(1, 2, 64, 64, 16, torch.bfloat16, False))
+    monkeypatch.setattr(gpu, "GPU_CASES", cases)
+    monkeypatch.setattr(gpu, "GPU_PEERS", CPU_PEERS[:3])
+    monkeypatch.setattr(gpu, "measure", lambda cases, peers, device, s: suite.measure(cases, peers, "cpu", s))
+    monkeypatch.setattr(environment, "device_name", lambda device: "NVIDIA H200")
+    with pyattn.use_backend("reference"):
+        rows = gpu.run_benchmark(tmp_path, seconds=20)
+    assert gpu.is_well(rows)
+    folder = tmp_path / "benchmarks" / "results" / "nvidia-h200"
+    assert len((folder / "gpu.jsonl").read_text().splitlines()) == len(rows) == 12
+    assert (folder / "gpu.png").stat().st_size > 10_000
+    assert "NVIDIA H200" in capsys.readouterr().out
+
+
+def test_gpu_run_in_which_pyattn_never_ran_is_not_well():
+    rows = [suite.Row(TINY, "forward", "pyattn", "not run", "no backend")]
+    assert not gpu.is_well(rows)

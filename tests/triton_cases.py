@@ -1,0 +1,103 @@
+"""The Triton kernels in Triton's interpreter. Run by test_triton_interpreter.py, in a process of its own."""
+
+import pytest
+import torch
+
+from pyattn import api, testing
+from pyattn.backends.reference import definition, dropout_keep
+from pyattn.registry import BACKENDS
+from pyattn.spec import AttentionSpec, Inputs
+from pyattn.testing import CASES, Case
+
+BACKEND = BACKENDS["triton"]
+# Half precision differs in the unit of its scores and in rounding, so one case per feature is enough of it.
+HALF = {"plain", "cross", "odd-head-sizes", "scale-negative", "causal", "window", "key-lengths", "mask-full", "gqa", "dropout"}
+RUNS = [(c, torch.float32) for c in CASES] + [(c, torch.float16) for c in CASES if c.id in HALF]
+
+
+def _id(value: object) -> str:
+    return value.id if isinstance(value, Case) else str(value).removeprefix("torch.")
+
+
+@pytest.mark.parametrize(("case", "dtype"), RUNS, ids=_id)
+def test_case_is_as_accurate_as_plain_pytorch_or_refused_as_declared(case, dtype):
+    reason = testing.refusal("triton", case, dtype)
+    call = testing.make_inputs(case, dtype)
+    undeclared = AttentionSpec.of(*api._prepare(**call.tensors, **call.options)).features - BACKEND.features
+    assert (reason is not None) == bool(undeclared), reason
+    if reason is None:
+        results = testing.check_case("triton", case, dtype)
+        assert [r for r in results if not r.excess <= 1] == []
+
+
+def test_bfloat16_in_the_interpreter_is_refused_by_name():
+    assert "bfloat16" in testing.refusal("triton", CASES[0], torch.bfloat16)
+
+
+def test_float64_is_refused():
+    assert "float64" in testing.refusal("triton", CASES[0], torch.float64)
+
+
+def _spec_and_inputs(b=1, h=1, m=40, n=70, d=16, **options) -> tuple[AttentionSpec, Inputs]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(b, h, rows, d, generator=generator) for rows in (m, n, n))
+    return _with_spec(q, k, v, **options)
+
+
+def _with_spec(q, k, v, **options) -> tuple[AttentionSpec, Inputs]:
+    x, numbers = api._prepare(q=q, k=k, v=v, **options)
+    return AttentionSpec.of(x, numbers), x
+
+
+def _close_to_definition(spec: AttentionSpec, x: Inputs) -> None:
+    out, lse = BACKEND.forward(spec, x)
+    expected_out, expected_lse = definition(spec, x)
+    torch.testing.assert_close(out, expected_out)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+def test_dropout_drops_exactly_the_weights_of_the_contract():
+    # With equal scores and one-hot values each output shows one weight.
+    b, h, m, n = 2, 3, 40, 70
+    q, k = torch.zeros(b, h, m, 1), torch.zeros(b, h, n, 1)
+    v = torch.eye(n).expand(b, h, n, n).contiguous()
+    spec, x = _with_spec(q, k, v, dropout_p=0.75, seed=-3)
+    out, _ = BACKEND.forward(spec, x)
+    assert torch.equal(out > 0, dropout_keep(spec, x))
+
+
+def test_mask_of_any_strides_is_read_in_place():
+    spec, x = _spec_and_inputs(mask=torch.rand(70, 40, generator=torch.Generator().manual_seed(1)).T < 0.5)
+    assert x.mask.stride(-1) != 1
+    _close_to_definition(spec, x)
+
+
+def test_stride_beyond_32_bits_within_a_tile_is_followed():
+    # The last row of the one tile is more than 2**31 elements from the first. Memory between them is never touched.
+    rows, distance = 32, 70_000_000
+    storage = torch.empty((rows - 1) * distance + 16, dtype=torch.float16)
+    k = storage.as_strided((1, 1, rows, 16), (0, 0, distance, 1))
+    k.copy_(torch.randn(1, 1, rows, 16, generator=torch.Generator().manual_seed(0)))
+    q = torch.randn(1, 1, 5, 16, generator=torch.Generator().manual_seed(1)).half()
+    far, _ = BACKEND.forward(*_with_spec(q, k, k))
+    near, _ = BACKEND.forward(*_with_spec(q, k.contiguous(), k.contiguous()))
+    assert torch.equal(far, near)
+
+
+def test_nan_that_is_seen_shows():
+    spec, x = _spec_and_inputs(causal=True)
+    x.k[0, 0, 50] = torch.nan  # seen by queries from 50 - 30 on
+    out, lse = BACKEND.forward(spec, x)
+    assert not out[0, 0, :20].isnan().any()
+    assert out[0, 0, 20:].isnan().all()
+    assert lse[0, 0].isnan().tolist() == [False] * 20 + [True] * 20
+
+
+@pytest.mark.parametrize("lse_matters", [False, True], ids=["out", "out-and-lse"])
+def test_gradient_of_broadcast_output_needs_no_strides(lse_matters):
+    spec, x = _spec_and_inputs()
+    out, lse = BACKEND.forward(spec, x)
+    d_lse = torch.ones(1).expand(lse.shape) if lse_matters else None
+    expanded = BACKEND.backward(spec, x, out, lse, torch.ones(()).expand(out.shape), d_lse)
+    dense = BACKEND.backward(spec, x, out, lse, torch.ones(out.shape), d_lse)
+    assert all(torch.equal(a, b) for a, b in zip(expanded[:3], dense[:3], strict=True))
