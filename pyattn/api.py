@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyattn import check, ops, registry
 from pyattn.backends.reference import ReferenceBackend
-from pyattn.spec import AttentionSpec, Inputs, Numbers
+from pyattn.spec import AttentionSpec, Inputs, Numbers, dtype_name
 
 
 def attention(
@@ -92,7 +92,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options
     chosen = next((candidate for candidate in order if refusals[candidate] is None), None)
     features = ", ".join(sorted(spec.features)) or "none"
     print(f"attention b={spec.b} h={spec.h} hk={spec.hk} m={spec.m} n={spec.n} d={spec.d} dv={spec.dv} "
-          f"{str(spec.dtype).removeprefix('torch.')} on {spec.device}; features: {features}")  # fmt: skip
+          f"{dtype_name(spec.dtype)} on {spec.device}; features: {features}")  # fmt: skip
     for candidate, b in registry.BACKENDS.items():
         arrow = "->" if candidate == chosen else "  "
         text = refusals[candidate] or _memory_line(spec, *b.workspace_bytes(spec))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyattn.spec import Inputs
+from pyattn.spec import Inputs, dtype_name
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
@@ -229,8 +229,8 @@ def _tensor_of(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor)
     if not isinstance(t, Tensor):
         raise DtypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
     if t.dtype not in dtypes:
-        expected = " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise DtypeError(f"{name}: expected {expected}, got {str(t.dtype).removeprefix('torch.')}")
+        expected = " or ".join(dict.fromkeys(map(dtype_name, dtypes)))
+        raise DtypeError(f"{name}: expected {expected}, got {dtype_name(t.dtype)}")
     _same_device(name, t, q)
 
 
@@ -250,4 +250,4 @@ def _shape(t: Tensor) -> str:
 
 
 def _described(t: Tensor) -> str:
-    return f"{str(t.dtype).removeprefix('torch.')} {_shape(t)}"
+    return f"{dtype_name(t.dtype)} {_shape(t)}"

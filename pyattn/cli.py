@@ -23,7 +23,7 @@ import torch
 
 from pyattn import registry
 from pyattn.check import PyattnError, RangeError
-from pyattn.spec import FEATURES
+from pyattn.spec import FEATURES, dtype_name
 
 if TYPE_CHECKING:
     from pyattn.training.loop import Step
@@ -113,7 +113,7 @@ def verify(
     refused = [verdict for verdict in verdicts if verdict.refusal is not None]
     for verdict in failed:
         for failure in verdict.failures:
-            name = f"{verdict.backend} {verdict.case} {_name(verdict.dtype)}"
+            name = f"{verdict.backend} {verdict.case} {dtype_name(verdict.dtype)}"
             console.print(f"{name} {failure}", style="red")
     passed = len(verdicts) - len(failed) - len(refused)
     console.print(f"{passed} cases passed, {len(failed)} failed, {len(refused)} are refused by declaration")
@@ -228,7 +228,7 @@ def _verification_table(verdicts: list[Verdict]) -> Table:
 
     dtypes = list(dict.fromkeys(verdict.dtype for verdict in verdicts))
     caption = "largest error against float64, forward and backward (in brackets: as a multiple of plain PyTorch's)"
-    table = Table("backend", "feature", *map(_name, dtypes), caption=caption)
+    table = Table("backend", "feature", *map(dtype_name, dtypes), caption=caption)
     for (backend, feature), cells in verification.by_feature(verdicts).items():
         row = [_verification_cell(cells.get(dtype, [])) for dtype in dtypes]
         table.add_row(backend, FEATURES.get(feature, feature), *row)
@@ -301,10 +301,6 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def main() -> None:

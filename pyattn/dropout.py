@@ -21,9 +21,8 @@ def keep(seed: Tensor, dropout_p: float, b: Tensor, h: Tensor, i: Tensor, n: int
         n: number of keys.
     """
     j4 = torch.arange((n + 3) // 4, device=seed.device)
-    words = philox(seed, j4, i[..., None], h[..., None], b[..., None])
-    words = torch.stack(torch.broadcast_tensors(*words), -1)  # [..., n / 4, 4]
-    return words.flatten(-2)[..., :n] >= int(dropout_p * 2**32)
+    four = torch.broadcast_tensors(*philox(seed, j4, i[..., None], h[..., None], b[..., None]))  # each [..., n / 4]
+    return torch.stack(four, -1).flatten(-2)[..., :n] >= int(dropout_p * 2**32)
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, ...]:

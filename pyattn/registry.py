@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pyattn.backends import Backend, dtype_name
+from pyattn.backends import Backend
 from pyattn.backends.cpu import CpuBackend
 from pyattn.backends.reference import ReferenceBackend
 from pyattn.backends.triton import TritonBackend
 from pyattn.check import RangeError, UnsupportedError
-from pyattn.spec import FEATURES, AttentionSpec
+from pyattn.spec import FEATURES, AttentionSpec, dtype_name
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (TritonBackend(), CpuBackend(), ReferenceBackend())

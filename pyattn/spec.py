@@ -174,3 +174,8 @@ def empty_output(q: Tensor, dv: int) -> Tensor:
     if q.stride(1) < q.stride(2):
         return q.new_empty(b, m, h, dv).transpose(1, 2)
     return q.new_empty(b, h, m, dv)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pyattn import api, registry
-from pyattn.backends.reference import cast, definition, magnitudes, replaced, visible
+from pyattn.backends.reference import cast, definition, replaced, rounding, visible
 from pyattn.spec import AttentionSpec, Inputs
 
 
@@ -214,16 +214,16 @@ def reference(call: Call) -> Oracle:
     exact = cast(x, torch.float64)
     expected = _evaluate_definition(spec, exact, call)
     eps = torch.finfo(spec.accumulator).eps
-    terms = magnitudes(spec, exact, call.d_out.double(), call.d_lse.double())
-    rounding = {name: eps * t.detach() for name, t in terms.items()}
+    errors = rounding(spec, exact, call.d_out.double(), call.d_lse.double())
+    floor = {name: eps * t.detach() for name, t in errors.items()}
     if spec.dtype is not torch.float64:
-        return Oracle(expected, _evaluate_definition(spec, cast(x, spec.dtype), call), rounding)
+        return Oracle(expected, _evaluate_definition(spec, cast(x, spec.dtype), call), floor)
     single = _evaluate_definition(spec, cast(x, torch.float32), call)
     shrink = eps / torch.finfo(torch.float32).eps
     baseline = {
         name: torch.where(t.isfinite(), t + (single[name].double() - t) * shrink, t) for name, t in expected.items()
     }
-    return Oracle(expected, baseline, rounding)
+    return Oracle(expected, baseline, floor)
 
 
 def compare(name: str, actual: Tensor, expected: Tensor, baseline: Tensor, rounding: Tensor | float = 0.0) -> Result:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pyattn import registry, testing
+from pyattn.spec import dtype_name
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -18,9 +19,9 @@ def _backends() -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("case", testing.CASES, ids=lambda case: case.id)
-@pytest.mark.parametrize(("backend", "device"), _backends(), ids="-".join)
+@pytest.mark.parametrize(("backend", "device"), _backends())
 def test_contract_case_agrees_with_definition(backend: str, device: str, case: testing.Case, dtype: torch.dtype):
     reason = testing.refusal(backend, case, dtype, device)
     if reason is not None:
@@ -36,7 +37,7 @@ def test_contract_machine_with_compiler_runs_cpu_backend():
     assert "cpu" in [name for name, device in _backends() if device == "cpu"]
 
 
-@pytest.mark.parametrize(("backend", "device"), _backends(), ids="-".join)
+@pytest.mark.parametrize(("backend", "device"), _backends())
 def test_contract_repeated_call_gives_same_bits(backend: str, device: str):
     case = next(case for case in testing.CASES if case.id == "dropout-gqa-causal")
     call = testing.make_inputs(case, torch.float32, device)
@@ -45,7 +46,7 @@ def test_contract_repeated_call_gives_same_bits(backend: str, device: str):
         assert torch.equal(value, second[name]), name
 
 
-@pytest.mark.parametrize(("backend", "device"), _backends(), ids="-".join)
+@pytest.mark.parametrize(("backend", "device"), _backends())
 def test_contract_dropped_weights_are_the_definitions_bit_for_bit(backend: str, device: str):
     """With v the identity, out holds the weights themselves: a dropped one is exactly 0."""
     case = testing.Case("probe", b=2, h=3, hk=3, m=37, n=64, d=16, dv=64, dropout_p=0.4)
@@ -57,7 +58,7 @@ def test_contract_dropped_weights_are_the_definitions_bit_for_bit(backend: str, 
     assert 0.35 < (actual == 0).float().mean() < 0.45
 
 
-@pytest.mark.parametrize(("backend", "device"), _backends(), ids="-".join)
+@pytest.mark.parametrize(("backend", "device"), _backends())
 def test_contract_nan_that_is_seen_shows(backend: str, device: str):
     call = testing.make_inputs(testing.Case("nan", m=20, n=70), torch.float32, device)
     call.tensors["v"][0, 0, 3, 1] = torch.nan
@@ -66,7 +67,7 @@ def test_contract_nan_that_is_seen_shows(backend: str, device: str):
     assert out[1].isfinite().all()
 
 
-@pytest.mark.parametrize(("backend", "device"), _backends(), ids="-".join)
+@pytest.mark.parametrize(("backend", "device"), _backends())
 def test_contract_bias_of_minus_infinity_hides_keys(backend: str, device: str):
     case = testing.Case("bias", m=20, n=70, bias="b1mn")
     if testing.refusal(backend, case, torch.float32, device):

@@ -11,7 +11,19 @@ from pyattn.testing import CASES, Case
 
 BACKEND = BACKENDS["triton"]
 # Half precision differs in the unit of its scores and in rounding, so one case per feature is enough of it.
-HALF = {"plain", "cross", "odd-head-sizes", "scale-negative", "causal", "window", "key-lengths", "mask-full", "gqa", "dropout"}
+HALF = [
+    "plain",
+    "cross",
+    "odd-head-sizes",
+    "scale-negative",
+    "causal",
+    "window",
+    "key-lengths",
+    "mask-full",
+    "mask-causal",
+    "gqa",
+    "dropout-gqa-causal",
+]
 RUNS = [(c, torch.float32) for c in CASES] + [(c, torch.float16) for c in CASES if c.id in HALF]
 
 

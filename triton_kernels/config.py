@@ -68,9 +68,13 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
     ("dq", "cdna", 16): {128: Config(64, 64, 4, 1), 256: Config(64, 32, 4, 1)},
     ("dkdv", "cdna", 16): {64: Config(64, 64, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(32, 32, 4, 1)},
     # Exact float32 products run outside the matrix units on NVIDIA, unrolled: larger tiles spill and compile for long.
-    ("forward", "any", 32): {64: Config(32, 32, 4, 1), 256: Config(16, 32, 4, 1)},
+    ("forward", "any", 32): {64: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)},
     ("dq", "any", 32): {128: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)},
     ("dkdv", "any", 32): {128: Config(32, 32, 8, 1), 256: Config(16, 16, 4, 1)},
+    # With dropout, any GPU: Philox's words need the registers that larger tiles would.
+    ("forward", "dropout", 16): {64: Config(64, 64, 8, 1), 128: Config(64, 32, 8, 1), 256: Config(32, 32, 8, 1)},
+    ("dq", "dropout", 16): {128: Config(64, 32, 8, 1), 256: Config(32, 32, 8, 1)},
+    ("dkdv", "dropout", 16): {128: Config(32, 64, 8, 1), 256: Config(32, 32, 8, 1)},
     # Small, so that small tests have several blocks in each direction.
     ("forward", "interpreter", 16): {256: Config(32, 32, 4, 1)},
     ("dq", "interpreter", 16): {256: Config(32, 32, 4, 1)},
@@ -78,9 +82,13 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
 }
 
 
-def choose(kernel: str, architecture: str, bits: int, head_dim: int) -> Config:
+def choose(kernel: str, architecture: str, bits: int, head_dim: int, dropout: bool) -> Config:
     """The row for a kernel ("forward", "dq" or "dkdv") and the larger of the two padded head sizes."""
-    rows = TABLE[kernel, architecture, bits] if bits == 16 else TABLE[kernel, "any", bits]
+    if bits == 32:
+        architecture = "any"
+    elif dropout and architecture != "interpreter":
+        architecture = "dropout"
+    rows = TABLE[kernel, architecture, bits]
     return rows[min(size for size in rows if size >= head_dim)]
 
 

@@ -3,9 +3,9 @@
     ds = p * (dp - delta)    dp = d_out v^T    delta_i = out_i . d_out_i - d_lse_i
     dq = scale * ds k        dk = scale * ds^T q        dv = p^T d_out
 
-Source: arXiv:2307.08691, algorithm 2, split in two so that every sum has one fixed order and no atomics: the dq kernel
-has one program per block of queries and walks over keys; the dk/dv kernel has one program per block of keys of one
-key/value head and walks over the query heads of its group and their queries. The first also writes delta for the second.
+Source: arXiv:2307.08691, algorithm 2, split in two so that every sum has one fixed order and no atomics. Grid: the dq
+kernel has one program per block of queries and walks over keys; the dk/dv kernel has one program per block of keys of
+one key/value head and walks over the queries of its group's heads. The first also writes delta for the second.
 """
 
 import torch
@@ -283,14 +283,10 @@ def _flash_bwd_dkdv_kernel(
             statistics = (i_b * H + i_h).to(tl.int64) * M + start_m
             # [BLOCK_M, BLOCK_D]
             q_base = head_start(q_ptr, i_b, i_h, stride_qb, stride_qh, ALIGN)
-            q_tile = load_tile(
-                q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET
-            )
+            q_tile = load_tile(q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET)
             # [BLOCK_M, BLOCK_DV]
             do_base = head_start(do_ptr, i_b, i_h, stride_dob, stride_doh, ALIGN)
-            do_tile = load_tile(
-                do_base, stride_dom, start_m, in_m, True, HEAD_DIM_V, BLOCK_M, BLOCK_DV, ALIGN, OFFSET
-            )
+            do_tile = load_tile(do_base, stride_dom, start_m, in_m, True, HEAD_DIM_V, BLOCK_M, BLOCK_DV, ALIGN, OFFSET)
             # [BLOCK_M]
             lse = tl.load(lse_ptr + statistics + rows, mask=in_m, other=float("-inf"))
             delta = tl.load(delta_ptr + statistics + rows, mask=in_m, other=0.0)
@@ -350,13 +346,13 @@ def flash_bwd(
     common = call.arguments(q, k, v) | launch.layout(q, k, v, out, d_out, dq, dk, dv, mask=call.mask)
     common["scale"] = call.scale
     with launch.on_device_of(q):
-        sizes = launch.sizes("dq", q, v)
+        sizes = launch.sizes("dq", q, v, call)
         if b * m > 0:
             _flash_bwd_dq_kernel[(triton.cdiv(m, sizes.block_m) * h * b,)](
                 q, k, v, out, d_out, dq, lse, d_lse, delta,
                 **launch.strides(q=q, k=k, v=v, o=out, do=d_out, dq=dq), **common, **sizes.arguments(),
             )  # fmt: skip
-        sizes = launch.sizes("dkdv", q, v)
+        sizes = launch.sizes("dkdv", q, v, call)
         if b * n > 0:
             _flash_bwd_dkdv_kernel[(triton.cdiv(n, sizes.block_n) * hk * b,)](
                 q, k, v, d_out, dk, dv, lse, delta,

@@ -138,7 +138,7 @@ def flash_fwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: l
     if b * m == 0:
         return
     common = call.arguments(q, k, v) | launch.layout(q, k, v, out, mask=call.mask)
-    sizes = launch.sizes("forward", q, v)
+    sizes = launch.sizes("forward", q, v, call)
     with launch.on_device_of(q):
         _flash_fwd_kernel[(triton.cdiv(m, sizes.block_m) * h * b,)](
             q, k, v, out, lse, **launch.strides(q=q, k=k, v=v, o=out), **common, **sizes.arguments()

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import config
 
-# Values that change from call to call and must never cause a recompilation. Triton would otherwise compile a variant for
-# 1, one for multiples of 16 and one for the rest; members of a tuple cannot be exempted, so strides are single arguments.
+# Values that change from call to call and must never cause a recompilation. Triton would otherwise compile a variant
+# for 1, one for multiples of 16 and one for the rest. Members of a tuple cannot be exempted: strides are single arguments.
 RUNTIME_VALUES = (
     *(f"stride_{tensor}{axis}" for tensor in ("q", "o", "do", "dq") for axis in "bhm"),
     *(f"stride_{tensor}{axis}" for tensor in ("k", "v", "dk", "dv") for axis in "bhn"),
@@ -85,7 +85,7 @@ def layout(*tensors: Tensor, mask: Tensor | None) -> dict[str, Any]:
 
 
 def strides(**tensors: Tensor) -> dict[str, int]:
-    """stride_NAMEb, stride_NAMEh and stride_NAMEm (stride_NAMEn for keys and values) of tensors [b, heads, rows, size]."""
+    """stride_NAMEb, stride_NAMEh and stride_NAMEm, stride_NAMEn for keys and values: of [b, heads, rows, size]."""
     return {
         f"stride_{name}{axis}": stride
         for name, t in tensors.items()
@@ -93,10 +93,10 @@ def strides(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def sizes(kernel: str, q: Tensor, v: Tensor) -> config.Config:
-    """The launch sizes of `kernel` for these tensors."""
+def sizes(kernel: str, q: Tensor, v: Tensor, call: Call) -> config.Config:
+    """The launch sizes of `kernel` for this call."""
     head_dim = padded_head_dim(max(q.shape[3], v.shape[3]))
-    return config.choose(kernel, config.architecture_of(q.device), 8 * q.element_size(), head_dim)
+    return config.choose(kernel, config.architecture_of(q.device), 8 * q.element_size(), head_dim, call.dropout_p > 0)
 
 
 def padded_head_dim(d: int) -> int:

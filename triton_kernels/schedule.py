@@ -63,7 +63,10 @@ def queries_seeing(start_n, stop_n, M, offset, left, right):
 
 @triton.jit
 def visited_blocks(first, last, first_full, last_full, mask_base, BLOCK: tl.constexpr):
-    """(start, full_start, full_stop, stop), multiples of BLOCK: visited are [start, stop), full [full_start, full_stop)."""
+    """(start, full_start, full_stop, stop), multiples of BLOCK.
+
+    Visited are the blocks in [start, stop), full are those in [full_start, full_stop).
+    """
     start = first // BLOCK * BLOCK
     stop = tl.where(first < last, tl.cdiv(tl.maximum(last, 0), BLOCK) * BLOCK, start)
     if mask_base is not None:
@@ -83,7 +86,7 @@ def run_length(run: tl.constexpr, start, full_start, full_stop, stop):
 
 @triton.jit
 def block_start(run: tl.constexpr, step, start, full_start, full_stop, BLOCK: tl.constexpr):
-    """Where the block begins that a run visits at `step`, a multiple of BLOCK. The masked run leaps over the full one."""
+    """Where the block begins that a run visits at `step`. The masked run leaps over the full blocks."""
     if run == MASKED_RUN:
         position = start + step
         position += tl.where(position < full_start, 0, full_stop - full_start)

@@ -1,4 +1,4 @@
-"""Online softmax by the base-2 exponential, the one in hardware (arXiv:2307.08691, algorithm 1). Statistics are float32.
+"""Online softmax by the base-2 exponential, the one in hardware (arXiv:2307.08691, algorithm 1), in float32.
 
 Scores s come unscaled and `unit` > 0 is what they are multiplied by. In half precision the unit includes log2(e), so
 that scaling, subtracting the maximum and the change of base are one multiply-add; the maximum is then in base-2 units.
@@ -51,6 +51,6 @@ def log_sum_exp(row_max, row_sum, EXACT: tl.constexpr):
 
 @triton.jit
 def subtracted_lse(lse, EXACT: tl.constexpr):
-    """lse [BLOCK_M] in the scores' unit, for recomputing p; +inf in place of -inf: an empty row's p is 0 and not NaN."""
+    """lse [BLOCK_M] in the scores' unit, for recomputing p; +inf for -inf, so that an empty row's p is 0, not NaN."""
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     return lse if EXACT else lse * LOG2_E

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs
+from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, dtype_name
 
 
 class Backend(ABC):
@@ -55,11 +55,6 @@ class Backend(ABC):
     @abstractmethod
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
         """Peak scratch memory of (forward, backward) beyond inputs, out, lse and the gradients themselves."""
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "float32" for torch.float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _listed(words: Iterable[str]) -> str:

@@ -75,37 +75,39 @@ def gradients(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor | Non
     return Grads(**{name: g.to(getattr(like, name).dtype) for name, g in zip(names, found, strict=True)})
 
 
-def magnitudes(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor) -> dict[str, Tensor]:
-    """For out, lse and every gradient the sum of the absolute values of the terms that it sums.
+def rounding(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor) -> dict[str, Tensor]:
+    """The error that no algorithm avoids in out, lse and every gradient, in units of the accumulator's eps.
 
-    One rounding of each term is what no order of summation and no algorithm avoids. A weight exp(s - lse) carries the
-    roundings of s and lse, hence the factor (1 + |s| + |lse|).
+    Each term of each sum is rounded once; independent roundings add up by their squares, which is what is summed here
+    in place of the terms. A weight exp(s - lse) carries the roundings of s and lse: the factor 1 + |s| + |lse|.
     """
     see = visible(spec, x)
     k, v = (_over_heads(_drop_unseen(t, see), spec) for t in (x.k, x.v))
     s = scores(spec, x, k).masked_fill(~see, -torch.inf)
     p, lse = weights(spec, x, s)
+    p_sink = None if x.sinks is None else (x.sinks[:, None] - lse).exp()
     s, lse = (torch.where(t == -torch.inf, 0.0, t).abs() for t in (s, lse))
-    terms = p * (1 + s + lse[..., None])
-    kept = terms * dropout_keep(spec, x) / (1 - spec.dropout_p) if spec.dropout_p > 0 else terms
-    d_p = d_out.abs() @ v.abs().transpose(-1, -2) * kept
-    delta = d_p.sum(-1, keepdim=True) + d_lse.abs()[..., None]
-    d_s = d_p + terms * delta
+    p2 = (p * (1 + s + lse[..., None])).square()
+    kept2 = p2 * dropout_keep(spec, x) / (1 - spec.dropout_p) ** 2 if spec.dropout_p > 0 else p2
+    d_p2 = d_out.square() @ v.square().transpose(-1, -2) * kept2
+    delta2 = d_p2.sum(-1, keepdim=True) + d_lse.square()[..., None]
+    d_s2 = d_p2 + p2 * delta2
     per_head = {
-        "d_k": abs(spec.scale) * d_s.transpose(-1, -2) @ x.q.abs(),
-        "d_v": kept.transpose(-1, -2) @ d_out.abs(),
+        "d_k": spec.scale**2 * d_s2.transpose(-1, -2) @ x.q.square(),
+        "d_v": kept2.transpose(-1, -2) @ d_out.square(),
     }
     found = {
-        "out": kept @ v.abs(),
-        "lse": lse + (p * s).sum(-1),
-        "d_q": abs(spec.scale) * d_s @ k.abs(),
+        "out": kept2 @ v.square(),
+        "lse": lse.square() + (p * s).square().sum(-1),
+        "d_q": spec.scale**2 * d_s2 @ k.square(),
         **{name: t.unflatten(1, (spec.hk, spec.h // spec.hk)).sum(2) for name, t in per_head.items()},
     }
     if x.bias is not None:
-        found["d_bias"] = d_s.sum_to_size(x.bias.shape)
-    if x.sinks is not None:
-        found["d_sinks"] = ((x.sinks.abs()[:, None] + 1 + lse) * delta.squeeze(-1)).sum((0, 2))
-    return found
+        found["d_bias"] = d_s2.sum_to_size(x.bias.shape)
+    if x.sinks is not None and p_sink is not None:
+        p_sink2 = (p_sink * (1 + x.sinks.abs()[:, None] + lse)).square()
+        found["d_sinks"] = (p_sink2 * delta2.squeeze(-1)).sum((0, 2))
+    return {name: t.sqrt() for name, t in found.items()}
 
 
 def visible(spec: AttentionSpec, x: Inputs) -> Tensor:

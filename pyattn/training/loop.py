@@ -15,7 +15,7 @@ from pyattn.check import PyattnError
 from pyattn.training.data import Corpus, training_batch, validation_batches
 from pyattn.training.schedules import warmup_cosine
 
-EVALUATIONS = 10  # over a whole run
+_EVALUATIONS = 10  # over a whole run, at most
 _VALIDATION_BATCHES = 4
 _MAX_GRAD_NORM = 1.0
 
@@ -68,7 +68,7 @@ def train(
         DivergedError: the loss is NaN or infinite; the weights are those of before that step.
     """
     held_out = validation_batches(corpus.validation, batch=plan.batch, context=plan.context, count=_VALIDATION_BATCHES)
-    every = max(1, plan.steps // EVALUATIONS)
+    every = math.ceil(plan.steps / _EVALUATIONS)
     model.train()
     for step in range(done + 1, plan.steps + 1):
         began = time.perf_counter()
