@@ -35,4 +35,4 @@ test: .venv/test
 	@touch $@
 
 clean:
-	rm -rf .venv build runs pyattn/_C*.so
+	rm -rf .venv build runs *.egg-info pyattn/_C*

@@ -102,5 +102,5 @@ def test_gradient_checkpointing_repeats_the_dropout_mask():
 
 @pytest.mark.parametrize("module", ["triton", "transformers", "matplotlib", "typer", "rich", "tokenizers"])
 def test_import_pyattn_leaves_heavy_modules_alone(module):
-    code = f"import torch, sys; before = set(sys.modules); import pyattn; sys.exit({module!r} in {{*sys.modules}} - before)"
+    code = f"import torch, sys; old = {{*sys.modules}}; import pyattn; sys.exit({module!r} in {{*sys.modules}} - old)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

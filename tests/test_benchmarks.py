@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+
+import pyattn
 from pyattn.benchmarks import cpu, environment, gpu, memory, report, suite
 from pyattn.benchmarks.cases import CPU_CASES, DIRECTIONS, GPU_CASES, Case, make_inputs
 from pyattn.benchmarks.gate import Gate
 from pyattn.benchmarks.peers import CPU_PEERS, Peer, Pyattn
 from pyattn.benchmarks.timing import interleaved
-from rich.console import Console
-
-import pyattn
 
 TINY = Case(2, 3, 40, 40, 16, torch.float32, True)
 FIELDS = {

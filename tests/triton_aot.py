@@ -13,13 +13,14 @@ from unittest import mock
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
 from pyattn.triton_kernels import config
 from pyattn.triton_kernels.flash_bwd import flash_bwd
 from pyattn.triton_kernels.flash_fwd import flash_fwd
 from pyattn.triton_kernels.launch import Call
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,8 @@ def record(run: Callable[[], None], architecture: str) -> list[Launch]:
     def catch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         caught.append(Launch(kernel, args, kwargs))
 
-    with (
-        mock.patch.object(JITFunction, "run", catch),
-        mock.patch.object(config, "architecture_of", lambda _: architecture),
-    ):
+    chip = mock.patch.object(config, "architecture_of", lambda _: architecture)
+    with chip, mock.patch.object(JITFunction, "run", catch):
         run()
     return caught
 

@@ -1,7 +1,7 @@
 """Launch sizes, as a table by kernel, architecture, bits per element and head size.
 
 No row has been measured on a GPU yet. The sizes start from PyTorch 2.13's FlexAttention defaults where those are said
-(its kernels have the same loops), and are the largest for which ahead-of-time compilation shows no register spills
+(its kernels have the same loops), and are the largest for which ahead-of-time compilation spills next to nothing
 and fits the chip's shared memory; `tests/test_triton_compile.py` holds them to that.
 """
 
@@ -71,10 +71,10 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
     ("forward", "any", 32): {64: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)},
     ("dq", "any", 32): {128: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)},
     ("dkdv", "any", 32): {128: Config(32, 32, 8, 1), 256: Config(16, 16, 4, 1)},
-    # With dropout, any GPU: Philox's words need the registers that larger tiles would.
-    ("forward", "dropout", 16): {64: Config(64, 64, 8, 1), 128: Config(64, 32, 8, 1), 256: Config(32, 32, 8, 1)},
-    ("dq", "dropout", 16): {128: Config(64, 32, 8, 1), 256: Config(32, 32, 8, 1)},
-    ("dkdv", "dropout", 16): {128: Config(32, 64, 8, 1), 256: Config(32, 32, 8, 1)},
+    # Dropout or a boolean mask, any GPU: Philox's words and the mask's addresses need the registers of larger tiles.
+    ("forward", "heavy", 16): {64: Config(64, 64, 8, 1), 128: Config(64, 32, 8, 1), 256: Config(32, 32, 8, 1)},
+    ("dq", "heavy", 16): {128: Config(64, 32, 8, 1), 256: Config(32, 32, 8, 1)},
+    ("dkdv", "heavy", 16): {128: Config(32, 64, 8, 1), 256: Config(32, 32, 8, 1)},
     # Small, so that small tests have several blocks in each direction.
     ("forward", "interpreter", 16): {256: Config(32, 32, 4, 1)},
     ("dq", "interpreter", 16): {256: Config(32, 32, 4, 1)},
@@ -82,12 +82,15 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
 }
 
 
-def choose(kernel: str, architecture: str, bits: int, head_dim: int, dropout: bool) -> Config:
-    """The row for a kernel ("forward", "dq" or "dkdv") and the larger of the two padded head sizes."""
+def choose(kernel: str, architecture: str, bits: int, head_dim: int, heavy: bool) -> Config:
+    """The row for a kernel ("forward", "dq" or "dkdv") and the larger of the two padded head sizes.
+
+    heavy: the call has dropout or a boolean mask.
+    """
     if bits == 32:
         architecture = "any"
-    elif dropout and architecture != "interpreter":
-        architecture = "dropout"
+    elif heavy and architecture != "interpreter":
+        architecture = "heavy"
     rows = TABLE[kernel, architecture, bits]
     return rows[min(size for size in rows if size >= head_dim)]
 

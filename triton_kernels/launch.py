@@ -14,7 +14,7 @@ from torch import Tensor
 from . import config
 
 # Values that change from call to call and must never cause a recompilation. Triton would otherwise compile a variant
-# for 1, one for multiples of 16 and one for the rest. Members of a tuple cannot be exempted: strides are single arguments.
+# for 1, one for multiples of 16 and one for the rest. Members of a tuple cannot be exempted, so strides are not in one.
 RUNTIME_VALUES = (
     *(f"stride_{tensor}{axis}" for tensor in ("q", "o", "do", "dq") for axis in "bhm"),
     *(f"stride_{tensor}{axis}" for tensor in ("k", "v", "dk", "dv") for axis in "bhn"),
@@ -96,7 +96,8 @@ def strides(**tensors: Tensor) -> dict[str, int]:
 def sizes(kernel: str, q: Tensor, v: Tensor, call: Call) -> config.Config:
     """The launch sizes of `kernel` for this call."""
     head_dim = padded_head_dim(max(q.shape[3], v.shape[3]))
-    return config.choose(kernel, config.architecture_of(q.device), 8 * q.element_size(), head_dim, call.dropout_p > 0)
+    heavy = call.mask is not None or call.dropout_p > 0
+    return config.choose(kernel, config.architecture_of(q.device), 8 * q.element_size(), head_dim, heavy)
 
 
 def padded_head_dim(d: int) -> int:

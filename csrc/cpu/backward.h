@@ -74,7 +74,9 @@ class Backward {
         columns_first(args.out, batch, head, i, queries, args.dv, rows, out_t);
         for (int64_t lane = 0; lane < kQueries; lane += kWidth<A>) {
             Vec<A> total = {};
-            for (int64_t at = lane; at < args.dv * kQueries; at += kQueries) total += load(d_out_t + at) * load(out_t + at);
+            for (int64_t at = lane; at < args.dv * kQueries; at += kQueries) {
+                total += load(d_out_t + at) * load(out_t + at);
+            }
             store(sum + lane, total);
         }
         A* delta = static_cast<A*>(args.delta) + (batch * args.h + head) * args.m + i;
@@ -83,8 +85,8 @@ class Backward {
 
     static void columns_first(const TensorArg& tensor, int64_t batch, int64_t head, int64_t i, int64_t queries,
                               int64_t columns, A* rows, A* to) {
-        const Lanes<const A> from =
-            load_rows<T>(row_pointer<T>(tensor, batch, head, i), tensor.stride[2], queries, columns, rows, nullptr, true);
+        const Lanes<const A> from = load_rows<T>(row_pointer<T>(tensor, batch, head, i), tensor.stride[2], queries,
+                                                 columns, rows, nullptr, true);
         transpose<A>(from, queries, columns, {to, kQueries}, kQueries);
     }
 
@@ -210,7 +212,8 @@ class Backward {
                 for (int64_t lane = 0; lane < kQueries; ++lane) sum[lane] += sum[key * kQueries + lane];
             }
         }
-        const int64_t queries = one_i ? 1 : smaller(kQueries, args.m - i), keys = one_j ? 1 : smaller(kKeys, args.n - j);
+        const int64_t queries = one_i ? 1 : smaller(kQueries, args.m - i);
+        const int64_t keys = one_j ? 1 : smaller(kKeys, args.n - j);
         const int64_t* stride = args.d_bias.stride;
         const int64_t at = batch * stride[0] + head * stride[1] + i * stride[2] + j * stride[3];
         for (int64_t query = 0; query < queries; ++query) {
@@ -222,10 +225,11 @@ class Backward {
 
     static void store_bias_element(const AttentionArgs& args, int64_t at, A value) {
         void* const to = args.d_bias.ptr;
+        const float single = static_cast<float>(value);
         switch (args.bias_dtype) {
-            case Dtype::float32: static_cast<float*>(to)[at] = static_cast<float>(value); return;
-            case Dtype::bfloat16: static_cast<bfloat16*>(to)[at] = Narrow<bfloat16>::from(static_cast<float>(value)); return;
-            case Dtype::float16: static_cast<float16*>(to)[at] = Narrow<float16>::from(static_cast<float>(value)); return;
+            case Dtype::float32: static_cast<float*>(to)[at] = single; return;
+            case Dtype::bfloat16: static_cast<bfloat16*>(to)[at] = Narrow<bfloat16>::from(single); return;
+            case Dtype::float16: static_cast<float16*>(to)[at] = Narrow<float16>::from(single); return;
             case Dtype::float64: static_cast<double*>(to)[at] = static_cast<double>(value); return;
         }
     }

@@ -88,43 +88,26 @@ class Forward {
 
     // scores -> exp(factor * scores - running maximum), and the factor by which the earlier part of the row shrinks.
     void softmax(int64_t lanes, int64_t keys, A factor) {
-        constexpr int R = PYATTN_STRIP_VECTORS;
-        int64_t lane = 0;
-        for (; lane + R * W <= lanes; lane += R * W) softmax_strip<R>(lane, keys, factor);
-        for (; lane < lanes; lane += W) softmax_strip<1>(lane, keys, factor);
-    }
-
-    // R vectors of queries side by side: the tile is read in the order in which it lies.
-    template <int R>
-    void softmax_strip(int64_t lane, int64_t keys, A factor) {
-        A* const scores = scores_ + lane;
-        Vec<A> top[R], shift[R], sum[R] = {};
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) top[r] = load(scores + r * W);
-        for (int64_t at = kQueries; at < keys * kQueries; at += kQueries) {
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) top[r] = running_max<A>(top[r], load(scores + at + r * W));
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            top[r] = running_max<A>(load(row_max_ + lane + r * W), top[r] * factor);
-            // A row that has seen nothing yet keeps its maximum of -inf; subtracting 0 then gives weights of 0, not NaN.
-            shift[r] = top[r] == -static_cast<A>(INFINITY) ? Vec<A>{} : top[r];
-        }
-        for (int64_t at = 0; at < keys * kQueries; at += kQueries) {
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                const Vec<A> p = exp<A>(load(scores + at + r * W) * factor - shift[r]);
-                sum[r] += p;
-                store(scores + at + r * W, p);
+        for (int64_t lane = 0; lane < lanes; lane += W) {
+            const Vec<A> old_max = load(row_max_ + lane);
+            Vec<A> tile_max = load(scores_ + lane);
+            for (int64_t key = 1; key < keys; ++key) {
+                tile_max = running_max<A>(tile_max, load(scores_ + key * kQueries + lane));
             }
-        }
-        for (int r = 0; r < R; ++r) {
-            const int64_t at = lane + r * W;
-            const Vec<A> shrink = exp<A>(load(row_max_ + at) - shift[r]);
-            store(row_sum_ + at, load(row_sum_ + at) * shrink + sum[r]);
-            store(rescale_ + at, shrink);
-            store(row_max_ + at, top[r]);
+            const Vec<A> top = running_max<A>(old_max, tile_max * factor);
+            // A row that has seen nothing yet has a maximum of -inf; subtracting 0 then gives weights of 0, not NaN.
+            const Vec<A> shift = top == -static_cast<A>(INFINITY) ? Vec<A>{} : top;
+            const Vec<A> shrink = exp<A>(old_max - shift);
+            Vec<A> sum = {};
+            for (int64_t key = 0; key < keys; ++key) {
+                A* at = scores_ + key * kQueries + lane;
+                const Vec<A> p = exp<A>(load(at) * factor - shift);
+                sum += p;
+                store(at, p);
+            }
+            store(row_max_ + lane, top);
+            store(row_sum_ + lane, load(row_sum_ + lane) * shrink + sum);
+            store(rescale_ + lane, shrink);
         }
     }
 

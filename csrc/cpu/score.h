@@ -21,9 +21,10 @@ class Score {
           bias_tile_(bias_tile),
           bias_rows_(bias_rows) {}
 
-    // Turns products q.k into logits in place; `visible` is null where all of the tile is. With a softcap and a non-null
-    // cap_slope, that receives the softcap's derivative. Returns the factor that the logits still lack: a plain tile is
-    // left as it is, because its reader multiplies for free. That factor is never negative, so that a maximum stays one.
+    // Turns products q.k into logits in place; `visible` is null where all of the tile is. With a softcap and a
+    // non-null cap_slope, that receives the softcap's derivative. Returns the factor that the logits still lack: a
+    // plain tile is left as it is, because its reader multiplies for free. The factor is never negative, so that a
+    // maximum stays one.
     A apply(A* tile, int64_t i, int64_t queries, int64_t j, int64_t keys, int64_t lanes, const A* visible,
             A* cap_slope) const {
         const bool plain = softcap_ == 0 && !args_.bias && !args_.alibi_slopes && !visible;
@@ -77,7 +78,8 @@ class Score {
         const int64_t width = padded<A>(keys);
         for (int64_t query = 0; query < queries; ++query) {
             A* row = bias_rows_ + query * width;
-            for (int64_t key = 0; key < keys; ++key) row[key] = static_cast<A>(widen(from[query * stride_i + key * stride_j]));
+            const B* element = from + query * stride_i;
+            for (int64_t key = 0; key < keys; ++key) row[key] = static_cast<A>(widen(element[key * stride_j]));
             for (int64_t key = keys; key < width; ++key) row[key] = 0;
         }
         transpose<A>({bias_rows_, width}, queries, keys, {bias_tile_, kQueries}, lanes);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -133,10 +134,9 @@ def _best_isa() -> str:
 def _extension() -> ModuleType | str:
     """pyattn._C, or why there is none."""
     try:
-        from pyattn import _C
+        return import_module("pyattn._C")
     except ImportError as error:
         return not_built_reason(Path(__file__).parents[1], error)
-    return _C
 
 
 def not_built_reason(package: Path, error: ImportError) -> str:
