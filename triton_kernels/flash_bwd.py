@@ -111,7 +111,7 @@ def _flash_bwd_dq_kernel(
         mask_base = head_start(mask_ptr, i_b, i_h, stride_mask_b, stride_mask_h, 1)
     n_keys = N
     if lengths_ptr is not None:
-        n_keys = tl.load(lengths_ptr + i_b)
+        n_keys = tl.minimum(tl.load(lengths_ptr + i_b), N)  # a wrong length must not read past the keys
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
@@ -244,7 +244,7 @@ def _flash_bwd_dkdv_kernel(
     i_b = tl.program_id(0) // num_blocks // num_kv_heads
     n_keys = N
     if lengths_ptr is not None:
-        n_keys = tl.load(lengths_ptr + i_b)
+        n_keys = tl.minimum(tl.load(lengths_ptr + i_b), N)  # a wrong length must not read past the keys
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pyattn.backends import Backend
 from pyattn.spec import AttentionSpec, Grads, Inputs, empty_output
+
+if TYPE_CHECKING:
+    from pyattn.triton_kernels.launch import Call
 
 
 class TritonBackend(Backend):
@@ -58,7 +62,7 @@ class TritonBackend(Backend):
         return 0, rows * (4 + spec.dv * spec.dtype.itemsize)
 
 
-def _call(spec: AttentionSpec, x: Inputs):
+def _call(spec: AttentionSpec, x: Inputs) -> Call:
     from pyattn.triton_kernels.launch import Call
 
     return Call(
