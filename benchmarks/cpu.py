@@ -28,7 +28,7 @@ def run(out_dir: Path, *, quick: bool = False, console: Console | None = None) -
         One row per case, direction and peer. A row with status "failed" is a wrong result.
     """
     console = console or Console()
-    cases, seconds = (CPU_QUICK_CASES, 20.0) if quick else (CPU_CASES, 70.0)
+    cases, seconds = (CPU_QUICK_CASES, 20.0) if quick else (CPU_CASES, 100.0)
     rows: list[Row] = []
     steps = measure(cases, CPU_PEERS, "cpu", seconds)
     for step in track(

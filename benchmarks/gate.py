@@ -9,8 +9,8 @@ from pyattn import testing
 from .cases import Case, Direction, Inputs
 
 NAMES = {"forward": ("out",), "backward": ("d_q", "d_k", "d_v")}
-# The definition holds whole score matrices in float64: 2 GiB each at this length for one head.
-ONE_HEAD_FROM = 16384
+# The definition holds whole score matrices in float64, a dozen of them at a time: 0.4 GiB at this length for one head.
+ONE_HEAD_FROM = 2048
 
 
 class Gate:

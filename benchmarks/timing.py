@@ -25,7 +25,7 @@ class Timing(NamedTuple):
 
 
 def interleaved(
-    calls: Mapping[str, Call], device: str, seconds: float, min_rounds: int = 3, max_rounds: int = 50
+    calls: Mapping[str, Call], device: str, seconds: float, min_rounds: int = 5, max_rounds: int = 50
 ) -> dict[str, Timing]:
     """Times `calls` for about `seconds` in all, at least `min_rounds` rounds. They must have run once already."""
     clock = _cuda_clock() if device == "cuda" else _wall_clock

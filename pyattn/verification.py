@@ -12,6 +12,9 @@ from pyattn.spec import FEATURES, AttentionSpec
 from pyattn.testing import CASES, Case, Result, check_case, make_inputs
 
 
+_FEW = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What came of one case: a result per tensor, or the reason of a declared refusal, or an error."""
@@ -78,14 +81,20 @@ def verify(name: str, case: Case, dtype: torch.dtype) -> Verdict:
 
 
 def by_feature(verdicts: list[Verdict]) -> dict[tuple[str, str], dict[torch.dtype, list[Verdict]]]:
-    """The verdicts by (backend, feature) and dtype. A case with several features counts in each of them."""
+    """The verdicts by (backend, feature) and dtype. A case with a few features counts in each, one with many apart."""
     table: dict[tuple[str, str], dict[torch.dtype, list[Verdict]]] = {}
     for name in dict.fromkeys(verdict.backend for verdict in verdicts):
-        for feature in ("plain", *FEATURES):
+        for row in ("plain", *FEATURES, "many at once"):
             for verdict in verdicts:
-                if verdict.backend == name and feature in (verdict.features or {"plain"}):
-                    table.setdefault((name, feature), {}).setdefault(verdict.dtype, []).append(verdict)
+                if verdict.backend == name and row in _rows(verdict):
+                    table.setdefault((name, row), {}).setdefault(verdict.dtype, []).append(verdict)
     return table
+
+
+def _rows(verdict: Verdict) -> frozenset[str]:
+    if len(verdict.features) > _FEW:
+        return frozenset({"many at once"})
+    return verdict.features or frozenset({"plain"})
 
 
 def worst(verdicts: list[Verdict]) -> Result | None:
