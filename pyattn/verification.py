@@ -11,7 +11,6 @@ from pyattn.check import DTYPES, UnsupportedError
 from pyattn.spec import FEATURES, AttentionSpec
 from pyattn.testing import CASES, Case, Result, check_case, make_inputs
 
-
 _FEW = 3
 
 
