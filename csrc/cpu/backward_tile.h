@@ -119,11 +119,10 @@ class BackwardTile {
     // factor * logits and dP -> P with dropout and dS = P (dP - delta + d_lse).
     template <bool Dropout>
     void differentiate(A factor) {
-        factor *= kLog2E<A>;
         for (int64_t lane = 0; lane < lanes_; lane += W) {
-            const Vec<A> lse = load(lse_ + lane) * kLog2E<A>, delta = load(delta_ + lane), d_lse = load(d_lse_ + lane);
+            const Vec<A> lse = load(lse_ + lane), delta = load(delta_ + lane), d_lse = load(d_lse_ + lane);
             for (int64_t at = lane; at < keys_ * kQueries; at += kQueries) {
-                const Vec<A> p = exp2<A>(load(p_ + at) * factor - lse);
+                const Vec<A> p = exp<A>(load(p_ + at) * factor - lse);
                 Vec<A> dp = load(ds_ + at), dropped = p;
                 if constexpr (Dropout) {
                     const Vec<A> keep = load(keep_ + at);

@@ -81,15 +81,13 @@ class Forward {
         transpose<A>(q, queries, args_.d, {q_t_, kQueries}, lanes);
         const A sink = args_.sinks ? static_cast<const A*>(args_.sinks)[head] : -static_cast<A>(INFINITY);
         for (int64_t lane = 0; lane < lanes; ++lane) {
-            row_max_[lane] = sink * kLog2E<A>;
+            row_max_[lane] = sink;
             row_sum_[lane] = sink == -static_cast<A>(INFINITY) ? A(0) : A(1);
         }
     }
 
     // scores -> exp(factor * scores - running maximum), and the factor by which the earlier part of the row shrinks.
-    // Exponents and the maximum are in units of ln 2.
     void softmax(int64_t lanes, int64_t keys, A factor) {
-        factor *= kLog2E<A>;
         for (int64_t lane = 0; lane < lanes; lane += W) {
             const Vec<A> old_max = load(row_max_ + lane);
             Vec<A> tile_max = load(scores_ + lane);
@@ -99,11 +97,11 @@ class Forward {
             const Vec<A> top = running_max<A>(old_max, tile_max * factor);
             // A row that has seen nothing yet has a maximum of -inf; subtracting 0 then gives weights of 0, not NaN.
             const Vec<A> shift = top == -static_cast<A>(INFINITY) ? Vec<A>{} : top;
-            const Vec<A> shrink = exp2<A>(old_max - shift);
+            const Vec<A> shrink = exp<A>(old_max - shift);
             Vec<A> sum = {};
             for (int64_t key = 0; key < keys; ++key) {
                 A* at = scores_ + key * kQueries + lane;
-                const Vec<A> p = exp2<A>(load(at) * factor - shift);
+                const Vec<A> p = exp<A>(load(at) * factor - shift);
                 sum += p;
                 store(at, p);
             }
@@ -126,7 +124,7 @@ class Forward {
     // out = accumulated / row_sum, lse = max + log(row_sum); a row that sees nothing has 0 and -inf.
     void finish(int64_t batch, int64_t head, int64_t i, int64_t queries, int64_t lanes, bool any) {
         A* lse = static_cast<A*>(args_.lse) + (batch * args_.h + head) * args_.m + i;
-        for (int64_t query = 0; query < queries; ++query) lse[query] = row_max_[query] * kLn2<A> + std::log(row_sum_[query]);
+        for (int64_t query = 0; query < queries; ++query) lse[query] = row_max_[query] + std::log(row_sum_[query]);
         for (int64_t column = 0; column < args_.dv; ++column) {
             for (int64_t lane = 0; lane < lanes; lane += W) {
                 A* at = out_t_ + column * kQueries + lane;

@@ -50,45 +50,40 @@ static inline Vec<A> running_max(Vec<A> so_far, Vec<A> x) {
     return x > so_far ? x : so_far;
 }
 
-// Exponentials are to base 2, which saves the exact reduction by ln 2; callers scale by log2(e), which is often free.
-template <class A>
-constexpr A kLog2E = static_cast<A>(1.4426950408889634);
-template <class A>
-constexpr A kLn2 = static_cast<A>(0.6931471805599453);
-
-// Coefficients are Chebyshev fits of (2^f - 1) / f on [-1/2, 1/2], highest power first.
+// Coefficients are Chebyshev fits of (e^f - 1 - f) / f^2 on [-ln2/2, ln2/2], highest power first.
 // `round` is 1.5 * 2^mantissa, which rounds what is added to it to an integer, plus the exponent's bias.
 template <class A>
-struct Exp2Constants;
+struct ExpConstants;
 template <>
-struct Exp2Constants<float> {
-    static constexpr float lowest = -126.0f;  // exponent of the smallest normal number; below it the result is 0
-    static constexpr float round = 0x1.8p23f + 127;
+struct ExpConstants<float> {
+    static constexpr float lowest = -87.33654f;  // ln of the smallest normal number; below it the result is 0
+    static constexpr float round = 0x1.8p23f + 127, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
     static constexpr int mantissa = 23;
-    static constexpr float poly[] = {1.5453163e-4f, 1.3390863e-3f, 9.618083e-3f, 5.550357e-2f, 2.402265e-1f, kLn2<float>};
+    static constexpr float poly[] = {1.39262508e-3f, 8.36323288e-3f, 4.16665542e-2f, 1.66665766e-1f, 0.5f};
 };
 template <>
-struct Exp2Constants<double> {
-    static constexpr double lowest = -1022.0;
-    static constexpr double round = 0x1.8p52 + 1023;
+struct ExpConstants<double> {
+    static constexpr double lowest = -708.396418532264;
+    static constexpr double round = 0x1.8p52 + 1023, ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b39p-40;
     static constexpr int mantissa = 52;
-    static constexpr double poly[] = {4.4549605981865186e-10, 7.072585949269223e-9,  1.0178062445845774e-7,
-                                      1.321544258792169e-6,   1.525273382983612e-5,  1.540353044173605e-4,
-                                      1.3333558146416936e-3,  9.618129107606888e-3,  5.55041086648216e-2,
-                                      2.4022650695910097e-1,  kLn2<double>};
+    static constexpr double poly[] = {2.5100472505694996e-8,  2.7620201591031549e-7, 2.7557268276905697e-6,
+                                      2.4801521057868205e-5,  1.9841269863171556e-4, 1.3888888917367081e-3,
+                                      8.3333333333300382e-3,  4.1666666666623821e-2, 1.6666666666666667e-1,
+                                      0.5};
 };
 
-// 2^x for x <= 0 (and a little above), to 1 ulp. 2^-inf is exactly 0; a NaN stays one.
+// e^x for x <= 0 (and a little above), to 1 ulp. e^-inf is exactly 0; a NaN stays one.
 template <class A>
-static inline Vec<A> exp2(Vec<A> x) {
-    using C = Exp2Constants<A>;
-    // The low mantissa bits of `shifted` are the nearest integer of x plus the bias: an exponent field.
-    const Vec<A> shifted = x + C::round;
-    const Vec<A> f = x - (shifted - C::round);
+static inline Vec<A> exp(Vec<A> x) {
+    using C = ExpConstants<A>;
+    // The low mantissa bits of `shifted` are the nearest integer of x / ln2 plus the bias: an exponent field.
+    const Vec<A> shifted = x * fill<A>(static_cast<A>(1.4426950408889634)) + C::round;
+    const Vec<A> whole = shifted - C::round;
+    const Vec<A> f = (x - whole * C::ln2_high) - whole * C::ln2_low;
     Vec<A> poly = fill<A>(C::poly[0]);
-#pragma GCC unroll 12
+#pragma GCC unroll 10
     for (int i = 1; i < static_cast<int>(sizeof C::poly / sizeof(A)); ++i) poly = poly * f + C::poly[i];
-    poly = poly * f + A(1);
+    poly = (poly * f + A(1)) * f + A(1);
     const Vec<A> power = (Vec<A>)((Bits<A>)shifted << C::mantissa);
     return x < C::lowest ? Vec<A>{} : poly * power;
 }
@@ -103,7 +98,7 @@ static inline Vec<A> tanh(Vec<A> x) {
     const Vec<A> bottom = ((z + A(1.12811678491632931402e2)) * z + A(2.23548839060100448583e3)) * z +
                           A(4.84406305325125486048e3);
     const Vec<A> small = x + x * z * top / bottom;
-    const Vec<A> e = exp2<A>(magnitude * (A(-2) * kLog2E<A>));
+    const Vec<A> e = exp<A>(magnitude * A(-2));
     const Vec<A> large = (A(1) - e) / (A(1) + e);
     return magnitude < A(0.625) ? small : (x < A(0) ? -large : large);
 }
