@@ -85,9 +85,9 @@ def failure_reason(output: str) -> str:
     """One sentence for the user of the `cpu` backend, out of what the build tools printed."""
     if "CMAKE_CXX_COMPILER could be found" in output or "not a full path to an existing compiler" in output:
         return "not built: no C++17 compiler was found when pyattn was installed; install one and run pip install again"
-    errors = [line.strip() for line in output.splitlines() if "error" in line.lower()]
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    cause = (errors or lines or ["no output"])[0]
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
+    first = next((number for number, line in enumerate(lines) if "error" in line.lower()), 0)
+    cause = " ".join(lines[first : first + 2])  # CMake says where in one line and what in the next
     return f"not built: the build failed when pyattn was installed ({cause}); mend it and run pip install again"
 
 
