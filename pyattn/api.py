@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyattn import check, ops, registry
 from pyattn.backends.reference import ReferenceBackend
@@ -110,6 +110,11 @@ def _attention(
         # Plain differentiable torch: outside the operator, torch derives it to any order.
         check.check_values(x)
         return registry.BACKENDS[name].forward(AttentionSpec.of(x, numbers), x)
+    if forward_ad._current_level >= 0:
+        # The operator has no formula for it, and torch would take the tangent to be zero.
+        raise check.UnsupportedError(
+            'forward-mode AD: expected backend="reference", the fused backends have derivatives in reverse mode only'
+        )
     return ops.attention(x, numbers, name)
 
 
@@ -133,9 +138,7 @@ def _prepare(
     top_left: bool = False,
 ) -> tuple[Inputs, Numbers]:
     """The checked arguments of one call, in the form backends take."""
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
-        # As torch's own attention does under autocast.
-        q, k, v = (t.to(torch.get_autocast_dtype(t.device.type)) for t in (q, k, v))
+    q, k, v = (t.to(check.autocast_dtype(t)) if isinstance(t, Tensor) else t for t in (q, k, v))
     dropout_p = check.check_dropout(dropout_p)
     left, right = check.check_band(causal, window)
     x = check.check_inputs(

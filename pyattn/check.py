@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyattn.spec import Inputs, dtype_name
+from pyattn.spec import Inputs, dtype_name, unit_stride
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOAT32 = torch.finfo(torch.float32)
+_UNLIMITED = 2**62  # a window this wide hides nothing and still fits 64 bits when positions are added
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
@@ -64,7 +66,7 @@ def check_inputs(
     if bias is not None:
         bias = _broadcastable("bias", bias, (b, h, m, n), (q.dtype, torch.float32), q)
     q_segments, k_segments = _check_segments(segment_ids, q, k)
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v = (unit_stride(t) for t in (q, k, v))
     return Inputs(
         q,
         k,
@@ -80,19 +82,27 @@ def check_inputs(
     )
 
 
+def autocast_dtype(t: Tensor) -> torch.dtype:
+    """What torch's own attention makes of t's dtype: autocast lowers every floating dtype but float64."""
+    device = t.device.type
+    if not t.is_floating_point() or t.dtype is torch.float64 or not torch.amp.is_autocast_available(device):
+        return t.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
+
+
 def check_scale(scale: float | None, d: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(d) if d > 0 else 1.0
-    if not math.isfinite(_number("scale", scale)):
-        raise RangeError(f"scale: expected a finite number, got {scale}")
+    if not abs(_number("scale", scale)) <= _FLOAT32.max:
+        raise RangeError(f"scale: expected a finite number in float32's range, got {scale}")
     return float(scale)
 
 
 def check_softcap(softcap: float | None) -> float | None:
     if softcap is None:
         return None
-    if not 0 < _number("softcap", softcap) < math.inf:
-        raise RangeError(f"softcap: expected a positive number (None means no cap), got {softcap}")
+    if not _FLOAT32.tiny <= _number("softcap", softcap) <= _FLOAT32.max:
+        raise RangeError(f"softcap: expected a positive number in float32's range (None means no cap), got {softcap}")
     return float(softcap)
 
 
@@ -104,6 +114,8 @@ def check_dropout(dropout_p: float) -> float:
 
 def check_band(causal: bool, window: Sequence[int | None] | None) -> tuple[int | None, int | None]:
     """The number of visible keys (left, right) of one's own position; None is unlimited."""
+    if not isinstance(causal, bool):
+        raise DtypeError(f"causal: expected a bool, got {causal!r}")
     if window is None:
         return None, 0 if causal else None
     if not isinstance(window, (tuple, list)) or len(window) != 2:
@@ -115,7 +127,7 @@ def check_band(causal: bool, window: Sequence[int | None] | None) -> tuple[int |
             raise DtypeError(f"window: expected an int or None on the {side}, got {keys!r}")
         if keys < 0:
             raise RangeError(f"window: expected at least 0 keys on the {side} (None means unlimited), got {keys}")
-    left, right = window
+    left, right = (None if keys is None else min(keys, _UNLIMITED) for keys in window)
     return left, 0 if causal else right
 
 
@@ -133,6 +145,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
             raise DtypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+        _dense(name, t)
         if t.dim() != 4:
             raise ShapeError(f"{name}: expected 4 dimensions [batch, heads, length, head size], got {_shape(t)}")
         if t.dtype not in DTYPES:
@@ -222,12 +235,23 @@ def _integers(name: str, t: Tensor, shape: tuple[int, ...], q: Tensor) -> Tensor
     _tensor_of(name, t, _INTEGERS, q)
     if tuple(t.shape) != shape:
         raise ShapeError(f"{name}: expected shape {list(shape)}, got {_shape(t)}")
+    if t.dtype is torch.int64 and t.device.type == "cpu" and t.numel() > 0 and not torch.compiler.is_compiling():
+        low, high = (int(end) for end in torch.aminmax(t))
+        if low < -(2**31) or high >= 2**31:
+            raise RangeError(f"{name}: expected integers of 32 bits, got {low if low < -(2**31) else high}")
     return t.to(torch.int32)
+
+
+def _dense(name: str, t: Tensor) -> None:
+    if t.layout is not torch.strided or t.is_nested:
+        kind = "a nested tensor" if t.is_nested else f"the layout {t.layout}"
+        raise DtypeError(f"{name}: expected a dense tensor, got {kind}")
 
 
 def _tensor_of(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor) -> None:
     if not isinstance(t, Tensor):
         raise DtypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+    _dense(name, t)
     if t.dtype not in dtypes:
         expected = " or ".join(dict.fromkeys(map(dtype_name, dtypes)))
         raise DtypeError(f"{name}: expected {expected}, got {dtype_name(t.dtype)}")

@@ -78,6 +78,6 @@ def feature_table() -> str:
 
 
 def _known(name: str) -> str:
-    if name != "auto" and name not in BACKENDS:
+    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
         raise RangeError(f"backend: expected auto, {', '.join(BACKENDS)}, got {name!r}")
     return name

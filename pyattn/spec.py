@@ -176,6 +176,11 @@ def empty_output(q: Tensor, dv: int) -> Tensor:
     return q.new_empty(b, h, m, dv)
 
 
+def unit_stride(t: Tensor) -> Tensor:
+    """t with a last stride of 1. Not by contiguous(), which leaves an empty tensor's strides as they are."""
+    return t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """ "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")

@@ -60,6 +60,17 @@ WRONG = {
         r"key_lengths: expected values in \[0, n=7\], got 8",
     ),
     "key_lengths are negative": ({"key_lengths": torch.tensor([-1, 2])}, pyattn.RangeError, "got -1"),
+    "key_lengths are beyond 32 bits": (
+        {"key_lengths": torch.tensor([1, 2**32 + 1])},
+        pyattn.RangeError,
+        "key_lengths: expected integers of 32 bits, got 4294967297",
+    ),
+    "causal is a string": ({"causal": "no"}, pyattn.DtypeError, "causal: expected a bool, got 'no'"),
+    "q is sparse": (
+        {"q": torch.zeros(B, H, M, D).to_sparse()},
+        pyattn.DtypeError,
+        "q: expected a dense tensor, got the",
+    ),
     "segment_ids are one tensor": ({"segment_ids": _ints(B, M)}, pyattn.DtypeError, "segment_ids: expected a pair"),
     "segment_ids are swapped": (
         {"segment_ids": (_ints(B, N), _ints(B, M))},
@@ -81,6 +92,9 @@ WRONG = {
     "seed is float": ({"dropout_p": 0.1, "seed": 1.5}, pyattn.DtypeError, "seed: expected an int"),
     "seed is too large": ({"dropout_p": 0.1, "seed": 2**63}, pyattn.RangeError, "seed: expected an integer of 64 bits"),
     "seed is a vector": ({"dropout_p": 0.1, "seed": _ints(2)}, pyattn.DtypeError, "seed: .*int64 scalar tensor"),
+    "softcap is below float32": ({"softcap": 1e-46}, pyattn.RangeError, "softcap: .*float32's range"),
+    "scale is above float32": ({"scale": 1e39}, pyattn.RangeError, "scale: .*float32's range"),
+    "backend is a list": ({"backend": []}, pyattn.RangeError, "backend: expected auto"),
     "backend is unknown": ({"backend": "magic"}, pyattn.RangeError, "backend: expected auto, .*got 'magic'"),
 }
 
@@ -91,6 +105,27 @@ def test_attention_wrong_argument_raises_named_error(changes, error, message):
         pyattn.attention(**_arguments(**changes))
     assert isinstance(caught.value, (ValueError, TypeError))
     assert isinstance(caught.value, pyattn.PyattnError)
+
+
+def test_attention_empty_inputs_of_any_strides_are_valid():
+    x = torch.randn(0, 2, 8, 4).mT
+    assert pyattn.attention(x, x, x).shape == (0, 2, 4, 8)
+    q = torch.randn(0, 2, 4, 8, requires_grad=True)
+    torch.autograd.grad(pyattn.attention(q, q, q), q, torch.randn(0, 2, 8, 4).mT)
+
+
+def test_attention_forward_mode_is_refused_and_not_zero():
+    q, k, v = _arguments().values()
+    with pytest.raises(pyattn.UnsupportedError, match="forward-mode AD"):
+        torch.func.jvp(lambda q: pyattn.attention(q, k, v), (q,), (q,))
+    _, tangent = torch.func.jvp(lambda q: pyattn.attention(q, k, v, backend="reference"), (q,), (q,))
+    assert tangent.abs().max() > 0
+
+
+def test_attention_float64_stays_float64_under_autocast():
+    q, k, v = (t.double() for t in _arguments().values())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert pyattn.attention(q, k, v).dtype is torch.float64
 
 
 def test_attention_explicit_backend_never_falls_back():

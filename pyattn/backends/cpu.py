@@ -12,7 +12,7 @@ import torch  # before pyattn._C, so that both share torch's OpenMP runtime
 from torch import Tensor
 
 from pyattn.backends import Backend
-from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, empty_output
+from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, empty_output, unit_stride
 
 _DTYPE_NAMES = {
     torch.float32: "float32",
@@ -54,7 +54,7 @@ class CpuBackend(Backend):
         d_bias = None if x.bias is None else torch.empty_like(x.bias)
         d_sinks = None if x.sinks is None else torch.empty_like(x.sinks)
         call = _Call(spec, x, out, lse.contiguous())
-        call.add_tensors(d_out=_rows(d_out), d_q=d_q, d_k=d_k, d_v=d_v, d_bias=d_bias)
+        call.add_tensors(d_out=unit_stride(d_out), d_q=d_q, d_k=d_k, d_v=d_v, d_bias=d_bias)
         d_lse = None if d_lse is None else d_lse.to(spec.accumulator)
         call.add_pointers(d_lse=d_lse, d_sinks=d_sinks, delta=torch.empty_like(lse))
         _module().backward(self._isa or _best_isa(), **call.arguments)
@@ -112,10 +112,6 @@ def isas() -> list[str]:
     """The instruction sets this build can use on this machine, best first; empty when it is not built."""
     extension = _extension()
     return [] if isinstance(extension, str) else extension.isas()
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _module() -> ModuleType:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyattn.backends import Backend
-from pyattn.spec import AttentionSpec, Grads, Inputs, empty_output
+from pyattn.spec import AttentionSpec, Grads, Inputs, empty_output, unit_stride
 
 if TYPE_CHECKING:
     from pyattn.triton_kernels.launch import Call
@@ -49,7 +49,7 @@ class TritonBackend(Backend):
         from pyattn.triton_kernels.flash_bwd import flash_bwd
 
         grads = Grads(torch.empty_like(x.q), torch.empty_like(x.k), torch.empty_like(x.v))
-        d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+        d_out = unit_stride(d_out)
         d_lse = None if d_lse is None else d_lse.float().contiguous()
         flash_bwd(
             x.q, x.k, x.v, out, lse.contiguous(), d_out, d_lse, grads.q, grads.k, grads.v, _call(spec, x)

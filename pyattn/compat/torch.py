@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyattn import api
-from pyattn.check import DtypeError, RangeError, ShapeError, UnsupportedError
+from pyattn.check import DtypeError, RangeError, ShapeError, UnsupportedError, autocast_dtype
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
@@ -118,8 +118,7 @@ def _check_mask(attn_mask: Any, query: Tensor, key: Tensor, is_causal: bool) -> 
                 f"attn_mask: expected a causal bias of size {want}, the lengths in query and key, got {have}"
             )
         return
-    under_autocast = torch.is_autocast_enabled(query.device.type)
-    dtype = torch.get_autocast_dtype(query.device.type) if under_autocast else query.dtype
+    dtype = autocast_dtype(query)
     if attn_mask.dtype not in (torch.bool, torch.float32, dtype):
         raise DtypeError(f"attn_mask: expected torch.bool, torch.float32 or query's {dtype}, got {attn_mask.dtype}")
 

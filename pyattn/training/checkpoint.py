@@ -58,7 +58,7 @@ def load(path: Path) -> Checkpoint:
         CheckpointError: no such file, truncated or damaged, or written by something else.
     """
     if not path.is_file():
-        raise CheckpointError(f"checkpoint: expected a file, {path} does not exist")
+        raise CheckpointError(f"checkpoint: expected a file, {path} {'is none' if path.exists() else 'does not exist'}")
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
@@ -67,7 +67,14 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint: {path} is truncated or damaged ({error})") from error
     if header.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint: {path} was not written by this version of pyattn's training")
-    return Checkpoint(path, tensors, json.loads(header["meta"]))
+    try:
+        meta = json.loads(header["meta"])
+        whole = isinstance(meta["step"], int) and isinstance(meta["settings"], dict)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint: {path} is damaged ({error!r} in its header)") from error
+    if not whole:
+        raise CheckpointError(f"checkpoint: {path} is damaged (its header has no step or no settings)")
+    return Checkpoint(path, tensors, meta)
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

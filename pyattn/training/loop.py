@@ -65,7 +65,7 @@ def train(
     """Runs the steps after `done` up to `plan.steps`. Between two records, model and optimizer may be saved.
 
     Raises:
-        DivergedError: the loss is NaN or infinite; the weights are those of before that step.
+        DivergedError: a loss or gradient is NaN or infinite; no record of that step is yielded, so nothing saves it.
     """
     held_out = validation_batches(corpus.validation, batch=plan.batch, context=plan.context, count=_VALIDATION_BATCHES)
     every = math.ceil(plan.steps / _EVALUATIONS)
@@ -77,6 +77,8 @@ def train(
         loss, grad_norm = _optimize(model, optimizer, batch, plan.dtype, lr)
         seconds = time.perf_counter() - began
         val_loss = evaluate(model, held_out, plan.dtype) if step % every == 0 or step == plan.steps else None
+        if val_loss is not None and not math.isfinite(val_loss):
+            raise DivergedError(f"training: the validation loss became {val_loss}; try a lower --lr")
         yield Step(step, loss, lr, grad_norm, plan.batch * plan.context, seconds, val_loss)
 
 
@@ -102,6 +104,8 @@ def _optimize(
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
+    if not math.isfinite(grad_norm.item()):
+        raise DivergedError(f"training: the gradient became {grad_norm.item()}; try a lower --lr")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

@@ -43,7 +43,10 @@ class Settings:
         for name, least in (("steps", 1), ("batch", 1), ("context", 1), ("vocab", 257), ("seed", 0)):
             if getattr(self, name) < least:
                 raise RangeError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        if not self.lr > 0:
+        for name, most in (("seed", 2**63 - 1), ("vocab", 2**24)):
+            if getattr(self, name) > most:
+                raise RangeError(f"{name}: expected at most {most}, got {getattr(self, name)}")
+        if not 0 < self.lr < float("inf"):
             raise RangeError(f"lr: expected a positive number, got {self.lr}")
         if self.dtype not in _DTYPES:
             raise RangeError(f"dtype: expected one of {', '.join(_DTYPES)}, got {self.dtype}")
