@@ -278,6 +278,31 @@ def test_checkpoint_of_other_software_is_an_error(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "none.safetensors")
 
 
+@pytest.mark.parametrize("meta", ["{", "[]", '{"settings": {}}', '{"step": 1, "settings": 3}'])
+def test_checkpoint_with_damaged_header_is_an_error(tmp_path: Path, meta: str) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "checkpoint.safetensors"
+    save_file({"x": torch.zeros(1)}, path, metadata={"format": checkpoint.FORMAT, "meta": meta})
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("lr", [float("inf"), float("nan"), 0.0])
+def test_settings_with_impossible_lr_are_an_error(tmp_path: Path, lr: float) -> None:
+    with pytest.raises(pyattn.RangeError, match="lr: expected a positive number"):
+        _open(tmp_path / "run", {"lr": lr})
+
+
+def test_training_that_diverges_leaves_no_broken_checkpoint(tmp_path: Path) -> None:
+    run = _open(tmp_path / "run", {"lr": 1e30})
+    with pytest.raises(DivergedError):
+        list(run.steps())
+    if run.checkpoint_path.exists():
+        saved = checkpoint.load(run.checkpoint_path)
+        assert all(t.isfinite().all() for name, t in saved.tensors.items() if name.startswith("model."))
+
+
 def test_restore_other_model_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
     list(_open(tmp_path / "run").steps())
     saved = checkpoint.load(tmp_path / "run" / "checkpoint.safetensors")
