@@ -25,6 +25,7 @@ struct AttentionArgs {
     Dtype dtype = Dtype::float32;  // of q, k, v, out and their gradients
     Dtype bias_dtype = Dtype::float32;
     int64_t b = 0, h = 0, hk = 0, m = 0, n = 0, d = 0, dv = 0;
+    int64_t sequences = 0;  // b, or the number of packed sequences
 
     double scale = 1;
     double softcap = 0;  // 0: none
@@ -37,10 +38,12 @@ struct AttentionArgs {
     TensorArg q, k, v, out;             // [b, h, m, d], [b, hk, n, d], [b, hk, n, dv], [b, h, m, dv]; last stride 1
     TensorArg mask, bias;               // [1|b, 1|h, 1|m, 1|n]; a broadcast dimension has stride 0
     void* lse = nullptr;                // [b, h, m] contiguous, in the accumulator's dtype
+    const int32_t* cu_seqlens_q = nullptr;  // [sequences + 1]; sequence t has rows [cu[t], cu[t + 1]) of q. Null: not packed
+    const int32_t* cu_seqlens_k = nullptr;  // [sequences + 1], of k and v
     const int32_t* key_lengths = nullptr;  // [b]
     const int32_t* q_segments = nullptr;   // [b, m] contiguous
     const int32_t* k_segments = nullptr;   // [b, n] contiguous
-    const float* alibi_slopes = nullptr;   // [b, h] contiguous
+    const float* alibi_slopes = nullptr;   // [sequences, h] contiguous
     const void* sinks = nullptr;           // [h], in the accumulator's dtype
 
     // Backward only.

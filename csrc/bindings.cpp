@@ -1,7 +1,8 @@
-// pyattn._C: keyword arguments to AttentionArgs, checked for range, run without the GIL.
-// User input is validated in pyattn/check.py; a ValueError from here is a bug in the Python side, not in a user's call.
+// pyattn._C: Python's arguments to AttentionArgs. Everything that a kernel relies on is checked here again, whatever
+// Python has checked: sizes, strides, that no tensor reaches beyond its storage, and the values that place rows.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -21,29 +22,17 @@ void require(bool holds, const std::string& message) {
     if (!holds) throw py::value_error(message);
 }
 
-template <class Value>
-Value required(const py::kwargs& kwargs, const char* name) {
-    require(kwargs.contains(name), std::string(name) + ": missing");
-    return kwargs[name].cast<Value>();
-}
-
-template <class Value>
-Value optional(const py::kwargs& kwargs, const char* name, Value otherwise) {
-    if (!kwargs.contains(name) || kwargs[name].is_none()) return otherwise;
-    return kwargs[name].cast<Value>();
-}
-
-template <class Element>
-Element* pointer(const py::kwargs& kwargs, const char* name) {
-    return reinterpret_cast<Element*>(optional<uintptr_t>(kwargs, name, 0));
-}
-
 Dtype dtype_of(const std::string& name) {
     if (name == "float32") return Dtype::float32;
     if (name == "bfloat16") return Dtype::bfloat16;
     if (name == "float16") return Dtype::float16;
     if (name == "float64") return Dtype::float64;
     throw py::value_error("dtype: expected float32, bfloat16, float16 or float64, got " + name);
+}
+
+int64_t size_of(Dtype dtype) {
+    if (dtype == Dtype::float64) return 8;
+    return dtype == Dtype::float32 ? 4 : 2;
 }
 
 const Isa& isa_of(const std::string& name) {
@@ -53,36 +42,77 @@ const Isa& isa_of(const std::string& name) {
     throw py::value_error("isa: " + name + " is not usable here");
 }
 
-struct Shape {
+// a * b + c in 64 bits, or an error.
+int64_t checked(int64_t a, int64_t b, int64_t c, const std::string& name) {
+    int64_t product = 0, sum = 0;
+    const bool overflows = __builtin_mul_overflow(a, b, &product) || __builtin_add_overflow(product, c, &sum);
+    require(!overflows, name + ": sizes and strides overflow 63 bits");
+    return sum;
+}
+
+// What a kernel expects of a tensor.
+struct Form {
+    int rank;
     int64_t size[4];
+    int64_t element;   // bytes
+    bool broadcasts;   // sizes may be 1 instead, any strides
+    bool contiguous;   // read as one piece; otherwise the last stride alone must be 1
 };
 
-// (pointer, shape, strides) of a four-dimensional tensor. Broadcasting dimensions get stride 0.
-TensorArg tensor(const py::kwargs& kwargs, const char* name, const Shape& expected, bool broadcasts) {
-    if (!kwargs.contains(name) || kwargs[name].is_none()) return {};
-    const py::tuple given = kwargs[name];
-    require(given.size() == 3, std::string(name) + ": expected (pointer, shape, strides)");
+// Every element lies in the storage [base, base + bytes).
+void check_bounds(const std::string& name, const TensorArg& tensor, int64_t element, uintptr_t base, int64_t bytes) {
+    int64_t lowest = 0, highest = 0, count = 1;
+    for (int axis = 0; axis < 4; ++axis) {
+        count = checked(count, tensor.size[axis], 0, name);
+        const int64_t last = tensor.size[axis] - 1;
+        int64_t& end = tensor.stride[axis] < 0 ? lowest : highest;
+        end = checked(last, tensor.stride[axis], end, name);
+    }
+    checked(count, element, 0, name);
+    if (count == 0) return;
+    const int64_t at = static_cast<int64_t>(reinterpret_cast<uintptr_t>(tensor.ptr) - base);
+    const bool inside = tensor.ptr && at >= 0 && checked(lowest, element, at, name) >= 0 &&
+                        checked(highest, element, checked(1, element, at, name), name) <= bytes;
+    require(inside, name + ": reaches outside its storage of " + std::to_string(bytes) + " bytes");
+}
+
+// given: (pointer, shape, strides, storage's pointer, storage's bytes). Broadcasting dimensions get stride 0.
+TensorArg tensor(const std::string& name, const py::tuple& given, const Form& form) {
+    require(given.size() == 5, name + ": expected (pointer, shape, strides, storage pointer, storage bytes)");
     const py::tuple size = given[1], stride = given[2];
-    require(size.size() == 4 && stride.size() == 4, std::string(name) + ": expected 4 dimensions");
+    const auto rank = static_cast<size_t>(form.rank);
+    require(size.size() == rank && stride.size() == rank, name + ": expected " + std::to_string(rank) + " dimensions");
     TensorArg tensor;
     tensor.ptr = reinterpret_cast<void*>(given[0].cast<uintptr_t>());
-    for (int axis = 0; axis < 4; ++axis) {
-        tensor.size[axis] = size[axis].cast<int64_t>();
-        const bool fits = tensor.size[axis] == expected.size[axis] || (broadcasts && tensor.size[axis] == 1);
-        require(fits, std::string(name) + ": expected size " + std::to_string(expected.size[axis]) + " in dimension " +
-                          std::to_string(axis) + ", got " + std::to_string(tensor.size[axis]));
-        tensor.stride[axis] = tensor.size[axis] == 1 ? 0 : stride[axis].cast<int64_t>();
+    int64_t next = 1;  // the stride that a contiguous tensor would have
+    for (int axis = form.rank - 1; axis >= 0; --axis) {
+        const auto place = static_cast<size_t>(axis);
+        const int64_t expected = form.size[axis], got = size[place].cast<int64_t>();
+        require(got == expected || (form.broadcasts && got == 1),
+                name + ": expected size " + std::to_string(expected) + " in dimension " + std::to_string(axis) +
+                    ", got " + std::to_string(got));
+        tensor.size[axis] = got;
+        tensor.stride[axis] = got == 1 ? 0 : stride[place].cast<int64_t>();
+        require(!form.contiguous || got <= 1 || tensor.stride[axis] == next, name + ": expected a contiguous tensor");
+        next = checked(next, std::max<int64_t>(got, 1), 0, name);
     }
-    require(broadcasts || tensor.size[3] <= 1 || tensor.stride[3] == 1, std::string(name) + ": last stride must be 1");
+    const int last = form.rank - 1;
+    require(form.broadcasts || form.contiguous || tensor.size[last] <= 1 || tensor.stride[last] == 1,
+            name + ": last stride must be 1");
+    check_bounds(name, tensor, form.element, given[3].cast<uintptr_t>(), given[4].cast<int64_t>());
+    static char nothing;
+    if (!tensor.ptr) tensor.ptr = &nothing;  // empty, so never read; but present
     return tensor;
 }
 
-void fill_sizes(AttentionArgs& args, const py::kwargs& kwargs) {
-    const auto sizes = required<py::tuple>(kwargs, "sizes");
-    require(sizes.size() == 7, "sizes: expected (b, h, hk, m, n, d, dv)");
-    int64_t* const fields[] = {&args.b, &args.h, &args.hk, &args.m, &args.n, &args.d, &args.dv};
-    for (size_t place = 0; place < 7; ++place) {
-        *fields[place] = sizes[place].cast<int64_t>();
+int64_t number(const py::handle& given) { return given.cast<int64_t>(); }
+
+// sizes: (b, h, hk, m, n, d, dv, sequences)
+void fill_sizes(AttentionArgs& args, const py::tuple& sizes) {
+    require(sizes.size() == 8, "sizes: expected (b, h, hk, m, n, d, dv, sequences)");
+    int64_t* const fields[] = {&args.b, &args.h, &args.hk, &args.m, &args.n, &args.d, &args.dv, &args.sequences};
+    for (size_t place = 0; place < 8; ++place) {
+        *fields[place] = number(sizes[place]);
         require(*fields[place] >= 0 && *fields[place] < pyattn::kUnlimited / 4, "sizes: out of range");
     }
     require(args.hk > 0 && args.h > 0 && args.h % args.hk == 0, "sizes: h must be a positive multiple of hk");
@@ -90,53 +120,114 @@ void fill_sizes(AttentionArgs& args, const py::kwargs& kwargs) {
     require(args.dv >= 1 && args.dv <= pyattn::kMaxHeadDim, "dv: expected 1 to 512, got " + std::to_string(args.dv));
 }
 
-void fill_score(AttentionArgs& args, const py::kwargs& kwargs) {
-    const auto band = [](int64_t side) { return std::min(std::max(side, -pyattn::kUnlimited), pyattn::kUnlimited); };
-    args.scale = required<double>(kwargs, "scale");
-    args.softcap = optional<double>(kwargs, "softcap", 0);
-    args.offset = required<int64_t>(kwargs, "offset");
-    args.left = band(optional<int64_t>(kwargs, "left", pyattn::kUnlimited));
-    args.right = band(optional<int64_t>(kwargs, "right", pyattn::kUnlimited));
+// numbers: (scale, offset, left, right, softcap, dropout_p, seed), None where pyattn/spec.py has None
+void fill_numbers(AttentionArgs& args, const py::tuple& numbers) {
+    require(numbers.size() == 7, "numbers: expected (scale, offset, left, right, softcap, dropout_p, seed)");
+    const auto side = [](const py::handle& given) {
+        if (given.is_none()) return pyattn::kUnlimited;
+        return std::min(std::max(number(given), -pyattn::kUnlimited), pyattn::kUnlimited);
+    };
+    args.scale = numbers[0].cast<double>();
+    args.offset = number(numbers[1]);
+    args.left = side(numbers[2]);
+    args.right = side(numbers[3]);
+    args.softcap = numbers[4].is_none() ? 0 : numbers[4].cast<double>();
+    const auto dropout_p = numbers[5].cast<double>();
+    args.seed = numbers[6].is_none() ? 0 : static_cast<uint64_t>(number(numbers[6]));
     require(args.offset > -pyattn::kUnlimited && args.offset < pyattn::kUnlimited, "offset: out of range");
-    const auto dropout_p = optional<double>(kwargs, "dropout_p", 0);
     require(dropout_p >= 0 && dropout_p < 1, "dropout_p: expected [0, 1), got " + std::to_string(dropout_p));
     args.dropout = dropout_p > 0;
     args.dropout_threshold = static_cast<uint32_t>(dropout_p * 0x1p32);
     args.keep_scale = 1 / (1 - dropout_p);
-    args.seed = static_cast<uint64_t>(optional<int64_t>(kwargs, "seed", 0));
 }
 
-AttentionArgs arguments(const py::kwargs& kwargs) {
+template <class Element>
+void point(Element*& field, const TensorArg& tensor) {
+    field = static_cast<Element*>(tensor.ptr);
+}
+
+// tensors: {name: (pointer, shape, strides, storage's pointer, storage's bytes)}, those that the call has.
+void fill_tensors(AttentionArgs& args, const py::dict& tensors) {
+    const int64_t item = size_of(args.dtype), sum = args.dtype == Dtype::float64 ? 8 : 4;
+    const int64_t bias = size_of(args.bias_dtype), ends = args.sequences + 1;
+    const Form q{4, {args.b, args.h, args.m, args.d}, item, false, false};
+    const Form k{4, {args.b, args.hk, args.n, args.d}, item, false, false};
+    const Form v{4, {args.b, args.hk, args.n, args.dv}, item, false, false};
+    const Form out{4, {args.b, args.h, args.m, args.dv}, item, false, false};
+    const Form row{3, {args.b, args.h, args.m, 1}, sum, false, true};
+    const auto score = [&](int64_t element) {
+        return Form{4, {args.b, args.h, args.m, args.n}, element, true, false};
+    };
+    const auto list = [](int64_t length, int64_t element) { return Form{1, {length, 1, 1, 1}, element, false, true}; };
+    const auto table = [](int64_t rows, int64_t columns) { return Form{2, {rows, columns, 1, 1}, 4, false, true}; };
+    for (const auto& [key, value] : tensors) {
+        const auto name = key.cast<std::string>();
+        const auto given = [&, &value = value](const Form& form) {
+            return tensor(name, value.cast<py::tuple>(), form);
+        };
+        if (name == "q") args.q = given(q);
+        else if (name == "k") args.k = given(k);
+        else if (name == "v") args.v = given(v);
+        else if (name == "out") args.out = given(out);
+        else if (name == "lse") point(args.lse, given(row));
+        else if (name == "mask") args.mask = given(score(1));
+        else if (name == "bias") args.bias = given(score(bias));
+        else if (name == "key_lengths") point(args.key_lengths, given(list(args.b, 4)));
+        else if (name == "q_segments") point(args.q_segments, given(table(args.b, args.m)));
+        else if (name == "k_segments") point(args.k_segments, given(table(args.b, args.n)));
+        else if (name == "cu_seqlens_q") point(args.cu_seqlens_q, given(list(ends, 4)));
+        else if (name == "cu_seqlens_k") point(args.cu_seqlens_k, given(list(ends, 4)));
+        else if (name == "alibi_slopes") point(args.alibi_slopes, given(table(args.sequences, args.h)));
+        else if (name == "sinks") point(args.sinks, given(list(args.h, sum)));
+        else if (name == "d_out") args.d_out = given(out);
+        else if (name == "d_q") args.d_q = given(q);
+        else if (name == "d_k") args.d_k = given(k);
+        else if (name == "d_v") args.d_v = given(v);
+        else if (name == "d_bias") args.d_bias = given(score(bias));
+        else if (name == "d_lse") point(args.d_lse, given(row));
+        else if (name == "delta") point(args.delta, given(row));
+        else if (name == "d_sinks") point(args.d_sinks, given(list(args.h, sum)));
+        else throw py::value_error(name + ": no such tensor");
+    }
+}
+
+void check_ends(const char* name, const int32_t* ends, int64_t sequences, int64_t total) {
+    require(ends[0] == 0, std::string(name) + ": expected to begin with 0, got " + std::to_string(ends[0]));
+    for (int64_t t = 0; t < sequences; ++t) {
+        require(ends[t + 1] >= ends[t], std::string(name) + ": decreases after entry " + std::to_string(t));
+    }
+    require(ends[sequences] <= total, std::string(name) + ": ends at " + std::to_string(ends[sequences]) +
+                                          ", beyond the " + std::to_string(total) + " rows");
+}
+
+void check_values(const AttentionArgs& args) {
+    require(!args.cu_seqlens_q == !args.cu_seqlens_k, "cu_seqlens_q, cu_seqlens_k: expected both or neither");
+    require(args.cu_seqlens_q ? args.b == 1 : args.sequences == args.b, "sequences: not the batch size");
+    require(!args.cu_seqlens_q || !(args.mask || args.bias || args.key_lengths || args.q_segments),
+            "cu_seqlens_q: excludes mask, bias, key_lengths and segments");
+    require(!args.q_segments == !args.k_segments, "q_segments, k_segments: expected both or neither");
+    if (args.cu_seqlens_q) {
+        check_ends("cu_seqlens_q", args.cu_seqlens_q, args.sequences, args.m);
+        check_ends("cu_seqlens_k", args.cu_seqlens_k, args.sequences, args.n);
+    }
+    for (int64_t batch = 0; args.key_lengths && batch < args.b; ++batch) {
+        const int32_t length = args.key_lengths[batch];
+        require(length >= 0 && length <= args.n, "key_lengths: expected 0 to n, got " + std::to_string(length));
+    }
+}
+
+AttentionArgs arguments(const std::string& dtype, const std::string& bias_dtype, const py::tuple& sizes,
+                        const py::tuple& numbers, const py::dict& tensors, int threads) {
     AttentionArgs args;
-    fill_sizes(args, kwargs);
-    fill_score(args, kwargs);
-    args.dtype = dtype_of(required<std::string>(kwargs, "dtype"));
-    args.bias_dtype = dtype_of(optional<std::string>(kwargs, "bias_dtype", "float32"));
-    args.threads = required<int>(kwargs, "threads");
-    require(args.threads >= 1, "threads: expected at least 1, got " + std::to_string(args.threads));
-    const Shape q{{args.b, args.h, args.m, args.d}}, k{{args.b, args.hk, args.n, args.d}};
-    const Shape v{{args.b, args.hk, args.n, args.dv}}, out{{args.b, args.h, args.m, args.dv}};
-    const Shape score{{args.b, args.h, args.m, args.n}};
-    args.q = tensor(kwargs, "q", q, false);
-    args.k = tensor(kwargs, "k", k, false);
-    args.v = tensor(kwargs, "v", v, false);
-    args.out = tensor(kwargs, "out", out, false);
-    args.mask = tensor(kwargs, "mask", score, true);
-    args.bias = tensor(kwargs, "bias", score, true);
-    args.d_out = tensor(kwargs, "d_out", out, false);
-    args.d_q = tensor(kwargs, "d_q", q, false);
-    args.d_k = tensor(kwargs, "d_k", k, false);
-    args.d_v = tensor(kwargs, "d_v", v, false);
-    args.d_bias = tensor(kwargs, "d_bias", score, true);
-    args.lse = pointer<void>(kwargs, "lse");
-    args.d_lse = pointer<const void>(kwargs, "d_lse");
-    args.delta = pointer<void>(kwargs, "delta");
-    args.sinks = pointer<const void>(kwargs, "sinks");
-    args.d_sinks = pointer<void>(kwargs, "d_sinks");
-    args.alibi_slopes = pointer<const float>(kwargs, "alibi_slopes");
-    args.key_lengths = pointer<const int32_t>(kwargs, "key_lengths");
-    args.q_segments = pointer<const int32_t>(kwargs, "q_segments");
-    args.k_segments = pointer<const int32_t>(kwargs, "k_segments");
+    args.dtype = dtype_of(dtype);
+    args.bias_dtype = dtype_of(bias_dtype);
+    require(threads >= 1, "threads: expected at least 1, got " + std::to_string(threads));
+    args.threads = threads;
+    fill_sizes(args, sizes);
+    fill_numbers(args, numbers);
+    fill_tensors(args, tensors);
+    check_values(args);
+    require(args.q && args.k && args.v && args.out && args.lse, "q, k, v, out, lse: expected all of them");
     return args;
 }
 
@@ -148,18 +239,33 @@ py::list isas() {
     return names;
 }
 
-void forward(const std::string& isa, const py::kwargs& kwargs) {
-    const AttentionArgs args = arguments(kwargs);
+void forward(const std::string& isa, const std::string& dtype, const std::string& bias_dtype, const py::tuple& sizes,
+             const py::tuple& numbers, const py::dict& tensors, int threads) {
+    const AttentionArgs args = arguments(dtype, bias_dtype, sizes, numbers, tensors, threads);
     const Isa& chosen = isa_of(isa);
     const py::gil_scoped_release release;
     chosen.forward(args);
 }
 
-void backward(const std::string& isa, const py::kwargs& kwargs) {
-    const AttentionArgs args = arguments(kwargs);
+void backward(const std::string& isa, const std::string& dtype, const std::string& bias_dtype, const py::tuple& sizes,
+              const py::tuple& numbers, const py::dict& tensors, int threads) {
+    const AttentionArgs args = arguments(dtype, bias_dtype, sizes, numbers, tensors, threads);
+    require(args.d_out && args.d_q && args.d_k && args.d_v && args.delta, "d_out, d_q, d_k, d_v, delta: expected all");
+    require(!args.d_bias == !args.bias && !args.d_sinks == !args.sinks, "d_bias, d_sinks: expected with bias, sinks");
+    for (int axis = 0; axis < 4; ++axis) {
+        require(args.d_bias.size[axis] == args.bias.size[axis], "d_bias: expected the sizes of bias");
+    }
     const Isa& chosen = isa_of(isa);
     const py::gil_scoped_release release;
     chosen.backward(args);
+}
+
+double multiply_add_rate(const std::string& isa, const std::string& dtype, int threads) {
+    const Isa& chosen = isa_of(isa);
+    const Dtype of = dtype_of(dtype);
+    require(threads >= 1, "threads: expected at least 1, got " + std::to_string(threads));
+    const py::gil_scoped_release release;
+    return pyattn::multiply_add_rate(chosen, of, threads);
 }
 
 }  // namespace
@@ -169,4 +275,5 @@ PYBIND11_MODULE(_C, module) {
     module.def("isas", &isas, "Instruction sets usable on this machine, best first.");
     module.def("forward", &forward, "Writes out and lse.");
     module.def("backward", &backward, "Writes the gradients; `delta` is scratch.");
+    module.def("multiply_add_rate", &multiply_add_rate, "Operations per second of a loop of multiply-adds.");
 }

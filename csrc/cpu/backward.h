@@ -10,29 +10,50 @@ namespace PYATTN_ISA {
 template <class T>
 class Backward {
     using A = Accumulator<T>;
+    using E = Operand<T>;
 
   public:
     static void run(const AttentionArgs& args) {
-        parallel_for(args.b * args.h * query_tiles(args), args.threads, delta_scratch(args), delta_task, &args);
-        if (joint(args)) {
-            over(args, args.b * args.hk, joint_task, joint_scratch(args));
+        Call call{args, threads_worth(args), longest_keys(args), nullptr};
+        over(call, Pieces::query_tiles, delta_scratch(args), delta_task);
+        const int64_t tile = tile_scratch(args);
+        if (joint(call)) {
+            over(call, Pieces::kv_heads, tile + joint_scratch(call), joint_task);
         } else {
-            over(args, args.b * args.hk * key_tiles(args), keys_task, keys_scratch(args));
-            over(args, args.b * args.h * query_tiles(args), queries_task, queries_scratch(args));
+            over(call, Pieces::key_tiles, tile + keys_scratch(args), keys_task);
+            over(call, Pieces::query_tiles, tile + queries_scratch(args), queries_task);
         }
-        if (args.d_bias) bias_pass(args);
+        if (args.d_bias) bias_pass(call);
         if (args.d_sinks) sink_gradient(args);
     }
 
   private:
-    static int64_t query_tiles(const AttentionArgs& args) { return (args.m + kQueries - 1) / kQueries; }
-    static int64_t key_tiles(const AttentionArgs& args) { return (args.n + kKeys - 1) / kKeys; }
+    struct Call {
+        const AttentionArgs& args;
+        int threads;
+        int64_t longest;
+        const Pieces* pieces;
+    };
 
-    // One pass per key/value head takes 5 matrix products and only b * hk tasks; two passes take 7 and keep every
-    // thread busy. Both add in the same order, so the choice does not show in the result.
-    static bool joint(const AttentionArgs& args) {
-        const int64_t tasks = args.b * args.hk, rounds = (tasks + args.threads - 1) / args.threads;
-        return 5 * rounds * args.threads <= 7 * tasks;
+    static void over(Call& call, Pieces::Kind kind, int64_t scratch, TaskBody body) {
+        const Pieces pieces(call.args, kind);
+        call.pieces = &pieces;
+        parallel_for(pieces.count(), call.threads, scratch, body, &call);
+    }
+
+    // One pass per key/value head takes 5 matrix products, two passes over tiles take 7 and keep any number of threads
+    // busy. A thread that takes the longest head last is at worst that much behind (Graham 1966). Both ways add in the
+    // same order, so the choice does not show in the result.
+    static bool joint(const Call& call) {
+        const AttentionArgs& args = call.args;
+        double all = 0, longest = 0;
+        for (int64_t number = 0; number < args.sequences; ++number) {
+            const Sequence sequence = sequence_of(args, number);
+            const double pairs = static_cast<double>(sequence.m) * static_cast<double>(sequence.n);
+            all += pairs * static_cast<double>(args.hk);
+            if (pairs > longest) longest = pairs;
+        }
+        return 5 * (all + (call.threads - 1) * longest) <= 7 * all;
     }
 
     static int64_t tile_scratch(const AttentionArgs& args) {
@@ -49,120 +70,126 @@ class Backward {
     static int64_t keys_scratch(const AttentionArgs& args) {
         return kKeys * (padded<A>(args.d) + padded<A>(args.dv)) * static_cast<int64_t>(sizeof(A));
     }
-    static int64_t joint_scratch(const AttentionArgs& args) {
-        const int64_t columns = padded<A>(args.d) + padded<A>(args.dv);
-        return queries_scratch(args) + args.n * columns * static_cast<int64_t>(sizeof(A)) + 64;
-    }
-
-    static void over(const AttentionArgs& args, int64_t tasks, TaskBody body, int64_t extra_scratch) {
-        parallel_for(tasks, args.threads, tile_scratch(args) + extra_scratch, body, &args);
+    static int64_t joint_scratch(const Call& call) {
+        const int64_t columns = padded<A>(call.args.d) + padded<A>(call.args.dv);
+        return queries_scratch(call.args) + call.longest * columns * static_cast<int64_t>(sizeof(A)) + 64;
     }
 
     // delta = sum over columns of d_out * out, per row. Summed in the order in which the product of d_out and v is, so
     // that dP - delta is exactly 0 for a query with one key.
     static void delta_task(const void* context, int64_t task, void* block) {
-        const AttentionArgs& args = *static_cast<const AttentionArgs*>(context);
-        const int64_t tiles = query_tiles(args), i = task % tiles * kQueries;
-        const int64_t head = task / tiles % args.h, batch = task / tiles / args.h;
-        const int64_t queries = smaller(kQueries, args.m - i), width = padded<A>(args.dv);
+        const Call& call = *static_cast<const Call*>(context);
+        const AttentionArgs& args = call.args;
+        const Piece piece = call.pieces->piece(task);
+        const Rows rows = Rows::of_head(args, sequence_of(args, piece.sequence), piece.head, piece.tile * kQueries);
         Scratch scratch(block);
-        A* rows = scratch.take<A>(kQueries * width);
-        A* d_out_t = scratch.take<A>(kQueries * width);
-        A* out_t = scratch.take<A>(kQueries * width);
+        const int64_t depth = operands<E>(args.dv), width = round_up(depth, kWidth<E>);
+        E* in_rows = scratch.take<E>(kQueries * width);
+        E* d_out_t = scratch.take<E>(kQueries * width);
+        E* out_t = scratch.take<E>(kQueries * width);
         A* sum = scratch.take<A>(kQueries);
-        columns_first(args.d_out, batch, head, i, queries, args.dv, rows, d_out_t);
-        columns_first(args.out, batch, head, i, queries, args.dv, rows, out_t);
+        transpose<E>(rows.template load<E, T>(args.d_out, args.dv, in_rows), rows.count, depth, {d_out_t, kQueries},
+                     kQueries);
+        transpose<E>(rows.template load<E, T>(args.out, args.dv, in_rows), rows.count, depth, {out_t, kQueries},
+                     kQueries);
         for (int64_t lane = 0; lane < kQueries; lane += kWidth<A>) {
             Vec<A> total = {};
-            for (int64_t at = lane; at < args.dv * kQueries; at += kQueries) {
-                total += load(d_out_t + at) * load(out_t + at);
+            for (int64_t at = lane; at < depth * kQueries; at += kQueries) {
+                total = Product<E>::add(total, load(d_out_t + at), load(out_t + at));
             }
             store(sum + lane, total);
         }
-        A* delta = static_cast<A*>(args.delta) + (batch * args.h + head) * args.m + i;
-        for (int64_t query = 0; query < queries; ++query) delta[query] = sum[query];
-    }
-
-    static void columns_first(const TensorArg& tensor, int64_t batch, int64_t head, int64_t i, int64_t queries,
-                              int64_t columns, A* rows, A* to) {
-        const Lanes<const A> from = load_rows<T>(row_pointer<T>(tensor, batch, head, i), tensor.stride[2], queries,
-                                                 columns, rows, nullptr, true);
-        transpose<A>(from, queries, columns, {to, kQueries}, kQueries);
+        A* delta = static_cast<A*>(args.delta) + statistic(args, rows.sequence, piece.head, rows.query[0]);
+        for (int64_t query = 0; query < rows.count; ++query) delta[query] = sum[query];
     }
 
     // All of one key/value head: d_k and d_v gather in scratch, d_q leaves tile by tile.
     static void joint_task(const void* context, int64_t task, void* block) {
-        const AttentionArgs& args = *static_cast<const AttentionArgs*>(context);
-        const int64_t batch = task / args.hk, kv_head = task % args.hk, group = args.h / args.hk;
-        const int64_t width = padded<A>(args.d), width_v = padded<A>(args.dv);
+        const Call& call = *static_cast<const Call*>(context);
+        const AttentionArgs& args = call.args;
+        const Piece piece = call.pieces->piece(task);
+        const Sequence sequence = sequence_of(args, piece.sequence);
+        const int64_t group = args.h / args.hk, width = padded<A>(args.d), width_v = padded<A>(args.dv);
         Scratch scratch(block);
         BackwardTile<T> tile(args, scratch);
         A* d_q_t = scratch.take<A>(width * kQueries);
         A* d_q_rows = scratch.take<A>(width * kQueries);
-        A* d_k = zeroed(scratch.take<A>(args.n * width), args.n * width);
-        A* d_v = zeroed(scratch.take<A>(args.n * width_v), args.n * width_v);
-        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-            for (int64_t i = 0; i < args.m; i += kQueries) {
-                tile.load_queries(batch, head, i);
+        A* d_k = zeroed(scratch.take<A>(sequence.n * width), sequence.n * width);
+        A* d_v = zeroed(scratch.take<A>(sequence.n * width_v), sequence.n * width_v);
+        for (int64_t head = piece.head * group; head < (piece.head + 1) * group; ++head) {
+            for (int64_t i = 0; i < sequence.m; i += kQueries) {
+                tile.load_queries(sequence, head, i);
                 zeroed(d_q_t, width * kQueries);
                 const Range keys = tile.keys();
                 for (int64_t j = keys.begin / kKeys * kKeys; j < keys.end; j += kKeys) {
-                    if (!tile.compute(j, smaller(kKeys, keys.end - j), true)) continue;
-                    tile.add_key_gradients(d_k + j * width, d_v + j * width_v);
+                    if (!tile.compute(j, smaller(kKeys, keys.end - j))) continue;
+                    tile.pass_softcap();
                     tile.add_query_gradient(d_q_t);
+                    tile.add_key_gradients(d_k + j * width, d_v + j * width_v);
                 }
-                store_query_gradient(args, batch, head, i, tile.queries(), d_q_t, d_q_rows);
+                store_query_gradient(args, sequence, head, i, tile.queries(), d_q_t, d_q_rows);
             }
         }
-        store_key_gradients(args, batch, kv_head, 0, args.n, d_k, d_v);
+        store_key_gradients(args, sequence, piece.head, 0, sequence.n, d_k, d_v);
     }
 
     // d_k and d_v of one tile of keys.
     static void keys_task(const void* context, int64_t task, void* block) {
-        const AttentionArgs& args = *static_cast<const AttentionArgs*>(context);
-        const int64_t tiles = key_tiles(args), j = task % tiles * kKeys, kv_head = task / tiles % args.hk;
-        const int64_t batch = task / tiles / args.hk, group = args.h / args.hk;
-        const int64_t width = padded<A>(args.d), width_v = padded<A>(args.dv);
-        const int64_t count = smaller(kKeys, args.n - j);
+        const Call& call = *static_cast<const Call*>(context);
+        const AttentionArgs& args = call.args;
+        const Piece piece = call.pieces->piece(task);
+        const Sequence sequence = sequence_of(args, piece.sequence);
+        const int64_t group = args.h / args.hk, width = padded<A>(args.d), width_v = padded<A>(args.dv);
+        const int64_t j = piece.tile * kKeys, count = smaller(kKeys, sequence.n - j);
         Scratch scratch(block);
         BackwardTile<T> tile(args, scratch);
         A* d_k = zeroed(scratch.take<A>(kKeys * width), kKeys * width);
         A* d_v = zeroed(scratch.take<A>(kKeys * width_v), kKeys * width_v);
-        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-            const Range queries = Mask<A>(args, batch, head).queries(j, count);
+        const Range queries = Mask<A>::queries_of(args, sequence, j, count);
+        for (int64_t head = piece.head * group; head < (piece.head + 1) * group; ++head) {
             for (int64_t i = queries.begin / kQueries * kQueries; i < queries.end; i += kQueries) {
-                tile.load_queries(batch, head, i);
+                tile.load_queries(sequence, head, i);
                 // The same keys as the other pass takes, so that the sums over them agree.
-                if (tile.compute(j, smaller(count, tile.keys().end - j), true)) tile.add_key_gradients(d_k, d_v);
+                if (!tile.compute(j, smaller(count, tile.keys().end - j))) continue;
+                tile.pass_softcap();
+                tile.add_key_gradients(d_k, d_v);
             }
         }
-        store_key_gradients(args, batch, kv_head, j, count, d_k, d_v);
+        store_key_gradients(args, sequence, piece.head, j, count, d_k, d_v);
     }
 
     // d_q of one tile of queries.
     static void queries_task(const void* context, int64_t task, void* block) {
-        const AttentionArgs& args = *static_cast<const AttentionArgs*>(context);
-        const int64_t tiles = query_tiles(args), i = (tiles - 1 - task % tiles) * kQueries;
-        const int64_t head = task / tiles % args.h, batch = task / tiles / args.h, width = padded<A>(args.d);
+        const Call& call = *static_cast<const Call*>(context);
+        const AttentionArgs& args = call.args;
+        const Piece piece = call.pieces->piece(task);
+        const Sequence sequence = sequence_of(args, piece.sequence);
+        const int64_t i = (piece.tiles - 1 - piece.tile) * kQueries, width = padded<A>(args.d);
         Scratch scratch(block);
         BackwardTile<T> tile(args, scratch);
         A* d_q_t = zeroed(scratch.take<A>(width * kQueries), width * kQueries);
         A* d_q_rows = scratch.take<A>(width * kQueries);
-        tile.load_queries(batch, head, i);
+        tile.load_queries(sequence, piece.head, i);
         const Range keys = tile.keys();
         for (int64_t j = keys.begin / kKeys * kKeys; j < keys.end; j += kKeys) {
-            if (tile.compute(j, smaller(kKeys, keys.end - j), true)) tile.add_query_gradient(d_q_t);
+            if (!tile.compute(j, smaller(kKeys, keys.end - j))) continue;
+            tile.pass_softcap();
+            tile.add_query_gradient(d_q_t);
         }
-        store_query_gradient(args, batch, head, i, tile.queries(), d_q_t, d_q_rows);
+        store_query_gradient(args, sequence, piece.head, i, tile.queries(), d_q_t, d_q_rows);
     }
 
     // One task per tile of the bias's own shape; it visits all that broadcasting spreads that tile over.
-    static void bias_pass(const AttentionArgs& args) {
+    static void bias_pass(const Call& call) {
+        const AttentionArgs& args = call.args;
         const int64_t tiles_i = args.d_bias.size[2] == 1 ? 1 : query_tiles(args);
         const int64_t tiles_j = args.d_bias.size[3] == 1 ? 1 : key_tiles(args);
         const int64_t tasks = args.d_bias.size[0] * args.d_bias.size[1] * tiles_i * tiles_j;
-        over(args, tasks, bias_task, kKeys * kQueries * static_cast<int64_t>(sizeof(A)));
+        const int64_t sum = kKeys * kQueries * static_cast<int64_t>(sizeof(A));
+        parallel_for(tasks, call.threads, tile_scratch(args) + sum, bias_task, &args);
     }
+    static int64_t query_tiles(const AttentionArgs& args) { return (args.m + kQueries - 1) / kQueries; }
+    static int64_t key_tiles(const AttentionArgs& args) { return (args.n + kKeys - 1) / kKeys; }
 
     static void bias_task(const void* context, int64_t task, void* block) {
         const AttentionArgs& args = *static_cast<const AttentionArgs*>(context);
@@ -179,7 +206,9 @@ class Backward {
         A* sum = zeroed(scratch.take<A>(kKeys * kQueries), kKeys * kQueries);
         for (int64_t bb = batches.begin; bb < batches.end; ++bb) {
             for (int64_t hh = heads.begin; hh < heads.end; ++hh) {
-                for (int64_t i = is.begin; i < is.end; i += kQueries) add_bias_row(tile, bb, hh, i, js, sum);
+                for (int64_t i = is.begin; i < is.end; i += kQueries) {
+                    add_bias_row(tile, sequence_of(args, bb), hh, i, js, sum);
+                }
             }
         }
         store_bias_gradient(args, batch, head, is.begin, js.begin, sum);
@@ -189,12 +218,12 @@ class Backward {
         return size == 1 ? Range{0, all} : Range{index, index + 1};
     }
 
-    static void add_bias_row(BackwardTile<T>& tile, int64_t batch, int64_t head, int64_t i, Range js, A* sum) {
-        tile.load_queries(batch, head, i);
+    static void add_bias_row(BackwardTile<T>& tile, const Sequence& sequence, int64_t head, int64_t i, Range js, A* sum) {
+        tile.load_queries(sequence, head, i);
         const Range keys = tile.keys();
         const int64_t end = smaller(js.end, keys.end);
         for (int64_t j = larger(js.begin, keys.begin / kKeys * kKeys); j < end; j += kKeys) {
-            if (tile.compute(j, smaller(kKeys, end - j), false)) tile.add_score_gradient(sum);
+            if (tile.compute(j, smaller(kKeys, end - j))) tile.add_score_gradient(sum);
         }
     }
 
@@ -254,20 +283,23 @@ class Backward {
         }
     }
 
-    static void store_query_gradient(const AttentionArgs& args, int64_t batch, int64_t head, int64_t i, int64_t queries,
-                                     const A* d_q_t, A* rows) {
+    static void store_query_gradient(const AttentionArgs& args, const Sequence& sequence, int64_t head, int64_t i,
+                                     int64_t queries, const A* d_q_t, A* rows) {
         const int64_t width = padded<A>(args.d), lanes = padded<A>(queries);
         transpose<A>({d_q_t, kQueries}, args.d, lanes, {rows, width}, width);
-        T* to = const_cast<T*>(row_pointer<T>(args.d_q, batch, head, i));
-        store_rows<T>({rows, width}, queries, args.d, static_cast<A>(args.scale), to, args.d_q.stride[2]);
+        store_rows(rows, queries, args.d, static_cast<A>(args.scale), query_row<T>(args.d_q, sequence, head, i),
+                   args.d_q.stride[2]);
     }
 
-    static void store_key_gradients(const AttentionArgs& args, int64_t batch, int64_t kv_head, int64_t j, int64_t count,
-                                    const A* d_k, const A* d_v) {
-        T* to_k = const_cast<T*>(row_pointer<T>(args.d_k, batch, kv_head, j));
-        T* to_v = const_cast<T*>(row_pointer<T>(args.d_v, batch, kv_head, j));
-        store_rows<T>({d_k, padded<A>(args.d)}, count, args.d, static_cast<A>(args.scale), to_k, args.d_k.stride[2]);
-        store_rows<T>({d_v, padded<A>(args.dv)}, count, args.dv, A(1), to_v, args.d_v.stride[2]);
+    static void store_key_gradients(const AttentionArgs& args, const Sequence& sequence, int64_t kv_head, int64_t j,
+                                    int64_t count, const A* d_k, const A* d_v) {
+        store_rows(d_k, count, args.d, static_cast<A>(args.scale), key_row<T>(args.d_k, sequence, kv_head, j),
+                   args.d_k.stride[2]);
+        store_rows(d_v, count, args.dv, A(1), key_row<T>(args.d_v, sequence, kv_head, j), args.d_v.stride[2]);
+    }
+
+    static void store_rows(const A* from, int64_t count, int64_t columns, A factor, T* to, int64_t ld) {
+        for (int64_t r = 0; r < count; ++r) store_row(from + r * padded<A>(columns), columns, factor, to + r * ld);
     }
 
     static A* zeroed(A* piece, int64_t count) {

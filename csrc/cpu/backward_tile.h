@@ -1,6 +1,8 @@
 // The backward's building block: the probabilities and score gradients of one tile, recomputed from lse.
 #pragma once
 
+#include <optional>
+
 #include "parallel.h"
 #include "score.h"
 
@@ -13,94 +15,122 @@ template <class T>
 class BackwardTile {
   public:
     using A = Accumulator<T>;
+    using E = Operand<T>;
     static constexpr int W = kWidth<A>;
 
     BackwardTile(const AttentionArgs& args, Scratch& scratch)
         : args_(args),
-          q_t_(scratch.take<A>(padded<A>(args.d) * kQueries)),
-          d_out_t_(scratch.take<A>(padded<A>(args.dv) * kQueries)),
-          q_rows_(scratch.take<A>(kQueries * padded<A>(args.d))),
-          d_out_rows_(scratch.take<A>(kQueries * padded<A>(args.dv))),
-          k_rows_(scratch.take<A>(kKeys * padded<A>(args.d))),
-          v_rows_(scratch.take<A>(kKeys * padded<A>(args.dv))),
+          q_t_(scratch.take<E>(round_up(operands<E>(args.d), W) * kQueries)),
+          d_out_t_(scratch.take<E>(round_up(operands<E>(args.dv), W) * kQueries)),
+          q_rows_(scratch.take<E>(kQueries * padded<A>(args.d))),
+          d_out_rows_(scratch.take<E>(kQueries * padded<A>(args.dv))),
+          k_rows_(scratch.take<E>(kKeys * padded<A>(args.d))),
+          v_rows_(scratch.take<E>(kKeys * padded<A>(args.dv))),
+          k_across_rows_(scratch.take<E>(kStep<E> == 1 ? 0 : kKeys * padded<A>(args.d))),
+          ds_across_(scratch.take<E>(kStep<E> == 1 ? 0 : kKeys * kQueries)),
           p_(scratch.take<A>(kKeys * kQueries)),
           ds_(scratch.take<A>(kKeys * kQueries)),
           visible_(scratch.take<A>(kKeys * kQueries)),
           cap_slope_(scratch.take<A>(args.softcap != 0 ? kKeys * kQueries : 0)),
-          bias_tile_(scratch.take<A>(args.bias ? kKeys * kQueries : 0)),
-          bias_rows_(scratch.take<A>(args.bias ? kKeys * kQueries : 0)),
+          extra_rows_(scratch.take<A>(args.bias || args.mask ? kKeys * kQueries : 0)),
+          extra_tile_(scratch.take<A>(args.bias || args.mask ? kKeys * kQueries : 0)),
           keep_(scratch.take<A>(args.dropout ? kKeys * kQueries : 0)),
           lse_(scratch.take<A>(kQueries)),
           delta_(scratch.take<A>(kQueries)),
           d_lse_(scratch.take<A>(kQueries)) {}
 
     // Brings queries [i, i + kQueries) of one head into the tile.
-    void load_queries(int64_t batch, int64_t head, int64_t i) {
-        batch_ = batch, head_ = head, i_ = i;
-        queries_ = smaller(kQueries, args_.m - i);
-        lanes_ = padded<A>(queries_);
-        const int64_t row = (batch * args_.h + head) * args_.m + i;
+    void load_queries(const Sequence& sequence, int64_t head, int64_t i) {
+        rows_ = Rows::of_head(args_, sequence, head, i);
+        mask_.emplace(args_, rows_, extra_rows_, extra_tile_);
+        lanes_ = padded<A>(rows_.count);
+        const int64_t row = statistic(args_, sequence, head, i);
         const A* lse = static_cast<const A*>(args_.lse) + row;
         const A* delta = static_cast<const A*>(args_.delta) + row;
         const A* d_lse = args_.d_lse ? static_cast<const A*>(args_.d_lse) + row : nullptr;
         bool every = true;
         for (int64_t lane = 0; lane < kQueries; ++lane) {
             // A row that sees nothing, and padding: weights of exp(s - inf) = 0. Its q and d_out are kept out as well.
-            const bool sees = lane < queries_ && lse[lane] != -static_cast<A>(INFINITY);
+            const bool sees = lane < rows_.count && lse[lane] != -static_cast<A>(INFINITY);
             sees_[lane] = sees;
-            every &= sees || lane >= queries_;
+            every &= sees || lane >= rows_.count;
             lse_[lane] = sees ? lse[lane] : static_cast<A>(INFINITY);
             delta_[lane] = sees ? delta[lane] : A(0);
             d_lse_[lane] = sees && d_lse ? d_lse[lane] : A(0);
         }
         const uint8_t* wanted = every ? nullptr : sees_;
-        q_ = load_rows<T>(row_pointer<T>(args_.q, batch, head, i), args_.q.stride[2], queries_, args_.d, q_rows_,
-                          wanted, true);
-        d_out_ = load_rows<T>(row_pointer<T>(args_.d_out, batch, head, i), args_.d_out.stride[2], queries_, args_.dv,
-                              d_out_rows_, wanted, true);
-        transpose<A>(q_, queries_, args_.d, {q_t_, kQueries}, lanes_);
-        transpose<A>(d_out_, queries_, args_.dv, {d_out_t_, kQueries}, lanes_);
+        load_sides(query_row<T>(args_.q, sequence, head, i), args_.q.stride[2], args_.d, wanted, q_rows_, q_t_, q_);
+        load_sides(query_row<T>(args_.d_out, sequence, head, i), args_.d_out.stride[2], args_.dv, wanted, d_out_rows_,
+                   d_out_t_, d_out_);
     }
 
-    Range keys() const { return Mask<A>(args_, batch_, head_).keys(i_, queries_); }
+    Range keys() const { return mask_->keys(); }
 
     // Computes P (with dropout) and dS for keys [j, j + count). False: nobody sees anybody, and nothing is computed.
-    // dS is the gradient of the logits; through_cap takes it on to that of scale * q.k.
-    bool compute(int64_t j, int64_t count, bool through_cap) {
-        const Sight sight = Mask<A>(args_, batch_, head_).look(i_, queries_, j, count, visible_, seen_);
+    bool compute(int64_t j, int64_t count) {
+        const Sight sight = mask_->look(j, count, visible_, seen_);
         if (sight == Sight::none) return false;
         const bool all = sight == Sight::all;
-        const int64_t kv_head = head_ / (args_.h / args_.hk);
         const uint8_t* wanted = all ? nullptr : seen_;
-        keys_ = count;
-        k_ = load_rows<T>(row_pointer<T>(args_.k, batch_, kv_head, j), args_.k.stride[2], count, args_.d, k_rows_,
-                          wanted, false);
-        const Lanes<const A> v = load_rows<T>(row_pointer<T>(args_.v, batch_, kv_head, j), args_.v.stride[2], count,
-                                              args_.dv, v_rows_, wanted, false);
-        gemm<A>(lanes_, count, args_.d, {q_t_, kQueries}, {k_.ptr, k_.ld, 1}, {p_, kQueries}, {false, nullptr});
-        const Score<A> score(args_, batch_, head_, bias_tile_, bias_rows_);
-        const A factor = score.apply(p_, i_, queries_, j, count, lanes_, all ? nullptr : visible_, cap_slope_);
-        gemm<A>(lanes_, count, args_.dv, {d_out_t_, kQueries}, {v.ptr, v.ld, 1}, {ds_, kQueries}, {false, nullptr});
+        const T* const k = key_row<T>(args_.k, rows_.sequence, rows_.kv_head, j);
+        const T* const v = key_row<T>(args_.v, rows_.sequence, rows_.kv_head, j);
+        const Lanes<const E> k_along = load_rows(k, args_.k.stride[2], count, args_.d, k_rows_, wanted, false);
+        const Lanes<const E> v_along = load_rows(v, args_.v.stride[2], count, args_.dv, v_rows_, wanted, false);
+        k_ = k_along;
+        if constexpr (kStep<E> > 1) {
+            k_ = load_rows_across(k, args_.k.stride[2], count, args_.d, k_across_rows_, wanted, false);
+        }
+        j_ = j, keys_ = count, strip_ = all ? lanes_ : 2 * W;
+        for (int64_t lane = 0; lane < lanes_; lane += strip_) {
+            const Range seen = keys_of(lane);
+            if (seen.end <= seen.begin) continue;
+            product(lane, seen, args_.d, q_t_, k_along, p_);
+            product(lane, seen, args_.dv, d_out_t_, v_along, ds_);
+        }
+        const Score<A> score(args_, rows_, extra_rows_, extra_tile_);
+        const A factor = score.apply(p_, j, count, lanes_, all ? nullptr : visible_, cap_slope_);
         if (args_.dropout) {
-            draw_keep<A>(args_, batch_, head_, i_, j, count, keep_);
+            draw_keep<A>(args_, rows_, j, count, lanes_, keep_);
             differentiate<true>(factor);
         } else {
             differentiate<false>(factor);
         }
-        if (through_cap && args_.softcap != 0) multiply(ds_, cap_slope_);
         return true;
     }
 
-    // d_k_rows, d_v_rows: the rows of the tile's keys. d_k lacks the factor `scale`.
-    void add_key_gradients(A* d_k_rows, A* d_v_rows) const {
-        const int64_t width = padded<A>(args_.d), width_v = padded<A>(args_.dv);
-        gemm<A>(width_v, keys_, queries_, d_out_, {p_, kQueries, 1}, {d_v_rows, width_v}, {true, nullptr});
-        gemm<A>(width, keys_, queries_, q_, {ds_, kQueries, 1}, {d_k_rows, width}, {true, nullptr});
+    // From the gradient of the logits to that of scale * q.k.
+    void pass_softcap() {
+        if (args_.softcap == 0) return;
+        for (int64_t key = 0; key < keys_; ++key) {
+            for (int64_t lane = 0; lane < lanes_; lane += W) {
+                const int64_t at = key * kQueries + lane;
+                const Vec<A> ds = load(ds_ + at);
+                // The slope of a pair that is not seen was never computed.
+                store(ds_ + at, ds == A(0) ? ds : ds * load(cap_slope_ + at));
+            }
+        }
     }
 
-    // d_q_t: [d][kQueries], without the factor `scale`.
-    void add_query_gradient(A* d_q_t) const {
-        gemm<A>(lanes_, args_.d, keys_, {ds_, kQueries}, {k_.ptr, 1, k_.ld}, {d_q_t, kQueries}, {true, nullptr});
+    // d_q_t: [d][kQueries], without the factor `scale`. Before add_key_gradients, which uses the tiles up.
+    void add_query_gradient(A* d_q_t) {
+        const E* const ds = across_keys<E>(ds_, keys_, lanes_, ds_across_);
+        for (int64_t lane = 0; lane < lanes_; lane += strip_) {
+            const Range seen = keys_of(lane);
+            if (seen.end <= seen.begin) continue;
+            const int64_t first = seen.begin / kStep<E>;
+            gemm<E>(smaller(strip_, lanes_ - lane), args_.d, operands<E>(seen.end - seen.begin),
+                    {ds + first * kQueries + lane, kQueries}, {k_.ptr + first * k_.ld, 1, k_.ld},
+                    {d_q_t + lane, kQueries}, {true, nullptr});
+        }
+    }
+
+    // d_k_rows, d_v_rows: the rows of the tile's keys. d_k lacks the factor `scale`.
+    void add_key_gradients(A* d_k_rows, A* d_v_rows) {
+        const int64_t width = padded<A>(args_.d), width_v = padded<A>(args_.dv), depth = operands<E>(rows_.count);
+        const E* const p = along_lanes<E>(p_, keys_, lanes_);
+        const E* const ds = along_lanes<E>(ds_, keys_, lanes_);
+        gemm<E>(width_v, keys_, depth, d_out_, {p, kQueries, 1}, {d_v_rows, width_v}, {true, nullptr});
+        gemm<E>(width, keys_, depth, q_, {ds, kQueries, 1}, {d_k_rows, width}, {true, nullptr});
     }
 
     // sum[key][query] += dS
@@ -113,9 +143,28 @@ class BackwardTile {
         }
     }
 
-    int64_t queries() const { return queries_; }
+    int64_t queries() const { return rows_.count; }
 
   private:
+    // Rows of q or d_out, both ways round: depth across rows, and transposed with the depth along the row.
+    void load_sides(const T* from, int64_t ld, int64_t columns, const uint8_t* wanted, E* rows, E* transposed,
+                    Lanes<const E>& across) {
+        const Lanes<const E> along = load_rows(from, ld, rows_.count, columns, rows, wanted, true);
+        transpose<E>(along, rows_.count, operands<E>(columns), {transposed, kQueries}, lanes_);
+        across = kStep<E> == 1 ? along : load_rows_across(from, ld, rows_.count, columns, rows, wanted, true);
+    }
+
+    // Keys of the tile that some of the lanes [lane, lane + strip_) see.
+    Range keys_of(int64_t lane) const {
+        return strip_ == lanes_ ? Range{0, keys_} : mask_->keys_of(lane, strip_, j_, keys_);
+    }
+
+    void product(int64_t lane, Range keys, int64_t columns, const E* x, Lanes<const E> y, A* tile) const {
+        gemm<E>(smaller(strip_, lanes_ - lane), keys.end - keys.begin, operands<E>(columns), {x + lane, kQueries},
+                {y.ptr + keys.begin * y.ld, y.ld, 1}, {tile + keys.begin * kQueries + lane, kQueries},
+                {false, nullptr});
+    }
+
     // factor * logits and dP -> P with dropout and dS = P (dP - delta + d_lse).
     template <bool Dropout>
     void differentiate(A factor) {
@@ -130,27 +179,21 @@ class BackwardTile {
                     dropped *= keep;
                 }
                 store(p_ + at, dropped);
-                // An unseen pair has P = 0; its dP may hold a NaN that others see.
+                // An unseen pair has P = 0; its dP may hold a NaN that others see, or nothing at all.
                 store(ds_ + at, p == A(0) ? Vec<A>{} : p * ((dp - delta) + d_lse));
             }
         }
     }
 
-    void multiply(A* tile, const A* by) const {
-        for (int64_t key = 0; key < keys_; ++key) {
-            for (int64_t lane = 0; lane < lanes_; lane += W) {
-                const int64_t at = key * kQueries + lane;
-                store(tile + at, load(tile + at) * load(by + at));
-            }
-        }
-    }
-
     const AttentionArgs& args_;
-    A *q_t_, *d_out_t_, *q_rows_, *d_out_rows_, *k_rows_, *v_rows_, *p_, *ds_;
-    A *visible_, *cap_slope_, *bias_tile_, *bias_rows_, *keep_, *lse_, *delta_, *d_lse_;
+    E *q_t_, *d_out_t_, *q_rows_, *d_out_rows_, *k_rows_, *v_rows_, *k_across_rows_, *ds_across_;
+    A *p_, *ds_, *visible_, *cap_slope_, *extra_rows_, *extra_tile_, *keep_, *lse_, *delta_, *d_lse_;
     uint8_t seen_[kKeys], sees_[kQueries];
-    Lanes<const A> q_, d_out_, k_;
-    int64_t batch_, head_, i_, queries_, lanes_, keys_;
+    Rows rows_;
+    std::optional<Mask<A>> mask_;
+    Lanes<const E> q_, d_out_, k_;  // depth across rows
+    int64_t j_ = 0, keys_ = 0, lanes_ = 0;
+    int64_t strip_ = 0;  // lanes that are worked on together: all of them, or few where some pairs are not visible
 };
 
 }  // namespace PYATTN_ISA

@@ -1,36 +1,75 @@
 #include "dispatch.h"
 
+#include <algorithm>
+#include <chrono>
+
+#include "parallel.h"
+
 namespace pyattn {
 
+#define PYATTN_DECLARE(isa)                    \
+    namespace isa {                            \
+    void attention_fwd(const AttentionArgs&);  \
+    void attention_bwd(const AttentionArgs&);  \
+    double spin(Dtype, int64_t);               \
+    }
+#define PYATTN_KERNELS(isa) isa::attention_fwd, isa::attention_bwd, isa::spin
+
 #ifdef PYATTN_X86
-namespace avx512 {
-void attention_fwd(const AttentionArgs&);
-void attention_bwd(const AttentionArgs&);
-}  // namespace avx512
-namespace avx2 {
-void attention_fwd(const AttentionArgs&);
-void attention_bwd(const AttentionArgs&);
-}  // namespace avx2
+PYATTN_DECLARE(avx512_bf16)
+PYATTN_DECLARE(avx512)
+PYATTN_DECLARE(avx2)
 #endif
-namespace generic {
-void attention_fwd(const AttentionArgs&);
-void attention_bwd(const AttentionArgs&);
-}  // namespace generic
+PYATTN_DECLARE(generic)
+
+namespace {
+
+#ifdef PYATTN_X86
+// __builtin_cpu_supports also asks the operating system (xgetbv) whether it saves the registers.
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+
+struct Spin {
+    const Isa& isa;
+    Dtype dtype;
+    int64_t rounds;
+};
+
+}  // namespace
 
 const Isa kIsas[] = {
 #ifdef PYATTN_X86
-    // __builtin_cpu_supports also asks the operating system (xgetbv) whether it saves the registers.
-    {"avx512",
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-     },
-     avx512::attention_fwd, avx512::attention_bwd},
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::attention_fwd,
-     avx2::attention_bwd},
+    {"avx512_bf16", has_avx512_bf16, PYATTN_KERNELS(avx512_bf16)},
+    {"avx512", has_avx512, PYATTN_KERNELS(avx512)},
+    {"avx2", has_avx2, PYATTN_KERNELS(avx2)},
 #endif
-    {"generic", [] { return true; }, generic::attention_fwd, generic::attention_bwd},
-    {nullptr, nullptr, nullptr, nullptr},
+    {"generic", [] { return true; }, PYATTN_KERNELS(generic)},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
+
+double multiply_add_rate(const Isa& isa, Dtype dtype, int threads) {
+    using Clock = std::chrono::steady_clock;
+    const Spin spin{isa, dtype, 1 << 20};
+    double best = 0;
+    for (int attempt = 0; attempt < 5; ++attempt) {
+        const auto start = Clock::now();
+        const auto work = [](const void* context, int64_t, void*) {
+            const Spin& own = *static_cast<const Spin*>(context);
+            own.isa.spin(own.dtype, own.rounds);
+        };
+        parallel_for(threads, threads, 0, work, &spin);
+        const std::chrono::duration<double> seconds = Clock::now() - start;
+        // What one round does is the same everywhere.
+        best = std::max(best, threads * isa.spin(dtype, 1) * static_cast<double>(spin.rounds) / seconds.count());
+    }
+    return best;
+}
 
 }  // namespace pyattn

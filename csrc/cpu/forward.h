@@ -1,5 +1,5 @@
-// Forward: one task per (batch, head, tile of queries), online softmax over tiles of keys.
-// Source: Dao, "FlashAttention-2", arXiv:2307.08691, Algorithm 1.
+// Forward: one task per tile of queries and chunk of keys, online softmax over tiles of keys.
+// Source: Dao, "FlashAttention-2", arXiv:2307.08691, Algorithm 1; the chunks as in Flash-Decoding (Dao et al. 2023).
 #pragma once
 
 #include "parallel.h"
@@ -11,87 +11,184 @@ namespace PYATTN_ISA {
 template <class T>
 class Forward {
     using A = Accumulator<T>;
+    using E = Operand<T>;
     static constexpr int W = kWidth<A>;
 
   public:
     static void run(const AttentionArgs& args) {
-        const int64_t tiles = (args.m + kQueries - 1) / kQueries;
+        const Pieces pieces(args, Pieces::rows);
+        const Chunks chunks = chunks_of(args, pieces.count());
+        const int threads = threads_worth(args);
         Scratch count(nullptr);
         const Forward measure(args, count);
-        parallel_for(args.b * args.h * tiles, args.threads, count.used(), task, &args);
+        const int64_t parts = chunks.count > 1 ? pieces.count() * chunks.count : 0;
+        const Block block(parts * partial_size(args) * static_cast<int64_t>(sizeof(A)));
+        const Call call{args, pieces, chunks, parts > 0 ? static_cast<A*>(block.get()) : nullptr};
+        parallel_for(pieces.count() * chunks.count, threads, count.used(), chunk_task, &call);
+        if (parts > 0) parallel_for(pieces.count(), threads, count.used(), merge_task, &call);
     }
 
   private:
-    static void task(const void* context, int64_t number, void* block) {
-        const AttentionArgs& args = *static_cast<const AttentionArgs*>(context);
-        const int64_t tiles = (args.m + kQueries - 1) / kQueries;
+    struct Call {
+        const AttentionArgs& args;
+        const Pieces& pieces;
+        Chunks chunks;
+        A* partials;  // what every chunk of every piece leaves behind, where there are chunks
+    };
+
+    // out, maximum and sum of a tile.
+    static int64_t partial_size(const AttentionArgs& args) { return (padded<A>(args.dv) + 2) * kQueries; }
+
+    static void chunk_task(const void* context, int64_t number, void* block) {
+        const Call& call = *static_cast<const Call*>(context);
         Scratch scratch(block);
-        Forward forward(args, scratch);
+        Forward forward(call.args, scratch);
+        const int64_t chunk = number % call.chunks.count;
+        const Rows rows = rows_of(call, number / call.chunks.count);
+        forward.attend(rows, {chunk * call.chunks.keys, (chunk + 1) * call.chunks.keys}, chunk == 0);
+        if (call.partials) {
+            forward.leave(call.partials + number * partial_size(call.args));
+        } else {
+            forward.finish(rows);
+        }
+    }
+
+    static void merge_task(const void* context, int64_t number, void* block) {
+        const Call& call = *static_cast<const Call*>(context);
+        Scratch scratch(block);
+        Forward forward(call.args, scratch);
+        const Rows rows = rows_of(call, number);
+        forward.lay_out(rows);
+        const int64_t size = partial_size(call.args);
+        const A* first = call.partials + number * call.chunks.count * size;
+        forward.pick_up(first);
+        for (int64_t chunk = 1; chunk < call.chunks.count; ++chunk) forward.merge(first + chunk * size);
+        forward.finish(rows);
+    }
+
+    static Rows rows_of(const Call& call, int64_t number) {
+        const Piece piece = call.pieces.piece(number);
+        const Sequence sequence = sequence_of(call.args, piece.sequence);
+        if (grouped(call.args, sequence)) return Rows::of_group(call.args, sequence, piece.head);
         // The last tile first: under a causal mask it is the longest.
-        const int64_t tile = tiles - 1 - number % tiles, head = number / tiles % args.h;
-        forward.attend(number / tiles / args.h, head, tile * kQueries);
+        return Rows::of_head(call.args, sequence, piece.head, (piece.tiles - 1 - piece.tile) * kQueries);
     }
 
     Forward(const AttentionArgs& args, Scratch& scratch)
         : args_(args),
-          q_t_(scratch.take<A>(padded<A>(args.d) * kQueries)),
-          out_t_(scratch.take<A>(padded<A>(args.dv) * kQueries)),
-          rows_(scratch.take<A>(kQueries * padded<A>(larger(args.d, args.dv)))),
+          q_rows_(scratch.take<E>(kQueries * round_up(operands<E>(args.d), W))),
+          q_t_(scratch.take<E>(kQueries * round_up(operands<E>(args.d), W))),
+          k_rows_(scratch.take<E>(kKeys * round_up(operands<E>(args.d), W))),
+          v_rows_(scratch.take<E>(kKeys * padded<A>(args.dv))),
           scores_(scratch.take<A>(kKeys * kQueries)),
-          k_rows_(scratch.take<A>(kKeys * padded<A>(args.d))),
-          v_rows_(scratch.take<A>(kKeys * padded<A>(args.dv))),
+          // [dv][kQueries], or where few_ [query][padded dv]; then the maximum and the sum of each lane.
+          out_(scratch.take<A>(partial_size(args))),
+          row_max_(out_ + partial_size(args) - 2 * kQueries),
+          row_sum_(row_max_ + kQueries),
+          rescale_(scratch.take<A>(kQueries)),
+          out_rows_(scratch.take<A>(kQueries * padded<A>(args.dv))),
           visible_(scratch.take<A>(kKeys * kQueries)),
-          bias_tile_(scratch.take<A>(args.bias ? kKeys * kQueries : 0)),
-          bias_rows_(scratch.take<A>(args.bias ? kKeys * kQueries : 0)),
-          keep_(scratch.take<A>(args.dropout ? kKeys * kQueries : 0)),
-          row_max_(scratch.take<A>(kQueries)),
-          row_sum_(scratch.take<A>(kQueries)),
-          rescale_(scratch.take<A>(kQueries)) {}
+          extra_rows_(scratch.take<A>(args.bias || args.mask ? kKeys * kQueries : 0)),
+          extra_tile_(scratch.take<A>(args.bias || args.mask ? kKeys * kQueries : 0)),
+          keep_(scratch.take<A>(args.dropout ? kKeys * kQueries : 0)) {}
 
-    void attend(int64_t batch, int64_t head, int64_t i) {
-        const int64_t queries = smaller(kQueries, args_.m - i), lanes = padded<A>(queries);
-        const Mask<A> mask(args_, batch, head);
-        const Score<A> score(args_, batch, head, bias_tile_, bias_rows_);
-        const int64_t kv_head = head / (args_.h / args_.hk);
-        start(batch, head, i, queries, lanes);
-        const Range keys = mask.keys(i, queries);
-        bool any = false;
+    void lay_out(const Rows& rows) {
+        lanes_ = padded<A>(rows.count);
+        few_ = 2 * rows.count <= W;
+        columns_ = few_ ? rows.count : args_.dv;
+        width_ = few_ ? padded<A>(args_.dv) : kQueries;
+    }
+
+    void attend(const Rows& rows, Range chunk, bool with_sink) {
+        lay_out(rows);
+        start(rows, with_sink);
+        const Mask<A> mask(args_, rows, extra_rows_, extra_tile_);
+        const Score<A> score(args_, rows, extra_rows_, extra_tile_);
+        const Range keys{larger(mask.keys().begin, chunk.begin), smaller(mask.keys().end, chunk.end)};
         for (int64_t j = keys.begin / kKeys * kKeys; j < keys.end; j += kKeys) {
             const int64_t count = smaller(kKeys, keys.end - j);
-            const Sight sight = mask.look(i, queries, j, count, visible_, seen_);
-            if (sight == Sight::none) continue;
-            const bool all = sight == Sight::all;
-            const Lanes<const A> k = load_rows<T>(row_pointer<T>(args_.k, batch, kv_head, j), args_.k.stride[2],
-                                                  count, args_.d, k_rows_, all ? nullptr : seen_, false);
-            gemm<A>(lanes, count, args_.d, {q_t_, kQueries}, {k.ptr, k.ld, 1}, {scores_, kQueries}, {false, nullptr});
-            const A factor = score.apply(scores_, i, queries, j, count, lanes, all ? nullptr : visible_, nullptr);
-            softmax(lanes, count, factor);
-            if (args_.dropout) drop(batch, head, i, j, count, lanes);
-            const Lanes<const A> v = load_rows<T>(row_pointer<T>(args_.v, batch, kv_head, j), args_.v.stride[2],
-                                                  count, args_.dv, v_rows_, all ? nullptr : seen_, false);
-            gemm<A>(lanes, args_.dv, count, {scores_, kQueries}, {v.ptr, 1, v.ld}, {out_t_, kQueries}, {any, rescale_});
-            any = true;
-        }
-        finish(batch, head, i, queries, lanes, any);
-    }
-
-    void start(int64_t batch, int64_t head, int64_t i, int64_t queries, int64_t lanes) {
-        const Lanes<const A> q = load_rows<T>(row_pointer<T>(args_.q, batch, head, i), args_.q.stride[2], queries,
-                                              args_.d, rows_, nullptr, true);
-        transpose<A>(q, queries, args_.d, {q_t_, kQueries}, lanes);
-        const A sink = args_.sinks ? static_cast<const A*>(args_.sinks)[head] : -static_cast<A>(INFINITY);
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-            row_max_[lane] = sink;
-            row_sum_[lane] = sink == -static_cast<A>(INFINITY) ? A(0) : A(1);
+            const Sight sight = mask.look(j, count, visible_, seen_);
+            if (sight != Sight::none) add_tile(rows, mask, score, j, count, sight == Sight::all);
         }
     }
 
-    // scores -> exp(factor * scores - running maximum), and the factor by which the earlier part of the row shrinks.
-    void softmax(int64_t lanes, int64_t keys, A factor) {
-        for (int64_t lane = 0; lane < lanes; lane += W) {
+    void start(const Rows& rows, bool with_sink) {
+        const Lanes<const E> q = rows.template load<E, T>(args_.q, args_.d, q_rows_);
+        const int64_t depth = operands<E>(args_.d);
+        if (few_) {
+            std::memset(q_rows_ + rows.count * q.ld, 0, static_cast<size_t>((W - rows.count) * q.ld) * sizeof(E));
+        } else {
+            transpose<E>(q, rows.count, depth, {q_t_, kQueries}, lanes_);
+        }
+        std::memset(out_, 0, static_cast<size_t>(columns_ * width_) * sizeof(A));
+        for (int64_t lane = 0; lane < lanes_; ++lane) {
+            const bool sink = args_.sinks && with_sink && lane < rows.count;
+            row_max_[lane] = sink ? static_cast<const A*>(args_.sinks)[rows.head[lane]] : -static_cast<A>(INFINITY);
+            row_sum_[lane] = row_max_[lane] == -static_cast<A>(INFINITY) ? A(0) : A(1);
+        }
+    }
+
+    void add_tile(const Rows& rows, const Mask<A>& mask, const Score<A>& score, int64_t j, int64_t count, bool all) {
+        const Sequence& sequence = rows.sequence;
+        const uint8_t* wanted = all ? nullptr : seen_;
+        const Lanes<const E> k = load_rows(key_row<T>(args_.k, sequence, rows.kv_head, j), args_.k.stride[2], count,
+                                           args_.d, k_rows_, wanted, few_);
+        // Strips of lanes leave out the keys that none of their queries sees.
+        const int64_t strip = all || few_ ? lanes_ : 2 * W;
+        const auto keys_of = [&](int64_t lane) {
+            return all || few_ ? Range{0, count} : mask.keys_of(lane, strip, j, count);
+        };
+        if (few_) {
+            score_few(rows.count, k, count);
+        } else {
+            for (int64_t lane = 0; lane < lanes_; lane += strip) {
+                const Range keys = keys_of(lane);
+                if (keys.end > keys.begin) score_strip(lane, smaller(strip, lanes_ - lane), k, keys);
+            }
+        }
+        const A factor = score.apply(scores_, j, count, lanes_, all ? nullptr : visible_, nullptr);
+        if (args_.dropout) draw_keep<A>(args_, rows, j, count, lanes_, keep_);
+        const Lanes<const E> v = load_rows_across(key_row<T>(args_.v, sequence, rows.kv_head, j), args_.v.stride[2],
+                                                  count, args_.dv, v_rows_, wanted, few_);
+        for (int64_t lane = 0; lane < lanes_; lane += strip) {
+            const Range keys = keys_of(lane);
+            if (keys.end <= keys.begin) continue;
+            const int64_t lanes = smaller(strip, lanes_ - lane);
+            if (args_.dropout) {
+                softmax<true>(lane, lanes, keys, factor);
+            } else {
+                softmax<false>(lane, lanes, keys, factor);
+            }
+            add_values(rows.count, lane, lanes, keys, v);
+        }
+    }
+
+    void score_strip(int64_t lane, int64_t lanes, Lanes<const E> k, Range keys) {
+        gemm<E>(lanes, keys.end - keys.begin, operands<E>(args_.d), {q_t_ + lane, kQueries},
+                {k.ptr + keys.begin * k.ld, k.ld, 1}, {scores_ + keys.begin * kQueries + lane, kQueries},
+                {false, nullptr});
+    }
+
+    void score_few(int64_t rows, Lanes<const E> k, int64_t count) {
+        const int64_t depth = round_up(operands<E>(args_.d), W);
+        if (rows == 1) return dots<E, 1>(q_rows_, depth, count, k, depth, scores_, kQueries);
+        if (rows == 2) return dots<E, 2>(q_rows_, depth, count, k, depth, scores_, kQueries);
+        if constexpr (W >= 8) {
+            if (rows <= 4) return dots<E, 4>(q_rows_, depth, count, k, depth, scores_, kQueries);
+        }
+        if constexpr (W >= 16) dots<E, 8>(q_rows_, depth, count, k, depth, scores_, kQueries);
+    }
+
+    // scores -> operands exp(factor * scores - running maximum), with dropout, and the factor by which the earlier part
+    // of the row shrinks. The first key is even.
+    template <bool Dropout>
+    void softmax(int64_t first_lane, int64_t lanes, Range keys, A factor) {
+        constexpr int S = kStep<E>;
+        E* const weights = reinterpret_cast<E*>(scores_);
+        for (int64_t lane = first_lane; lane < first_lane + lanes; lane += W) {
             const Vec<A> old_max = load(row_max_ + lane);
-            Vec<A> tile_max = load(scores_ + lane);
-            for (int64_t key = 1; key < keys; ++key) {
+            Vec<A> tile_max = load(scores_ + keys.begin * kQueries + lane);
+            for (int64_t key = keys.begin + 1; key < keys.end; ++key) {
                 tile_max = running_max<A>(tile_max, load(scores_ + key * kQueries + lane));
             }
             const Vec<A> top = running_max<A>(old_max, tile_max * factor);
@@ -99,11 +196,16 @@ class Forward {
             const Vec<A> shift = top == -static_cast<A>(INFINITY) ? Vec<A>{} : top;
             const Vec<A> shrink = exp<A>(old_max - shift);
             Vec<A> sum = {};
-            for (int64_t key = 0; key < keys; ++key) {
-                A* at = scores_ + key * kQueries + lane;
-                const Vec<A> p = exp<A>(load(at) * factor - shift);
-                sum += p;
-                store(at, p);
+            for (int64_t key = keys.begin; key < keys.end; key += S) {
+                Vec<A> p[S] = {};
+#pragma GCC unroll 2
+                for (int s = 0; s < S; ++s) {
+                    if (s > 0 && key + s >= keys.end) break;
+                    p[s] = exp<A>(load(scores_ + (key + s) * kQueries + lane) * factor - shift);
+                    sum += p[s];
+                    if constexpr (Dropout) p[s] *= load(keep_ + (key + s) * kQueries + lane);
+                }
+                store_operand(weights + key / S * kQueries + lane, p);
             }
             store(row_max_ + lane, top);
             store(row_sum_ + lane, load(row_sum_ + lane) * shrink + sum);
@@ -111,36 +213,95 @@ class Forward {
         }
     }
 
-    void drop(int64_t batch, int64_t head, int64_t i, int64_t j, int64_t keys, int64_t lanes) {
-        draw_keep<A>(args_, batch, head, i, j, keys, keep_);
-        for (int64_t key = 0; key < keys; ++key) {
-            for (int64_t lane = 0; lane < lanes; lane += W) {
-                const int64_t at = key * kQueries + lane;
-                store(scores_ + at, load(scores_ + at) * load(keep_ + at));
+    static void store_operand(E* to, const Vec<A>* p) {
+        if constexpr (kStep<E> == 1) {
+            store(to, p[0]);
+        } else {
+            store(to, Product<E>::across(p[0], p[1]));
+        }
+    }
+
+    void add_values(int64_t rows, int64_t lane, int64_t lanes, Range keys, Lanes<const E> v) {
+        const int64_t first = keys.begin / kStep<E>, depth = operands<E>(keys.end - keys.begin);
+        const E* const weights = reinterpret_cast<const E*>(scores_) + first * kQueries + lane;
+        const E* const values = v.ptr + first * v.ld;
+        if (few_) {
+            scale_rows(rescale_);
+            gemm<E>(width_, rows, depth, {values, v.ld}, {weights, 1, kQueries}, {out_, width_}, {true, nullptr});
+        } else {
+            gemm<E>(lanes, args_.dv, depth, {weights, kQueries}, {values, 1, v.ld}, {out_ + lane, width_},
+                    {true, rescale_ + lane});
+        }
+    }
+
+    // out *= factor, one factor per query; a factor of 0 also clears a NaN.
+    void scale_rows(const A* factor) {
+        for (int64_t column = 0; column < columns_; ++column) {
+            for (int64_t lane = 0; lane < (few_ ? width_ : lanes_); lane += W) {
+                A* at = out_ + column * width_ + lane;
+                const Vec<A> by = few_ ? fill<A>(factor[column]) : load(factor + lane);
+                store(at, by == A(0) ? Vec<A>{} : load(at) * by);
+            }
+        }
+    }
+
+    void leave(A* partial) const { copy_part(out_, partial); }
+    void pick_up(const A* partial) { copy_part(partial, out_); }
+    void copy_part(const A* from, A* to) const {
+        const int64_t statistics = partial_size(args_) - 2 * kQueries;
+        std::memcpy(to, from, static_cast<size_t>(columns_ * width_) * sizeof(A));
+        std::memcpy(to + statistics, from + statistics, 2 * kQueries * sizeof(A));
+    }
+
+    // Joins another chunk's part of the same rows to this one.
+    void merge(const A* partial) {
+        const A* max = partial + partial_size(args_) - 2 * kQueries;
+        const A* sum = max + kQueries;
+        A other[kQueries] = {};
+        for (int64_t lane = 0; lane < lanes_; lane += W) {
+            const Vec<A> mine = load(row_max_ + lane), theirs = load(max + lane), top = running_max<A>(mine, theirs);
+            const Vec<A> shift = top == -static_cast<A>(INFINITY) ? Vec<A>{} : top;
+            const Vec<A> keep = exp<A>(mine - shift), add = exp<A>(theirs - shift);
+            store(row_sum_ + lane, load(row_sum_ + lane) * keep + load(sum + lane) * add);
+            store(row_max_ + lane, top);
+            store(rescale_ + lane, keep);
+            store(other + lane, add);
+        }
+        scale_rows(rescale_);
+        for (int64_t column = 0; column < columns_; ++column) {
+            for (int64_t lane = 0; lane < (few_ ? width_ : lanes_); lane += W) {
+                const int64_t at = column * width_ + lane;
+                const Vec<A> factor = few_ ? fill<A>(other[column]) : load(other + lane);
+                store(out_ + at, load(out_ + at) + load(partial + at) * factor);
             }
         }
     }
 
     // out = accumulated / row_sum, lse = max + log(row_sum); a row that sees nothing has 0 and -inf.
-    void finish(int64_t batch, int64_t head, int64_t i, int64_t queries, int64_t lanes, bool any) {
-        A* lse = static_cast<A*>(args_.lse) + (batch * args_.h + head) * args_.m + i;
-        for (int64_t query = 0; query < queries; ++query) lse[query] = row_max_[query] + std::log(row_sum_[query]);
-        for (int64_t column = 0; column < args_.dv; ++column) {
-            for (int64_t lane = 0; lane < lanes; lane += W) {
-                A* at = out_t_ + column * kQueries + lane;
-                const Vec<A> sum = load(row_sum_ + lane);
-                store(at, !any || sum == A(0) ? Vec<A>{} : load(at) / sum);
-            }
+    void finish(const Rows& rows) {
+        A* const lse = static_cast<A*>(args_.lse);
+        for (int64_t lane = 0; lane < rows.count; ++lane) {
+            lse[statistic(args_, rows.sequence, rows.head[lane], rows.query[lane])] =
+                row_max_[lane] + std::log(row_sum_[lane]);
         }
+        for (int64_t lane = 0; lane < lanes_; lane += W) {
+            const Vec<A> sum = load(row_sum_ + lane);
+            store(rescale_ + lane, sum == A(0) ? Vec<A>{} : A(1) / sum);
+        }
+        scale_rows(rescale_);
         const int64_t width = padded<A>(args_.dv);
-        transpose<A>({out_t_, kQueries}, args_.dv, lanes, {rows_, width}, width);
-        T* out = const_cast<T*>(row_pointer<T>(args_.out, batch, head, i));
-        store_rows<T>({rows_, width}, queries, args_.dv, A(1), out, args_.out.stride[2]);
+        if (!few_) transpose<A>({out_, kQueries}, args_.dv, lanes_, {out_rows_, width}, width);
+        for (int64_t lane = 0; lane < rows.count; ++lane) {
+            T* to = query_row<T>(args_.out, rows.sequence, rows.head[lane], rows.query[lane]);
+            store_row((few_ ? out_ : out_rows_) + lane * width, args_.dv, A(1), to);
+        }
     }
 
     const AttentionArgs& args_;
-    A *q_t_, *out_t_, *rows_, *scores_, *k_rows_, *v_rows_, *visible_, *bias_tile_, *bias_rows_, *keep_;
-    A *row_max_, *row_sum_, *rescale_;
+    E *q_rows_, *q_t_, *k_rows_, *v_rows_;
+    A *scores_, *out_, *row_max_, *row_sum_, *rescale_, *out_rows_, *visible_, *extra_rows_, *extra_tile_, *keep_;
+    int64_t lanes_ = 0, columns_ = 0, width_ = 0;
+    bool few_ = false;  // queries for at most half a vector: scores by dot products, out with its columns in the lanes
     uint8_t seen_[kKeys];
 };
 

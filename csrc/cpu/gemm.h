@@ -6,22 +6,22 @@
 // so that K and V are read where they lie, and neither they nor the scores are ever transposed.
 #pragma once
 
-#include "vec.h"
+#include "operand.h"
 
 namespace pyattn {
 namespace PYATTN_ISA {
 
 // A matrix with one contiguous dimension of lanes.
-template <class A>
+template <class E>
 struct Lanes {
-    A* ptr;
+    E* ptr;
     int64_t ld;
 };
 
 // The broadcast operand y(c, t).
-template <class A>
+template <class E>
 struct Broadcast {
-    const A* ptr;
+    const E* ptr;
     int64_t stride_c, stride_t;
 };
 
@@ -32,20 +32,21 @@ struct Old {
     const A* factor;  // per lane; null is 1
 };
 
-template <class A, int R, int C>
-static inline __attribute__((always_inline)) void gemm_kernel(const A* x, int64_t ldx, Broadcast<A> y, int64_t depth,
-                                                              A* out, int64_t ldo, bool keep, const A* factor) {
-    constexpr int W = kWidth<A>;
-    Vec<A> acc[C][R] = {};
+template <class E, int R, int C>
+static inline __attribute__((always_inline)) void gemm_kernel(const E* x, int64_t ldx, Broadcast<E> y, int64_t depth,
+                                                              Sum<E>* out, int64_t ldo, bool keep,
+                                                              const Sum<E>* factor) {
+    constexpr int W = kWidth<E>;
+    Vec<Sum<E>> acc[C][R] = {};
     for (int64_t t = 0; t < depth; ++t) {
-        Vec<A> row[R];
+        Vec<E> row[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) row[r] = load(x + t * ldx + r * W);
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) {
-            const Vec<A> scalar = fill<A>(y.ptr[c * y.stride_c + t * y.stride_t]);
+            const Vec<E> scalar = Product<E>::broadcast(y.ptr[c * y.stride_c + t * y.stride_t]);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) acc[c][r] += row[r] * scalar;
+            for (int r = 0; r < R; ++r) acc[c][r] = Product<E>::add(acc[c][r], row[r], scalar);
         }
     }
     // The old content joins last: a sum of per-tile sums rounds less than one long chain.
@@ -53,7 +54,7 @@ static inline __attribute__((always_inline)) void gemm_kernel(const A* x, int64_
     for (int c = 0; c < C; ++c) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            A* at = out + c * ldo + r * W;
+            Sum<E>* at = out + c * ldo + r * W;
             if (keep) acc[c][r] += factor ? load(at) * load(factor + r * W) : load(at);
             store(at, acc[c][r]);
         }
@@ -61,43 +62,71 @@ static inline __attribute__((always_inline)) void gemm_kernel(const A* x, int64_
 }
 
 // One strip of R vectors of lanes: all columns, C at a time, then fewer.
-template <class A, int R, int C>
-static inline void gemm_strip(int64_t columns, const A* x, int64_t ldx, Broadcast<A> y, int64_t depth, A* out,
-                              int64_t ldo, Old<A> old) {
+template <class E, int R, int C>
+static inline void gemm_strip(int64_t columns, const E* x, int64_t ldx, Broadcast<E> y, int64_t depth, Sum<E>* out,
+                              int64_t ldo, Old<Sum<E>> old) {
     int64_t c = 0;
     for (; c + C <= columns; c += C) {
-        Broadcast<A> part = y;
+        Broadcast<E> part = y;
         part.ptr += c * y.stride_c;
         // Fixing the stride that is 1 turns the addresses of the other operand's columns into constants.
         if (y.stride_c == 1) {
             part.stride_c = 1;
-            gemm_kernel<A, R, C>(x, ldx, part, depth, out + c * ldo, ldo, old.keep, old.factor);
+            gemm_kernel<E, R, C>(x, ldx, part, depth, out + c * ldo, ldo, old.keep, old.factor);
         } else {
             part.stride_t = 1;
-            gemm_kernel<A, R, C>(x, ldx, part, depth, out + c * ldo, ldo, old.keep, old.factor);
+            gemm_kernel<E, R, C>(x, ldx, part, depth, out + c * ldo, ldo, old.keep, old.factor);
         }
     }
     if constexpr (C > 1) {
         y.ptr += c * y.stride_c;
         constexpr int fewer = C == 6 ? 4 : C / 2;
-        if (c < columns) gemm_strip<A, R, fewer>(columns - c, x, ldx, y, depth, out + c * ldo, ldo, old);
+        if (c < columns) gemm_strip<E, R, fewer>(columns - c, x, ldx, y, depth, out + c * ldo, ldo, old);
     }
 }
 
 // lanes: a multiple of kWidth. Either y.stride_c or y.stride_t is 1.
-template <class A, int R = PYATTN_STRIP_VECTORS>
-static inline void gemm(int64_t lanes, int64_t columns, int64_t depth, Lanes<const A> x, Broadcast<A> y, Lanes<A> out,
-                        Old<A> old) {
-    constexpr int strip = R * kWidth<A>;
+template <class E, int R = PYATTN_STRIP_VECTORS>
+static inline void gemm(int64_t lanes, int64_t columns, int64_t depth, Lanes<const E> x, Broadcast<E> y,
+                        Lanes<Sum<E>> out, Old<Sum<E>> old) {
+    constexpr int strip = R * kWidth<E>;
     int64_t lane = 0;
     for (; lane + strip <= lanes; lane += strip) {
-        const Old<A> part{old.keep, old.factor ? old.factor + lane : nullptr};
-        gemm_strip<A, R, 6>(columns, x.ptr + lane, x.ld, y, depth, out.ptr + lane, out.ld, part);
+        const Old<Sum<E>> part{old.keep, old.factor ? old.factor + lane : nullptr};
+        gemm_strip<E, R, 6>(columns, x.ptr + lane, x.ld, y, depth, out.ptr + lane, out.ld, part);
     }
     if constexpr (R > 1) {
-        const Old<A> rest{old.keep, old.factor ? old.factor + lane : nullptr};
+        const Old<Sum<E>> rest{old.keep, old.factor ? old.factor + lane : nullptr};
         if (lane < lanes)
-            gemm<A, R / 2>(lanes - lane, columns, depth, {x.ptr + lane, x.ld}, y, {out.ptr + lane, out.ld}, rest);
+            gemm<E, R / 2>(lanes - lane, columns, depth, {x.ptr + lane, x.ld}, y, {out.ptr + lane, out.ld}, rest);
+    }
+}
+
+// tile[key * ld + row] = q_row . k_key for R rows of q, R a power of two up to kWidth: for rows too few to fill lanes.
+// `depth` is a multiple of kWidth. Writes R values per key.
+template <class E, int R>
+static inline void dots(const E* q, int64_t ldq, int64_t keys, Lanes<const E> k, int64_t depth, Sum<E>* tile,
+                        int64_t ld) {
+    constexpr int W = kWidth<E>, G = W / R;
+    for (int64_t key = 0; key < keys; key += G) {
+        const E* from[G];
+        for (int g = 0; g < G; ++g) from[g] = k.ptr + (key + g < keys ? key + g : keys - 1) * k.ld;
+        Vec<Sum<E>> acc[W] = {};
+        for (int64_t t = 0; t < depth; t += W) {
+#pragma GCC unroll 16
+            for (int g = 0; g < G; ++g) {
+                const Vec<E> part = load(from[g] + t);
+#pragma GCC unroll 16
+                for (int r = 0; r < R; ++r) {
+                    acc[g * R + r] = Product<E>::add(acc[g * R + r], part, load(q + r * ldq + t));
+                }
+            }
+        }
+        Sum<E> sums[W];
+        store(sums, sum_each<Sum<E>>(acc));
+        for (int g = 0; g < G && key + g < keys; ++g) {
+            for (int r = 0; r < R; ++r) tile[(key + g) * ld + r] = sums[g * R + r];
+        }
     }
 }
 

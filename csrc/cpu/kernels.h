@@ -3,6 +3,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "limit.h"
 
 namespace pyattn {
 namespace PYATTN_ISA {

@@ -1,13 +1,13 @@
 // Who sees whom: the one predicate of the contract, per tile.
 #pragma once
 
-#include "tile.h"
+#include "rows.h"
 
 namespace pyattn {
 namespace PYATTN_ISA {
 
 struct Range {
-    int64_t begin, end;
+    int64_t begin, end;  // empty ranges have end <= begin
 };
 
 enum class Sight { none, some, all };
@@ -15,80 +15,123 @@ enum class Sight { none, some, all };
 template <class A>
 class Mask {
   public:
-    Mask(const AttentionArgs& args, int64_t batch, int64_t head)
-        : args_(args),
-          keys_(args.key_lengths ? args.key_lengths[batch] : args.n),
-          q_segments_(args.q_segments ? args.q_segments + batch * args.m : nullptr),
-          k_segments_(args.k_segments ? args.k_segments + batch * args.n : nullptr),
-          mask_(args.mask ? row_pointer<uint8_t>(args.mask, batch, head, 0) : nullptr) {}
-
-    // Keys that queries [i, i + count) may see by band and length; empty ranges have end <= begin.
-    Range keys(int64_t i, int64_t count) const {
-        const int64_t begin = larger(0, i + args_.offset - args_.left);
-        return {begin, smaller(keys_, i + count - 1 + args_.offset + args_.right + 1)};
+    // rows_scratch and tile_scratch: kKeys * kQueries each, used only where there is a boolean mask.
+    Mask(const AttentionArgs& args, const Rows& rows, A* rows_scratch, A* tile_scratch)
+        : args_(args), rows_(rows), mask_rows_(rows_scratch), mask_tile_(tile_scratch) {
+        const Sequence& sequence = rows.sequence;
+        const int64_t keys = args.key_lengths ? args.key_lengths[sequence.number] : sequence.n;
+        for (int64_t lane = 0; lane < kQueries; ++lane) {
+            const int64_t position = rows.query[lane] + sequence.offset;
+            const int64_t begin = larger(0, position - args.left), end = smaller(keys, position + args.right + 1);
+            const bool empty = lane >= rows.count || end <= begin;
+            begin_[lane] = empty ? kUnlimited : begin;
+            end_[lane] = empty ? 0 : end;
+        }
+        all_ = keys_of(0, rows.count);
+        common_ = {0, kUnlimited};
+        for (int64_t lane = 0; lane < rows.count; ++lane) {
+            common_ = {larger(common_.begin, begin_[lane]), smaller(common_.end, end_[lane])};
+        }
     }
 
-    // Queries that may see one of the keys [j, j + count).
-    Range queries(int64_t j, int64_t count) const {
-        const int64_t last = smaller(j + count, keys_) - 1;
-        if (last < j) return {0, 0};
-        const int64_t begin = larger(0, j - args_.offset - args_.right);
-        return {begin, smaller(args_.m, last - args_.offset + args_.left + 1)};
+    // Keys that some lane may see by band and length.
+    Range keys() const { return all_; }
+
+    // The part of keys [j, j + count), counted from j, that some of the lanes may see by band and length. It begins
+    // where an operand does.
+    Range keys_of(int64_t lane, int64_t lanes, int64_t j, int64_t count) const {
+        const Range range = keys_of(lane, lanes);
+        return {larger(0, range.begin - j) / 2 * 2, smaller(count, range.end - j)};
     }
 
-    // Fills visible[key][query] with 1 or 0 and seen[key] where the answer is `some`; all keys are below keys().end.
-    Sight look(int64_t i, int64_t queries, int64_t j, int64_t keys, A* visible, uint8_t* seen) const {
-        const bool in_band = j >= i + queries - 1 + args_.offset - args_.left &&
-                             j + keys - 1 <= i + args_.offset + args_.right;
-        if (in_band && !mask_ && one_segment(i, queries, j, keys)) return Sight::all;
+    // Fills visible[key][query] with 1 or 0 and seen[key] where the answer is `some`.
+    Sight look(int64_t j, int64_t keys, A* visible, uint8_t* seen) const {
+        const bool in_band = common_.begin <= j && j + keys <= common_.end;
+        if (in_band && !args_.mask && one_segment(j, keys)) return Sight::all;
+        int32_t begin[kQueries], end[kQueries];
+        for (int64_t lane = 0; lane < kQueries; ++lane) {
+            begin[lane] = static_cast<int32_t>(smaller(kKeys, larger(0, begin_[lane] - j)));
+            end[lane] = static_cast<int32_t>(smaller(kKeys, larger(0, end_[lane] - j)));
+        }
+        if (args_.mask) load_mask(j, keys);
         int64_t total = 0;
         for (int64_t key = 0; key < keys; ++key) {
             A* row = visible + key * kQueries;
-            look_band(i, j + key, queries, row);
-            if (q_segments_) look_segments(i, j + key, queries, row);
-            if (mask_) look_mask(i, j + key, queries, row);
-            int64_t count = 0;
-            for (int64_t lane = 0; lane < queries; ++lane) count += row[lane] != 0;
+            const int32_t at = static_cast<int32_t>(key);
+            for (int lane = 0; lane < kQueries; ++lane) row[lane] = begin[lane] <= at && at < end[lane] ? A(1) : A(0);
+            if (args_.q_segments) look_segments(j + key, row);
+            if (args_.mask) {
+                for (int lane = 0; lane < kQueries; ++lane) row[lane] *= mask_tile_[key * kQueries + lane];
+            }
+            int32_t count = 0;
+            for (int lane = 0; lane < kQueries; ++lane) count += row[lane] != 0;
             seen[key] = count > 0;
             total += count;
         }
         if (total == 0) return Sight::none;
-        return total == keys * queries ? Sight::all : Sight::some;
+        return total == keys * rows_.count ? Sight::all : Sight::some;
+    }
+
+    // Queries of a sequence that may see one of the keys [j, j + count) by band and length.
+    static Range queries_of(const AttentionArgs& args, const Sequence& sequence, int64_t j, int64_t count) {
+        const int64_t keys = args.key_lengths ? args.key_lengths[sequence.number] : sequence.n;
+        const int64_t last = smaller(j + count, keys) - 1;
+        if (last < j) return {0, 0};
+        const int64_t begin = larger(0, j - sequence.offset - args.right);
+        return {begin, smaller(sequence.m, last - sequence.offset + args.left + 1)};
     }
 
   private:
-    bool one_segment(int64_t i, int64_t queries, int64_t j, int64_t keys) const {
-        if (!q_segments_) return true;
-        const int32_t id = q_segments_[i];
+    Range keys_of(int64_t lane, int64_t lanes) const {
+        Range range{kUnlimited, 0};
+        for (int64_t end = smaller(lane + lanes, rows_.count); lane < end; ++lane) {
+            range = {smaller(range.begin, begin_[lane]), larger(range.end, end_[lane])};
+        }
+        return range;
+    }
+
+    const int32_t* segments(const int32_t* ids, int64_t length) const {
+        return ids + rows_.sequence.number * length;
+    }
+
+    bool one_segment(int64_t j, int64_t keys) const {
+        if (!args_.q_segments) return true;
+        const int32_t* q = segments(args_.q_segments, args_.m);
+        const int32_t* k = segments(args_.k_segments, args_.n) + j;
+        const int32_t id = q[rows_.query[0]];
         bool same = true;
-        for (int64_t r = 0; r < queries; ++r) same &= q_segments_[i + r] == id;
-        for (int64_t r = 0; r < keys; ++r) same &= k_segments_[j + r] == id;
+        for (int64_t lane = 0; lane < rows_.count; ++lane) same &= q[rows_.query[lane]] == id;
+        for (int64_t key = 0; key < keys; ++key) same &= k[key] == id;
         return same;
     }
 
-    void look_band(int64_t i, int64_t key, int64_t queries, A* row) const {
-        const int first = static_cast<int>(larger(0, smaller(kQueries, key - args_.offset - args_.right - i)));
-        const int last = static_cast<int>(larger(-1, smaller(queries - 1, key - args_.offset + args_.left - i)));
-        for (int lane = 0; lane < kQueries; ++lane) row[lane] = lane >= first && lane <= last ? A(1) : A(0);
+    void look_segments(int64_t key, A* row) const {
+        const int32_t* q = segments(args_.q_segments, args_.m);
+        const int32_t id = segments(args_.k_segments, args_.n)[key];
+        for (int64_t lane = 0; lane < rows_.count; ++lane) row[lane] = q[rows_.query[lane]] == id ? row[lane] : A(0);
     }
 
-    void look_segments(int64_t i, int64_t key, int64_t queries, A* row) const {
-        const int32_t id = k_segments_[key];
-        for (int64_t lane = 0; lane < queries; ++lane) row[lane] = q_segments_[i + lane] == id ? row[lane] : A(0);
-    }
-
-    void look_mask(int64_t i, int64_t key, int64_t queries, A* row) const {
-        const uint8_t* column = mask_ + i * args_.mask.stride[2] + key * args_.mask.stride[3];
-        for (int64_t lane = 0; lane < queries; ++lane) {
-            row[lane] = column[lane * args_.mask.stride[2]] ? row[lane] : A(0);
+    // The boolean mask is read row by row, as it lies, and turned in registers.
+    void load_mask(int64_t j, int64_t keys) const {
+        const int64_t width = padded<A>(keys), stride_j = args_.mask.stride[3];
+        for (int64_t lane = 0; lane < rows_.count; ++lane) {
+            const uint8_t* from = query_row<uint8_t>(args_.mask, rows_.sequence, rows_.head[lane], rows_.query[lane]);
+            A* row = mask_rows_ + lane * width;
+            if (stride_j == 1) {
+                for (int64_t key = 0; key < keys; ++key) row[key] = static_cast<A>(from[j + key]);
+            } else {
+                for (int64_t key = 0; key < keys; ++key) row[key] = static_cast<A>(from[(j + key) * stride_j]);
+            }
+            for (int64_t key = keys; key < width; ++key) row[key] = 0;
         }
+        transpose<A>({mask_rows_, width}, rows_.count, keys, {mask_tile_, kQueries}, kQueries);
     }
 
     const AttentionArgs& args_;
-    int64_t keys_;
-    const int32_t* q_segments_;
-    const int32_t* k_segments_;
-    const uint8_t* mask_;
+    const Rows& rows_;
+    A *mask_rows_, *mask_tile_;
+    int64_t begin_[kQueries], end_[kQueries];  // keys that a lane may see by band and length; none: kUnlimited, 0
+    Range all_, common_;                       // some lane may see; every lane may see
 };
 
 }  // namespace PYATTN_ISA

@@ -5,6 +5,19 @@
 
 namespace pyattn {
 
+// Uninitialised memory, aligned to 64 bytes. Throws std::bad_alloc.
+class Block {
+  public:
+    explicit Block(int64_t bytes);
+    ~Block();
+    Block(const Block&) = delete;
+    Block& operator=(const Block&) = delete;
+    void* get() const { return memory_; }
+
+  private:
+    void* memory_;
+};
+
 // `scratch` is the executing thread's own block, aligned to 64 bytes.
 using TaskBody = void (*)(const void* context, int64_t task, void* scratch);
 

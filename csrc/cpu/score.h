@@ -10,23 +10,27 @@ namespace PYATTN_ISA {
 template <class A>
 class Score {
   public:
-    // bias_tile: kKeys * kQueries and bias_rows: kQueries * kKeys, used only where there is a bias.
-    Score(const AttentionArgs& args, int64_t batch, int64_t head, A* bias_tile, A* bias_rows)
+    // rows_scratch and tile_scratch: kKeys * kQueries each, used only where there is a bias.
+    Score(const AttentionArgs& args, const Rows& rows, A* rows_scratch, A* tile_scratch)
         : args_(args),
+          rows_(rows),
           scale_(static_cast<A>(args.scale)),
           softcap_(static_cast<A>(args.softcap)),
-          slope_(args.alibi_slopes ? static_cast<A>(args.alibi_slopes[batch * args.h + head]) : A(0)),
-          batch_(batch),
-          head_(head),
-          bias_tile_(bias_tile),
-          bias_rows_(bias_rows) {}
+          bias_rows_(rows_scratch),
+          bias_tile_(tile_scratch) {
+        for (int64_t lane = 0; args.alibi_slopes && lane < kQueries; ++lane) {
+            const bool used = lane < rows.count;
+            const int64_t slopes = rows.sequence.number * args.h;
+            slope_[lane] = used ? static_cast<A>(args.alibi_slopes[slopes + rows.head[lane]]) : A(0);
+            position_[lane] = used ? rows.query[lane] + rows.sequence.offset : 0;
+        }
+    }
 
     // Turns products q.k into logits in place; `visible` is null where all of the tile is. With a softcap and a
     // non-null cap_slope, that receives the softcap's derivative. Returns the factor that the logits still lack: a
     // plain tile is left as it is, because its reader multiplies for free. The factor is never negative, so that a
     // maximum stays one.
-    A apply(A* tile, int64_t i, int64_t queries, int64_t j, int64_t keys, int64_t lanes, const A* visible,
-            A* cap_slope) const {
+    A apply(A* tile, int64_t j, int64_t keys, int64_t lanes, const A* visible, A* cap_slope) const {
         const bool plain = softcap_ == 0 && !args_.bias && !args_.alibi_slopes && !visible;
         if (plain && scale_ >= 0) return scale_;
         if (softcap_ != 0) {
@@ -34,8 +38,8 @@ class Score {
         } else {
             apply_scale(tile, keys, lanes);
         }
-        if (args_.bias) add_bias(tile, i, queries, j, keys, lanes);
-        if (args_.alibi_slopes) add_alibi(tile, i, j, keys, lanes);
+        if (args_.bias) add_bias(tile, j, keys, lanes);
+        if (args_.alibi_slopes) add_alibi(tile, j, keys, lanes);
         if (visible) hide(tile, keys, lanes, visible);
         return 1;
     }
@@ -62,27 +66,29 @@ class Score {
         }
     }
 
-    void add_bias(A* tile, int64_t i, int64_t queries, int64_t j, int64_t keys, int64_t lanes) const {
+    void add_bias(A* tile, int64_t j, int64_t keys, int64_t lanes) const {
         switch (args_.bias_dtype) {
-            case Dtype::float32: return add_bias_of<float>(tile, i, queries, j, keys, lanes);
-            case Dtype::bfloat16: return add_bias_of<bfloat16>(tile, i, queries, j, keys, lanes);
-            case Dtype::float16: return add_bias_of<float16>(tile, i, queries, j, keys, lanes);
-            case Dtype::float64: return add_bias_of<double>(tile, i, queries, j, keys, lanes);
+            case Dtype::float32: return add_bias_of<float>(tile, j, keys, lanes);
+            case Dtype::bfloat16: return add_bias_of<bfloat16>(tile, j, keys, lanes);
+            case Dtype::float16: return add_bias_of<float16>(tile, j, keys, lanes);
+            case Dtype::float64: return add_bias_of<double>(tile, j, keys, lanes);
         }
     }
 
     template <class B>
-    void add_bias_of(A* tile, int64_t i, int64_t queries, int64_t j, int64_t keys, int64_t lanes) const {
-        const int64_t stride_i = args_.bias.stride[2], stride_j = args_.bias.stride[3];
-        const B* from = row_pointer<B>(args_.bias, batch_, head_, i) + j * stride_j;
-        const int64_t width = padded<A>(keys);
-        for (int64_t query = 0; query < queries; ++query) {
-            A* row = bias_rows_ + query * width;
-            const B* element = from + query * stride_i;
-            for (int64_t key = 0; key < keys; ++key) row[key] = static_cast<A>(widen(element[key * stride_j]));
+    void add_bias_of(A* tile, int64_t j, int64_t keys, int64_t lanes) const {
+        const int64_t stride_j = args_.bias.stride[3], width = padded<A>(keys);
+        for (int64_t lane = 0; lane < rows_.count; ++lane) {
+            const B* from = query_row<const B>(args_.bias, rows_.sequence, rows_.head[lane], rows_.query[lane]) + j * stride_j;
+            A* row = bias_rows_ + lane * width;
+            if (stride_j == 1) {
+                for (int64_t key = 0; key < keys; ++key) row[key] = static_cast<A>(widen(from[key]));
+            } else {
+                for (int64_t key = 0; key < keys; ++key) row[key] = static_cast<A>(widen(from[key * stride_j]));
+            }
             for (int64_t key = keys; key < width; ++key) row[key] = 0;
         }
-        transpose<A>({bias_rows_, width}, queries, keys, {bias_tile_, kQueries}, lanes);
+        transpose<A>({bias_rows_, width}, rows_.count, keys, {bias_tile_, kQueries}, lanes);
         for (int64_t key = 0; key < keys; ++key) {
             for (int64_t lane = 0; lane < lanes; lane += kWidth<A>) {
                 const int64_t at = key * kQueries + lane;
@@ -91,13 +97,12 @@ class Score {
         }
     }
 
-    void add_alibi(A* tile, int64_t i, int64_t j, int64_t keys, int64_t lanes) const {
+    void add_alibi(A* tile, int64_t j, int64_t keys, int64_t lanes) const {
         for (int64_t key = 0; key < keys; ++key) {
             A* row = tile + key * kQueries;
-            const int64_t origin = i + args_.offset - (j + key);
             for (int64_t lane = 0; lane < lanes; ++lane) {
-                const int64_t distance = origin + lane < 0 ? -(origin + lane) : origin + lane;
-                row[lane] -= slope_ * static_cast<A>(distance);
+                const int64_t distance = position_[lane] - (j + key);
+                row[lane] -= slope_[lane] * static_cast<A>(distance < 0 ? -distance : distance);
             }
         }
     }
@@ -113,23 +118,25 @@ class Score {
     }
 
     const AttentionArgs& args_;
-    A scale_, softcap_, slope_;
-    int64_t batch_, head_;
-    A* bias_tile_;
-    A* bias_rows_;
+    const Rows& rows_;
+    A scale_, softcap_;
+    A *bias_rows_, *bias_tile_;
+    A slope_[kQueries];
+    int64_t position_[kQueries];
 };
 
 // keep[key][query] = 1 / (1 - dropout_p) or 0. j is a multiple of 4.
 template <class A>
-static inline void draw_keep(const AttentionArgs& args, int64_t batch, int64_t head, int64_t i, int64_t j,
-                             int64_t keys, A* keep) {
+static inline void draw_keep(const AttentionArgs& args, const Rows& rows, int64_t j, int64_t keys, int64_t lanes,
+                             A* keep) {
     const A kept = static_cast<A>(args.keep_scale);
+    const uint32_t number = static_cast<uint32_t>(rows.sequence.number);
     for (int64_t key = 0; key < keys; key += 4) {
         A* row = keep + key * kQueries;
         const uint32_t counter = static_cast<uint32_t>((j + key) / 4);
-        for (int lane = 0; lane < kQueries; ++lane) {
-            const PhiloxWords words = philox(args.seed, counter, static_cast<uint32_t>(i + lane),
-                                             static_cast<uint32_t>(head), static_cast<uint32_t>(batch));
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+            const PhiloxWords words = philox(args.seed, counter, static_cast<uint32_t>(rows.query[lane]),
+                                             static_cast<uint32_t>(rows.head[lane]), number);
             for (int w = 0; w < 4; ++w) {
                 row[w * kQueries + lane] = words.word[w] >= args.dropout_threshold ? kept : A(0);
             }

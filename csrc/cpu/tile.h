@@ -5,14 +5,11 @@
 
 #include "../attention_args.h"
 #include "gemm.h"
-#include "halves.h"
+#include "plan.h"
 #include "vec.h"
 
 namespace pyattn {
 namespace PYATTN_ISA {
-
-constexpr int kQueries = 64;  // queries per tile; the lanes of a score tile
-constexpr int kKeys = 64;     // keys per tile; a multiple of 4, so that one Philox call never spans two tiles
 
 static inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 static inline int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
@@ -42,28 +39,95 @@ static inline int64_t padded(int64_t columns) {
     return round_up(columns, kWidth<A>);
 }
 
-template <class T>
-static inline const T* row_pointer(const TensorArg& tensor, int64_t batch, int64_t head, int64_t row) {
-    return static_cast<const T*>(tensor.ptr) + batch * tensor.stride[0] + head * tensor.stride[1] +
-           row * tensor.stride[2];
+// Operands that a row of `columns` numbers takes.
+template <class E>
+static inline int64_t operands(int64_t columns) {
+    return (columns + kStep<E> - 1) / kStep<E>;
 }
 
-// `count` rows of T as rows of A: in place where they already are that, else converted into `scratch`.
-// Rows whose `wanted` byte is 0 come as zeros, so that a NaN in them goes nowhere. A padded tile has whole vectors.
-template <class T, class A = Accumulator<T>>
-static inline Lanes<const A> load_rows(const T* from, int64_t ld, int64_t count, int64_t columns, A* scratch,
+// One row of T as operands, the depth running along the row; what is missing up to `width` operands is 0.
+template <class E, class T>
+static inline void copy_row(const T* from, int64_t columns, E* to, int64_t width) {
+    if constexpr (kStep<E> == 1) {
+        for (int64_t c = 0; c < columns; ++c) to[c] = static_cast<E>(widen(from[c]));
+        for (int64_t c = columns; c < width; ++c) to[c] = 0;
+    } else {
+        std::memset(to, 0, static_cast<size_t>(width) * sizeof(E));
+        std::memcpy(to, from, static_cast<size_t>(columns) * sizeof(T));
+    }
+}
+
+// `count` rows of T as rows of operands with the depth along the row: in place where they already are that, else
+// converted into `scratch`. Rows whose `wanted` byte is 0 come as zeros, so that a NaN in them goes nowhere. A padded
+// tile has whole vectors.
+template <class E, class T>
+static inline Lanes<const E> load_rows(const T* from, int64_t ld, int64_t count, int64_t columns, E* scratch,
                                        const uint8_t* wanted, bool pad) {
-    const int64_t width = padded<A>(columns);
-    if constexpr (sizeof(T) == sizeof(A)) {
-        if (!wanted && (!pad || width == columns)) return {from, ld};
+    const int64_t width = round_up(operands<E>(columns), kWidth<E>);
+    if constexpr (sizeof(T) * kStep<E> == sizeof(E)) {
+        const bool whole = columns % kStep<E> == 0 && ld % kStep<E> == 0 &&
+                           reinterpret_cast<uintptr_t>(from) % alignof(E) == 0;
+        if (!wanted && whole && (!pad || width * kStep<E> == columns)) {
+            return {reinterpret_cast<const E*>(from), ld / kStep<E>};
+        }
     }
     for (int64_t r = 0; r < count; ++r) {
-        A* row = scratch + r * width;
-        const int64_t filled = !wanted || wanted[r] ? columns : 0;
-        for (int64_t c = 0; c < filled; ++c) row[c] = static_cast<A>(widen(from[r * ld + c]));
-        for (int64_t c = filled; c < width; ++c) row[c] = 0;
+        copy_row(from + r * ld, !wanted || wanted[r] ? columns : 0, scratch + r * width, width);
     }
     return {scratch, width};
+}
+
+// The same rows with the depth across rows: operand [r][c] holds column c of kStep neighbouring rows.
+template <class E, class T>
+static inline Lanes<const E> load_rows_across(const T* from, int64_t ld, int64_t count, int64_t columns, E* scratch,
+                                              const uint8_t* wanted, bool pad) {
+    if constexpr (kStep<E> == 1) {
+        return load_rows(from, ld, count, columns, scratch, wanted, pad);
+    } else {
+        const int64_t width = round_up(columns, kWidth<E>);
+        const T zeros[kMaxHeadDim] = {};
+        for (int64_t r = 0; r < count; r += 2) {
+            const T* low = !wanted || wanted[r] ? from + r * ld : zeros;
+            const T* high = r + 1 < count && (!wanted || wanted[r + 1]) ? from + (r + 1) * ld : zeros;
+            E* to = scratch + r / 2 * width;
+            for (int64_t c = 0; c < columns; ++c) to[c].bits = low[c].bits | uint32_t{high[c].bits} << 16;
+            for (int64_t c = columns; c < width; ++c) to[c].bits = 0;
+        }
+        return {scratch, width};
+    }
+}
+
+// A tile of sums [key][lane] as operands with the depth along the lanes, in place: rows of kQueries operands.
+template <class E>
+static inline const E* along_lanes(Sum<E>* tile, int64_t keys, int64_t lanes) {
+    E* const to = reinterpret_cast<E*>(tile);
+    if constexpr (kStep<E> == 2) {
+        constexpr int W = kWidth<E>;
+        for (int64_t at = 0; at < keys * kQueries; at += kQueries) {
+            for (int64_t lane = 0; lane < lanes; lane += 2 * W) {
+                const Vec<float> high = lane + W < lanes ? load(tile + at + lane + W) : Vec<float>{};
+                store(to + at + lane / 2, Product<E>::along(load(tile + at + lane), high));
+            }
+        }
+    }
+    return to;
+}
+
+// The same with the depth across keys: operand [key][lane] holds kStep neighbouring keys. Not in place.
+template <class E>
+static inline const E* across_keys(Sum<E>* tile, int64_t keys, int64_t lanes, E* scratch) {
+    if constexpr (kStep<E> == 1) {
+        return tile;
+    } else {
+        for (int64_t key = 0; key < keys; key += 2) {
+            const Sum<E>* row = tile + key * kQueries;
+            for (int64_t lane = 0; lane < lanes; lane += kWidth<E>) {
+                const Vec<float> high = key + 1 < keys ? load(row + kQueries + lane) : Vec<float>{};
+                store(scratch + key / 2 * kQueries + lane, Product<E>::across(load(row + lane), high));
+            }
+        }
+        return scratch;
+    }
 }
 
 // to[c][r] = from[r][c], the rows beyond `count` as zeros. `from` has whole vectors of columns,
@@ -83,11 +147,9 @@ static inline void transpose(Lanes<const A> from, int64_t count, int64_t columns
     }
 }
 
-template <class T, class A = Accumulator<T>>
-static inline void store_rows(Lanes<const A> from, int64_t count, int64_t columns, A factor, T* to, int64_t ld) {
-    for (int64_t r = 0; r < count; ++r) {
-        for (int64_t c = 0; c < columns; ++c) to[r * ld + c] = Narrow<T>::from(from.ptr[r * from.ld + c] * factor);
-    }
+template <class T, class A>
+static inline void store_row(const A* from, int64_t columns, A factor, T* to) {
+    for (int64_t c = 0; c < columns; ++c) to[c] = Narrow<T>::from(from[c] * factor);
 }
 
 }  // namespace PYATTN_ISA

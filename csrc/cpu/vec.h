@@ -135,5 +135,17 @@ static inline void transpose_square(Vec<A>* row) {
     transpose_network<A, kWidth<A> / 2>(row);
 }
 
+// Lane r of the result is the sum of all lanes of row[r]; kWidth rows, which are overwritten.
+template <class A, int S = kWidth<A> / 2>
+static inline Vec<A> sum_each(Vec<A>* row) {
+#pragma GCC unroll 16
+    for (int r = 0; r < S; ++r) {
+        exchange<A, S>(row[r], row[r + S], std::make_integer_sequence<int, kWidth<A>>{});
+        row[r] += row[r + S];
+    }
+    if constexpr (S > 1) return sum_each<A, S / 2>(row);
+    return row[0];
+}
+
 }  // namespace PYATTN_ISA
 }  // namespace pyattn

@@ -6,7 +6,6 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch  # before pyattn._C, so that both share torch's OpenMP runtime
 from torch import Tensor
@@ -23,6 +22,8 @@ _DTYPE_NAMES = {
 _REASON_FILE = "_C.not_built.txt"  # written by setup.py when the build fails
 _TILE = 64  # queries and keys per tile, as in csrc/cpu/tile.h
 _LANES = 16  # the widest vector's elements, to which rows are padded
+# Tensors that the kernels read as one contiguous piece.
+_WHOLE = ("key_lengths", "q_segments", "k_segments", "alibi_slopes", "sinks")
 
 
 class CpuBackend(Backend):
@@ -43,22 +44,36 @@ class CpuBackend(Backend):
     def forward(self, spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
         out = empty_output(x.q, spec.dv)
         lse = x.q.new_empty((spec.b, spec.h, spec.m), dtype=spec.accumulator)
-        call = _Call(spec, x, out, lse)
-        _module().forward(self._isa or _best_isa(), **call.arguments)
+        self._run("forward", spec, x, out=out, lse=lse)
         return out, lse
 
     def backward(
         self, spec: AttentionSpec, x: Inputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
     ) -> Grads:
-        d_q, d_k, d_v = torch.empty_like(x.q), torch.empty_like(x.k), torch.empty_like(x.v)
-        d_bias = None if x.bias is None else torch.empty_like(x.bias)
-        d_sinks = None if x.sinks is None else torch.empty_like(x.sinks)
-        call = _Call(spec, x, out, lse.contiguous())
-        call.add_tensors(d_out=unit_stride(d_out), d_q=d_q, d_k=d_k, d_v=d_v, d_bias=d_bias)
-        d_lse = None if d_lse is None else d_lse.to(spec.accumulator)
-        call.add_pointers(d_lse=d_lse, d_sinks=d_sinks, delta=torch.empty_like(lse))
-        _module().backward(self._isa or _best_isa(), **call.arguments)
-        return Grads(d_q, d_k, d_v, d_bias, d_sinks)
+        grads = Grads(*(None if t is None else torch.empty_like(t) for t in (x.q, x.k, x.v, x.bias, x.sinks)))
+        self._run(
+            "backward", spec, x,
+            out=out, lse=lse.contiguous(), d_out=unit_stride(d_out),
+            d_lse=None if d_lse is None else d_lse.to(spec.accumulator).contiguous(),
+            delta=torch.empty_like(lse, memory_format=torch.contiguous_format),
+            d_q=grads.q, d_k=grads.k, d_v=grads.v, d_bias=grads.bias, d_sinks=grads.sinks,
+        )  # fmt: skip
+        return grads
+
+    def _run(self, direction: str, spec: AttentionSpec, x: Inputs, **tensors: Tensor | None) -> None:
+        tensors |= {"q": x.q, "k": x.k, "v": x.v, "mask": x.mask, "bias": x.bias}
+        tensors |= {name: t.contiguous() for name in _WHOLE if (t := getattr(x, name)) is not None}
+        dtype = _DTYPE_NAMES[spec.dtype]
+        getattr(_module(), direction)(
+            self._isa or _best_isa(),
+            dtype,
+            dtype if x.bias is None else _DTYPE_NAMES[x.bias.dtype],
+            (spec.b, spec.h, spec.hk, spec.m, spec.n, spec.d, spec.dv, spec.b),
+            (spec.scale, spec.offset, spec.left, spec.right, spec.softcap, spec.dropout_p,
+             None if x.seed is None else int(x.seed)),
+            {name: _described(t) for name, t in tensors.items() if t is not None},
+            torch.get_num_threads(),
+        )  # fmt: skip
 
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
         item, threads = spec.accumulator.itemsize, torch.get_num_threads()
@@ -69,43 +84,10 @@ class CpuBackend(Backend):
         return forward, (threads * (2 * tiles + spec.n * columns) + delta) * item
 
 
-class _Call:
-    """The keyword arguments of one call into pyattn._C. It keeps the tensors whose pointers it hands over alive."""
-
-    def __init__(self, spec: AttentionSpec, x: Inputs, out: Tensor, lse: Tensor) -> None:
-        self._alive: list[Tensor] = []
-        self.arguments: dict[str, Any] = {
-            "sizes": (spec.b, spec.h, spec.hk, spec.m, spec.n, spec.d, spec.dv),
-            "dtype": _DTYPE_NAMES[spec.dtype],
-            "bias_dtype": None if x.bias is None else _DTYPE_NAMES[x.bias.dtype],
-            "scale": spec.scale,
-            "offset": spec.offset,
-            "left": spec.left,
-            "right": spec.right,
-            "softcap": spec.softcap,
-            "dropout_p": spec.dropout_p,
-            "seed": None if x.seed is None else int(x.seed),
-            "threads": torch.get_num_threads(),
-        }
-        self.add_tensors(q=x.q, k=x.k, v=x.v, out=out, mask=x.mask, bias=x.bias)
-        self.add_pointers(
-            lse=lse, key_lengths=x.key_lengths, q_segments=x.q_segments, k_segments=x.k_segments,
-            alibi_slopes=x.alibi_slopes, sinks=x.sinks,
-        )  # fmt: skip
-
-    def add_tensors(self, **tensors: Tensor | None) -> None:
-        for name, t in tensors.items():
-            if t is not None:
-                self._alive.append(t)
-                self.arguments[name] = (t.data_ptr(), t.shape, t.stride())
-
-    def add_pointers(self, **tensors: Tensor | None) -> None:
-        """Of tensors that the kernels read as one contiguous piece."""
-        for name, t in tensors.items():
-            if t is not None:
-                whole = t.contiguous()
-                self._alive.append(whole)
-                self.arguments[name] = whole.data_ptr()
+def _described(t: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], int, int]:
+    """A tensor as it crosses into C++, with its storage's bounds, which are checked there."""
+    storage = t.untyped_storage()
+    return t.data_ptr(), t.shape, t.stride(), storage.data_ptr(), storage.nbytes()
 
 
 def isas() -> list[str]:

@@ -1,0 +1,58 @@
+// The queries in the lanes of a tile, and where rows of a sequence lie in the tensors.
+#pragma once
+
+#include "plan.h"
+#include "tile.h"
+
+namespace pyattn {
+namespace PYATTN_ISA {
+
+template <class T>
+static inline T* query_row(const TensorArg& tensor, const Sequence& sequence, int64_t head, int64_t i) {
+    return static_cast<T*>(tensor.ptr) + sequence.entry * tensor.stride[0] + head * tensor.stride[1] +
+           (sequence.q_begin + i) * tensor.stride[2];
+}
+template <class T>
+static inline T* key_row(const TensorArg& tensor, const Sequence& sequence, int64_t kv_head, int64_t j) {
+    return static_cast<T*>(tensor.ptr) + sequence.entry * tensor.stride[0] + kv_head * tensor.stride[1] +
+           (sequence.k_begin + j) * tensor.stride[2];
+}
+// Where a query stands in lse and delta.
+static inline int64_t statistic(const AttentionArgs& args, const Sequence& sequence, int64_t head, int64_t i) {
+    return (sequence.entry * args.h + head) * args.m + sequence.q_begin + i;
+}
+
+// Neighbours in one head, or all the queries of a group, head after head.
+struct Rows {
+    Sequence sequence;
+    int64_t kv_head, count;
+    int64_t head[kQueries], query[kQueries];
+
+    static Rows of_head(const AttentionArgs& args, const Sequence& sequence, int64_t head, int64_t i) {
+        Rows rows{sequence, head / (args.h / args.hk), smaller(kQueries, sequence.m - i), {}, {}};
+        for (int64_t lane = 0; lane < kQueries; ++lane) rows.head[lane] = head, rows.query[lane] = i + lane;
+        return rows;
+    }
+    static Rows of_group(const AttentionArgs& args, const Sequence& sequence, int64_t kv_head) {
+        const int64_t group = args.h / args.hk;
+        Rows rows{sequence, kv_head, sequence.m * group, {}, {}};
+        for (int64_t lane = 0; lane < rows.count; ++lane) {
+            rows.head[lane] = kv_head * group + lane / sequence.m;
+            rows.query[lane] = lane % sequence.m;
+        }
+        return rows;
+    }
+
+    // The rows of q, operands along the row, in whole vectors.
+    template <class E, class T>
+    Lanes<const E> load(const TensorArg& tensor, int64_t columns, E* scratch) const {
+        const int64_t width = round_up(operands<E>(columns), kWidth<E>);
+        for (int64_t lane = 0; lane < count; ++lane) {
+            copy_row(query_row<T>(tensor, sequence, head[lane], query[lane]), columns, scratch + lane * width, width);
+        }
+        return {scratch, width};
+    }
+};
+
+}  // namespace PYATTN_ISA
+}  // namespace pyattn
