@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyattn import check, ops, registry
 from pyattn.backends.reference import ReferenceBackend
-from pyattn.spec import AttentionSpec, Inputs, Numbers, dtype_name
+from pyattn.spec import AttentionSpec, Inputs, Numbers, as_packed, dtype_name
 
 
 def attention(
@@ -70,28 +71,81 @@ def attention(
 
     Source: Dao 2023, arXiv:2307.08691, Algorithm 1. Differs from torch's SDPA: `causal` is bottom-right.
     """
-    out, lse = _attention(
+    x, numbers = _prepare(
         q, k, v, mask=mask, bias=bias, causal=causal, window=window, key_lengths=key_lengths, segment_ids=segment_ids,
         scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=seed,
-        backend=backend,
     )  # fmt: skip
+    out, lse = _run(x, numbers, backend)
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool = False,
+    window: Sequence[int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` over sequences of different lengths, packed one after the other without padding.
+
+    Sequence t is the queries cu_seqlens_q[t]:cu_seqlens_q[t + 1] and the keys cu_seqlens_k[t]:cu_seqlens_k[t + 1], and
+    is attended to on its own: it gets what it would get as batch element t of a padded batch.
+
+    Args:
+        q: [total_q, h, d] float16, bfloat16, float32 or float64.
+        k: [total_k, hk, d] in q's dtype; hk divides h, and head i reads key/value head i // (h // hk).
+        v: [total_k, hk, dv] in q's dtype.
+        cu_seqlens_q: integer [s + 1], where each of the s sequences starts in q, and total_q: 0 first, never falling.
+        cu_seqlens_k: integer [s + 1], the same for k and v, ending in total_k.
+        causal: of a sequence with m queries and n keys, query i sees keys j <= i + n - m.
+        window: (left, right), the number of keys besides one's own that a query sees around i + n - m; None on a
+            side is unlimited.
+        alibi_slopes: [h] or [s, h]; adds -slope * |i + n - m - j| (Press et al. 2022).
+        scale, softcap, sinks, dropout_p, seed, return_lse, backend: as for `attention`.
+
+    Returns:
+        out [total_q, h, dv] in q's dtype; with return_lse also lse [h, total_q] in float32 (float64 for float64 q).
+        A query that sees no key gets 0 and -inf.
+
+    Raises:
+        As `attention`. The values of cu_seqlens are checked on the CPU; reading a GPU's would stall it.
+
+    Source: the varlen interface of Dao 2023, arXiv:2307.08691.
+    """
+    check.check_dense("cu_seqlens_q", cu_seqlens_q)  # without it the call would be an unpacked one
+    x, numbers = _prepare(
+        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, causal=causal, window=window, scale=scale,
+        softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=seed,
+    )  # fmt: skip
+    out, lse = _run(x, numbers, backend)
     return (out, lse) if return_lse else out
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options: Any) -> None:
     """Prints which backend would run this call, why each other would not, and the memory it takes.
 
-    Takes the arguments of `attention`. Reads no values and runs nothing.
+    Takes the arguments of `attention` or, all but q, k and v by name, of `attention_varlen`. Runs nothing.
     """
     options.pop("return_lse", None)
-    x, numbers = _prepare(q, k, v, **options)
-    spec = AttentionSpec.of(x, numbers)
+    spec = AttentionSpec.of(*_prepare(q, k, v, **options))
     name = registry.requested(backend)
     refusals = {candidate: b.refusal(spec) for candidate, b in registry.BACKENDS.items()}
     order = registry.AUTOMATIC if name == "auto" else (name,)
     chosen = next((candidate for candidate in order if refusals[candidate] is None), None)
     features = ", ".join(sorted(spec.features)) or "none"
-    print(f"attention b={spec.b} h={spec.h} hk={spec.hk} m={spec.m} n={spec.n} d={spec.d} dv={spec.dv} "
+    sequences = "" if spec.sequences is None else f"sequences={spec.sequences} "
+    print(f"attention {sequences}b={spec.b} h={spec.h} hk={spec.hk} m={spec.m} n={spec.n} d={spec.d} dv={spec.dv} "
           f"{dtype_name(spec.dtype)} on {spec.device}; features: {features}")  # fmt: skip
     for candidate, b in registry.BACKENDS.items():
         arrow = "->" if candidate == chosen else "  "
@@ -100,22 +154,27 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options
     print(f"   {'unfused':<10} would hold {_megabytes(spec.score_bytes)} for each [b, h, m, n] matrix")
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", top_left: bool = False, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """`attention` with both alignments, for the faces that are top-left. Returns (out, lse)."""
+def _attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options: Any) -> tuple[Tensor, Tensor]:
+    """`attention` for the other faces, which may be top-left (`top_left`) or packed (`cu_seqlens_*`)."""
+    return _run(*_prepare(q, k, v, **options), backend)
+
+
+def _run(x: Inputs, numbers: Numbers, backend: str) -> tuple[Tensor, Tensor]:
+    """out and lse, for packed sequences as [total_q, h, dv] and [h, total_q]."""
     name = registry.requested(backend)
-    x, numbers = _prepare(q, k, v, top_left=top_left, **options)
     if name == ReferenceBackend.name:
         # Plain differentiable torch: outside the operator, torch derives it to any order.
-        check.check_values(x)
-        return registry.BACKENDS[name].forward(AttentionSpec.of(x, numbers), x)
-    if forward_ad._current_level >= 0:
+        if not torch.compiler.is_compiling():
+            check.check_values(x)
+        out, lse = registry.BACKENDS[name].forward(AttentionSpec.of(x, numbers), x)
+    elif forward_ad._current_level >= 0:
         # The operator has no formula for it, and torch would take the tangent to be zero.
         raise check.UnsupportedError(
             'forward-mode AD: expected backend="reference", the fused backends have derivatives in reverse mode only'
         )
-    return ops.attention(x, numbers, name)
+    else:
+        out, lse = ops.attention(x, numbers, name)
+    return (out, lse) if x.cu_seqlens_q is None else (as_packed(out), lse.squeeze(0))
 
 
 def _prepare(
@@ -135,18 +194,22 @@ def _prepare(
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     top_left: bool = False,
 ) -> tuple[Inputs, Numbers]:
     """The checked arguments of one call, in the form backends take."""
-    q, k, v = (t.to(check.autocast_dtype(t)) if isinstance(t, Tensor) else t for t in (q, k, v))
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = (t.to(check.autocast_dtype(t)) if isinstance(t, Tensor) else t for t in (q, k, v))
     dropout_p = check.check_dropout(dropout_p)
     left, right = check.check_band(causal, window)
     x = check.check_inputs(
         q, k, v, mask=mask, bias=bias, key_lengths=key_lengths, segment_ids=segment_ids, alibi_slopes=alibi_slopes,
-        sinks=sinks, seed=seed, dropout_p=dropout_p,
+        sinks=sinks, seed=seed, dropout_p=dropout_p, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
-    offset = 0 if top_left else k.shape[2] - q.shape[2]
-    scale, softcap = check.check_scale(scale, q.shape[3]), check.check_softcap(softcap)
+    _, _, m, d = x.q.shape
+    offset = 0 if top_left or x.cu_seqlens_q is not None else x.k.shape[2] - m
+    scale, softcap = check.check_scale(scale, d), check.check_softcap(softcap)
     return x, Numbers(scale, offset, left, right, softcap, dropout_p)
 
 

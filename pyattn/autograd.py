@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from pyattn.check import UnsupportedError
+from pyattn.spec import Grads, Inputs
 
-# Positions in the operator's schema.
-_BIAS, _SINKS, _N_TENSORS = 4, 9, 11
+_N_TENSORS = len(Inputs._fields)
+_DIFFERENTIABLE = tuple(map(Inputs._fields.index, Grads._fields))  # positions in the operator's schema
 
 
 def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -23,8 +24,7 @@ def backward(ctx, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | 
         d_out = torch.zeros_like(out)
     found = iter(torch.ops.pyattn.attention_backward(d_out, d_lse, out, lse, *tensors, *ctx.options))
     grads: list[Tensor | None] = [None] * (_N_TENSORS + len(ctx.options))
-    grads[0], grads[1], grads[2] = next(found), next(found), next(found)
-    for place in (_BIAS, _SINKS):
+    for place in _DIFFERENTIABLE:
         if tensors[place] is not None:
             grads[place] = next(found)
     return tuple(grads)

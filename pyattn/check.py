@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyattn.spec import Inputs, dtype_name, unit_stride
+from pyattn.spec import Inputs, as_batch, dtype_name, unit_stride
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOAT32 = torch.finfo(torch.float32)
@@ -56,30 +58,40 @@ def check_inputs(
     sinks: Tensor | None,
     seed: int | Tensor | None,
     dropout_p: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
 ) -> Inputs:
     """Checks every tensor by its metadata alone and returns them in the form `Inputs` promises."""
-    _check_qkv(q, k, v)
-    b, h, m, _ = q.shape
-    n = k.shape[2]
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    q, k, v = _check_qkv(q, k, v, packed)
+    q_segments = k_segments = None
     if mask is not None:
-        mask = _broadcastable("mask", mask, (b, h, m, n), (torch.bool,), q)
+        mask = _broadcastable("mask", mask, (torch.bool,), q, k)
     if bias is not None:
-        bias = _broadcastable("bias", bias, (b, h, m, n), (q.dtype, torch.float32), q)
-    q_segments, k_segments = _check_segments(segment_ids, q, k)
-    q, k, v = (unit_stride(t) for t in (q, k, v))
+        bias = _broadcastable("bias", bias, (q.dtype, torch.float32), q, k)
+    if key_lengths is not None:
+        key_lengths = _integers("key_lengths", key_lengths, (q.shape[0],), q)
+    if segment_ids is not None:
+        q_segments, k_segments = _check_segments(segment_ids, q, k)
+    if packed:
+        cu_seqlens_q, cu_seqlens_k = _check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
+    if alibi_slopes is not None:
+        alibi_slopes = _check_slopes(alibi_slopes, q, cu_seqlens_q)
+    if sinks is not None:
+        sinks = _check_sinks(sinks, q)
     return Inputs(
-        q,
-        k,
-        v,
-        mask=mask,
-        bias=bias,
-        key_lengths=None if key_lengths is None else _integers("key_lengths", key_lengths, (b,), q),
-        q_segments=q_segments,
-        k_segments=k_segments,
-        alibi_slopes=None if alibi_slopes is None else _check_slopes(alibi_slopes, q),
-        sinks=None if sinks is None else _check_sinks(sinks, q),
-        seed=_check_seed(seed, dropout_p, q.device),
-    )
+        unit_stride(q), unit_stride(k), unit_stride(v), mask, bias, key_lengths, q_segments, k_segments, alibi_slopes,
+        sinks, _check_seed(seed, q.device) if dropout_p > 0 else None, cu_seqlens_q, cu_seqlens_k,
+    )  # fmt: skip
+
+
+def check_dense(name: str, t: Tensor) -> None:
+    """Whether t is a tensor, of the plain layout."""
+    if not isinstance(t, Tensor):
+        raise DtypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+    if t.layout is not torch.strided or t.is_nested:
+        kind = "a nested tensor" if t.is_nested else f"the layout {t.layout}"
+        raise DtypeError(f"{name}: expected a dense tensor, got {kind}")
 
 
 def autocast_dtype(t: Tensor) -> torch.dtype:
@@ -139,40 +151,70 @@ def check_values(x: Inputs) -> None:
         if low < 0 or high > n:
             wrong = low if low < 0 else high
             raise RangeError(f"key_lengths: expected values in [0, n={n}], got {wrong}: k has {n} keys")
+    cu_q, cu_k = x.cu_seqlens_q, x.cu_seqlens_k
+    if cu_q is not None and cu_k is not None and cu_q.device.type == "cpu":
+        _check_starts("cu_seqlens_q", cu_q.tolist(), x.q.shape[2])
+        _check_starts("cu_seqlens_k", cu_k.tolist(), x.k.shape[2])
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_starts(name: str, starts: list[int], rows: int) -> None:
+    """Whether the sequences begin at row 0, follow one another, and end with the rows of q or k."""
+    side = name[-1]
+    if starts[0] != 0:
+        raise RangeError(f"{name}: expected 0 at position 0, got {starts[0]}: the first sequence starts at row 0")
+    for place, (start, end) in enumerate(pairwise(starts), 1):
+        if end < start:
+            raise RangeError(f"{name}: expected at least {start} at position {place}, got {end}: the value before it "
+                             f"is {start}")  # fmt: skip
+    if starts[-1] != rows:
+        raise RangeError(
+            f"{name}: expected total_{side}={rows} at its last position, {len(starts) - 1}, got {starts[-1]}: "
+            f"{side} has {rows} rows"
+        )
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as 4-D; packed ones are [total length, heads, head size]."""
+    rank = 3 if packed else 4
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor):
-            raise DtypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
-        _dense(name, t)
-        if t.dim() != 4:
-            raise ShapeError(f"{name}: expected 4 dimensions [batch, heads, length, head size], got {_shape(t)}")
-        if t.dtype not in DTYPES:
-            raise DtypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {t.dtype}")
-        if t.dtype is not q.dtype:
-            raise DtypeError(f"{name}: expected {q.dtype}, the dtype of q, got {t.dtype}")
-        _same_device(name, t, q)
+        check_dense(name, t)
+        if t.dim() != rank:
+            rows = "total_q" if name == "q" else "total_k"
+            form = f"{rows}, heads, head size" if packed else "batch, heads, length, head size"
+            raise ShapeError(f"{name}: expected {rank} dimensions [{form}], got {_shape(t)}")
+    dtype, device = q.dtype, q.device
+    if dtype not in DTYPES:
+        raise DtypeError(f"q: expected float16, bfloat16, float32 or float64, got {dtype}")
+    for name, t in (("k", k), ("v", v)):
+        if t.dtype is not dtype:
+            raise DtypeError(f"{name}: expected {dtype}, the dtype of q, got {t.dtype}")
+        _check_device(name, t, device)
+    given_k, given_v = k, v
+    if packed:
+        q, k, v = as_batch(q), as_batch(k), as_batch(v)
     b, h, _, d = q.shape
-    hk, n = k.shape[1], k.shape[2]
-    if k.shape[0] != b or k.shape[3] != d:
-        why = f"b is {b} in q" if k.shape[0] != b else f"d is {d} in q"
-        raise ShapeError(f"k: expected [b={b}, hk, n, d={d}], got {_shape(k)}: {why}")
-    if v.shape[0] != b or v.shape[1] != hk or v.shape[2] != n:
-        raise ShapeError(f"v: expected [b={b}, hk={hk}, n={n}, dv], got {_shape(v)}: k is {_shape(k)}")
+    k_b, hk, n, k_d = k.shape
+    v_b, v_hk, v_n, dv = v.shape
+    if k_b != b or k_d != d:
+        form = f"total_k, hk, d={d}" if packed else f"b={b}, hk, n, d={d}"
+        why = f"b is {b} in q" if k_b != b else f"d is {d} in q"
+        raise ShapeError(f"k: expected [{form}], got {_shape(given_k)}: {why}")
+    if v_b != b or v_hk != hk or v_n != n:
+        form = f"total_k={n}, hk={hk}, dv" if packed else f"b={b}, hk={hk}, n={n}, dv"
+        raise ShapeError(f"v: expected [{form}], got {_shape(given_v)}: k is {_shape(given_k)}")
     if h == 0 or hk == 0:
         raise ShapeError(f"q, k: expected at least 1 head, got h={h}, hk={hk}")
     if h % hk != 0:
         raise ShapeError(f"k: expected a number of heads that divides the {h} heads of q, got {hk}")
-    if d == 0 or v.shape[3] == 0:
-        raise ShapeError(f"q, v: expected head sizes of at least 1, got d={d}, dv={v.shape[3]}")
+    if d == 0 or dv == 0:
+        raise ShapeError(f"q, v: expected head sizes of at least 1, got d={d}, dv={dv}")
+    return q, k, v
 
 
-def _broadcastable(
-    name: str, t: Tensor, shape: tuple[int, int, int, int], dtypes: tuple[torch.dtype, ...], q: Tensor
-) -> Tensor:
-    """t as 4-D, each size 1 or that of `shape`."""
+def _broadcastable(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor, k: Tensor) -> Tensor:
+    """t as 4-D, each size 1 or that of the scores [b, h, m, n]."""
     _tensor_of(name, t, dtypes, q)
+    shape = (*q.shape[:3], k.shape[2])
     padded = t[(None,) * (4 - t.dim())] if t.dim() < 4 else t
     fits = padded.dim() == 4 and all(have == want or have == 1 for have, want in zip(padded.shape, shape, strict=True))
     if not fits:
@@ -181,9 +223,22 @@ def _broadcastable(
     return padded
 
 
-def _check_segments(ids: tuple[Tensor, Tensor] | None, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    if ids is None:
-        return None, None
+def _check_cu_seqlens(cu_seqlens_q: Any, cu_seqlens_k: Any, q: Tensor) -> tuple[Tensor, Tensor]:
+    for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _tensor_of(name, t, _INTEGERS, q)
+        if t.dim() != 1 or t.shape[0] == 0:
+            raise ShapeError(f"{name}: expected [s + 1], the start of each of s sequences and the end, got {_shape(t)}")
+    size = cu_seqlens_q.shape[0]
+    if cu_seqlens_k.shape[0] != size:
+        why = f"cu_seqlens_q has {size} elements"
+        raise ShapeError(f"cu_seqlens_k: expected [s + 1={size}], got {_shape(cu_seqlens_k)}: {why}")
+    return (
+        _integers("cu_seqlens_q", cu_seqlens_q, (size,), q).contiguous(),
+        _integers("cu_seqlens_k", cu_seqlens_k, (size,), q).contiguous(),
+    )
+
+
+def _check_segments(ids: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     if not isinstance(ids, (tuple, list)) or len(ids) != 2:
         raise DtypeError(f"segment_ids: expected a pair (q_ids [b, m], k_ids [b, n]), got {type(ids).__name__}")
     b = q.shape[0]
@@ -193,11 +248,15 @@ def _check_segments(ids: tuple[Tensor, Tensor] | None, q: Tensor, k: Tensor) -> 
     )
 
 
-def _check_slopes(slopes: Tensor, q: Tensor) -> Tensor:
+def _check_slopes(slopes: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """[b, h], or [s, h] for packed sequences."""
     b, h = q.shape[:2]
+    name = "b"
+    if cu_seqlens is not None:
+        name, b = "s", cu_seqlens.shape[0] - 1
     _tensor_of("alibi_slopes", slopes, DTYPES, q)
     if tuple(slopes.shape) not in ((h,), (b, h)):
-        raise ShapeError(f"alibi_slopes: expected [h={h}] or [b={b}, h={h}], got {_shape(slopes)}")
+        raise ShapeError(f"alibi_slopes: expected [h={h}] or [{name}={b}, h={h}], got {_shape(slopes)}")
     if slopes.requires_grad:
         raise RangeError(
             "alibi_slopes: expected a tensor without gradient, got requires_grad=True: "
@@ -214,10 +273,8 @@ def _check_sinks(sinks: Tensor, q: Tensor) -> Tensor:
     return sinks.to(torch.float64 if q.dtype is torch.float64 else torch.float32)
 
 
-def _check_seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+def _check_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """The dropout seed as an int64 scalar on `device`; drawn from torch's generator when none was given."""
-    if dropout_p == 0:
-        return None
     if seed is None:
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
@@ -242,25 +299,17 @@ def _integers(name: str, t: Tensor, shape: tuple[int, ...], q: Tensor) -> Tensor
     return t.to(torch.int32)
 
 
-def _dense(name: str, t: Tensor) -> None:
-    if t.layout is not torch.strided or t.is_nested:
-        kind = "a nested tensor" if t.is_nested else f"the layout {t.layout}"
-        raise DtypeError(f"{name}: expected a dense tensor, got {kind}")
-
-
 def _tensor_of(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor) -> None:
-    if not isinstance(t, Tensor):
-        raise DtypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
-    _dense(name, t)
+    check_dense(name, t)
     if t.dtype not in dtypes:
         expected = " or ".join(dict.fromkeys(map(dtype_name, dtypes)))
         raise DtypeError(f"{name}: expected {expected}, got {dtype_name(t.dtype)}")
-    _same_device(name, t, q)
+    _check_device(name, t, q.device)
 
 
-def _same_device(name: str, t: Tensor, q: Tensor) -> None:
-    if t.device != q.device:
-        raise DeviceError(f"{name}: expected a tensor on {q.device}, the device of q, got {t.device}")
+def _check_device(name: str, t: Tensor, device: torch.device) -> None:
+    if t.device != device:
+        raise DeviceError(f"{name}: expected a tensor on {device}, the device of q, got {t.device}")
 
 
 def _number(name: str, value: float) -> float:

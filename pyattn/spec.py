@@ -18,6 +18,10 @@ Query `i` stands at key position `i + offset`. `offset = n - m` aligns the last 
     q_segments[b, i] == k_segments[b, j]
     mask[b, h, i, j]                                               True means attend
 
+Packed sequences lie one after the other on one axis, `b = 1`: sequence `t` is the queries `cu_seqlens_q[t]` to
+`cu_seqlens_q[t + 1]` and the keys `cu_seqlens_k[t]` to `cu_seqlens_k[t + 1]`. Each is attention of its own: `i` and `j`
+count inside the sequence, `offset` is its own `n - m`, and `t` stands in the place of the batch index `b`.
+
 A row that sees nothing has out 0, lse -inf and zero gradients. Softmax and sums accumulate in float32 (float64 for
 float64 inputs). `keep` is bit-exact on every backend: Philox-4x32-10 (Salmon et al. 2011) with the key `seed`
 (low word, high word) and the counter `(j // 4, i, h, b)` gives four words; key `j` takes word `j % 4` and is kept when
@@ -26,7 +30,6 @@ that word is at least `int(dropout_p * 2**32)`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -46,12 +49,15 @@ FEATURES = {
     "dropout": "dropout",
     "gqa": "grouped key/value heads",
     "dv": "value head size other than d",
+    "packed": "packed sequences (varlen)",
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """The tensors of one call. Absent features are None; `q, k, v` have a last stride of 1."""
+class Inputs(NamedTuple):
+    """The tensors of one call, in the order of the operator's arguments. Absent features are None.
+
+    `q, k, v` have a last stride of 1. Those of packed sequences are views [1, heads, total length, head size].
+    """
 
     q: Tensor  # [b, h, m, d]
     k: Tensor  # [b, hk, n, d]
@@ -61,16 +67,18 @@ class Inputs:
     key_lengths: Tensor | None = None  # int32 [b], each in [0, n]
     q_segments: Tensor | None = None  # int32 [b, m]
     k_segments: Tensor | None = None  # int32 [b, n]
-    alibi_slopes: Tensor | None = None  # float32 [b, h]
+    alibi_slopes: Tensor | None = None  # float32 [b, h]; [s, h] for s packed sequences
     sinks: Tensor | None = None  # float32 (float64 with float64 q) [h]
     seed: Tensor | None = None  # int64 [], on q's device
+    cu_seqlens_q: Tensor | None = None  # int32 [s + 1], contiguous: the start of each packed sequence, and the end
+    cu_seqlens_k: Tensor | None = None  # int32 [s + 1], contiguous
 
 
 class Numbers(NamedTuple):
     """What a call sets besides its tensors, checked."""
 
     scale: float
-    offset: int
+    offset: int  # 0 and without meaning for packed sequences, which have one each
     left: int | None
     right: int | None
     softcap: float | None
@@ -87,9 +95,11 @@ class Grads(NamedTuple):
     sinks: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionSpec:
-    """One call without its tensors: frozen, hashable, all that a backend needs to accept or refuse it."""
+class AttentionSpec(NamedTuple):
+    """One call without its tensors: frozen, hashable, all that a backend needs to accept or refuse it.
+
+    A NamedTuple, as `Inputs` is, because it is built in a third of a frozen dataclass's time, on every call.
+    """
 
     b: int
     h: int
@@ -112,20 +122,18 @@ class AttentionSpec:
     segment_ids: bool = False
     alibi: bool = False
     sinks: bool = False
+    sequences: int | None = None  # how many are packed; None when they are not
 
     @classmethod
     def of(cls, x: Inputs, numbers: Numbers) -> AttentionSpec:
         """The spec of a call whose tensors are already checked."""
-        b, h, m, d = x.q.shape
-        hk, n, dv = x.v.shape[1:]
+        q, _, v, mask, bias, key_lengths, q_segments, _, alibi_slopes, sinks, _, cu_seqlens_q, _ = x
+        b, h, m, d = q.shape
+        _, hk, n, dv = v.shape
         return cls(
-            b, h, hk, m, n, d, dv, x.q.dtype, x.q.device.type, *numbers,
-            mask=x.mask is not None,
-            bias=x.bias is not None,
-            key_lengths=x.key_lengths is not None,
-            segment_ids=x.q_segments is not None,
-            alibi=x.alibi_slopes is not None,
-            sinks=x.sinks is not None,
+            b, h, hk, m, n, d, dv, q.dtype, "cpu" if q.is_cpu else q.device.type, *numbers,
+            mask is not None, bias is not None, key_lengths is not None, q_segments is not None,
+            alibi_slopes is not None, sinks is not None, None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
         )  # fmt: skip
 
     @property
@@ -145,6 +153,7 @@ class AttentionSpec:
             "dropout": self.dropout_p > 0,
             "gqa": self.h != self.hk,
             "dv": self.d != self.dv,
+            "packed": self.sequences is not None,
         }
         return frozenset(name for name, is_used in used.items() if is_used)
 
@@ -176,9 +185,19 @@ def empty_output(q: Tensor, dv: int) -> Tensor:
     return q.new_empty(b, h, m, dv)
 
 
+def as_batch(packed: Tensor) -> Tensor:
+    """Packed sequences [total length, heads, size] as the view [1, heads, total length, size]."""
+    return packed.transpose(0, 1).unsqueeze(0)
+
+
+def as_packed(batch: Tensor) -> Tensor:
+    """Undoes `as_batch`."""
+    return batch.squeeze(0).transpose(0, 1)
+
+
 def unit_stride(t: Tensor) -> Tensor:
     """t with a last stride of 1. Not by contiguous(), which leaves an empty tensor's strides as they are."""
-    return t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)
+    return t if t.stride()[-1] == 1 else t.clone(memory_format=torch.contiguous_format)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

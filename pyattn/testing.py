@@ -13,22 +13,27 @@ sums; for the largest error and for the root mean square.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyattn import api, registry
-from pyattn.backends.reference import cast, definition, replaced, rounding, visible
-from pyattn.spec import AttentionSpec, Inputs
+from pyattn.backends.reference import cast, definition, rounding, visible
+from pyattn.spec import AttentionSpec, as_batch, as_packed
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of the contract. `mask` and `bias` name their dimensions, "1" where they broadcast: "b1mn"."""
+    """One call of the contract. `mask` and `bias` name their dimensions, "1" where they broadcast: "b1mn".
+
+    `packed` sequences are one batch element of all their rows: b, m and n then mean nothing.
+    """
 
     id: str
     b: int = 2
@@ -52,6 +57,7 @@ class Case:
     dropout_p: float = 0.0
     layout: str = "bhmd"  # or "bmhd": heads inside the sequence, as a projection gives them; or "expanded": stride 0
     unseen_nan: bool = False  # keys and values that nobody sees hold NaN and infinity
+    packed: tuple[tuple[int, int], ...] | None = None  # (queries, keys) of each sequence
 
 
 CASES: tuple[Case, ...] = (
@@ -106,13 +112,22 @@ CASES: tuple[Case, ...] = (
     Case("mqa", h=5, hk=1, m=40, n=70),
     Case("dropout", dropout_p=0.3, m=70, n=70),
     Case("dropout-gqa-causal", dropout_p=0.1, h=4, hk=2, causal=True, m=70, n=130),
+    Case("packed", packed=((70, 30), (1, 129), (64, 64)), layout="bmhd"),
+    Case("packed-causal", packed=((100, 130), (1, 1), (90, 20), (65, 65)), causal=True),
+    Case("packed-gqa-window", packed=((90, 90), (33, 160), (70, 70)), h=6, hk=2, window=(20, 5), dv=48, layout="bmhd"),
+    Case("packed-empty", packed=((3, 0), (0, 0), (40, 50), (0, 70), (80, 0), (5, 90)), layout="bmhd", unseen_nan=True),
+    Case("packed-no-keys", packed=((3, 0), (70, 0)), layout="bmhd"),
+    Case("packed-no-sequences", packed=(), layout="bmhd"),
+    Case("packed-dropout-alibi-sinks", packed=((70, 90), (66, 40), (1, 5)), causal=True, h=4, hk=2, softcap=3.0,
+         alibi=True, sinks=True, dropout_p=0.2, layout="bmhd"),
+    Case("packed-one-query", packed=((1, 7), (1, 150), (1, 64), (1, 1)), causal=True, h=4, hk=1, layout="bmhd"),
     Case("everything", b=2, h=4, hk=2, m=100, n=140, d=40, dv=24, window=(70, 20), key_lengths=(140, 77), segments=2,
          mask="b1mn", bias="1hmn", softcap=3.0, alibi=True, sinks=True, dropout_p=0.2, layout="bmhd"),
 )  # fmt: skip
 
 
 class Call(NamedTuple):
-    """The arguments of one `pyattn.attention` call and the gradients that come back to it."""
+    """The arguments of one `attention` or `attention_varlen` call and the gradients that come back to it."""
 
     case: Case
     tensors: dict[str, Any]  # those that take a gradient: q, k, v and where used bias, sinks
@@ -151,13 +166,15 @@ class Oracle(NamedTuple):
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Call:
-    """Random tensors for `case`; the same numbers on every device, rounded to `dtype`."""
+    """Random tensors for `case`, as `attention` or `attention_varlen` takes them; the same numbers on every device."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     c = case
+    if c.packed is not None:
+        c = replace(c, b=1, m=sum(m for m, _ in c.packed), n=sum(n for _, n in c.packed))
     sizes = {"b": c.b, "h": c.h, "m": c.m, "n": c.n, "1": 1}
     tensors: dict[str, Any] = {
         "q": _laid_out(normal(c.b, c.h, c.m, c.d).to(device, dtype), c.layout),
@@ -178,16 +195,23 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
     if c.mask is not None:
         options["mask"] = (torch.rand([sizes[s] for s in c.mask], generator=generator) < 0.6).to(device)
     if c.alibi:
-        options["alibi_slopes"] = torch.linspace(0.5, 0.05, c.h).to(device)
+        rows = () if c.packed is None else (len(c.packed),)
+        options["alibi_slopes"] = torch.linspace(0.5, 0.05, math.prod(rows) * c.h).view(*rows, c.h).to(device)
     if c.bias is not None:
         tensors["bias"] = normal(*(sizes[s] for s in c.bias)).to(device, dtype)
     if c.sinks:
         tensors["sinks"] = normal(c.h).to(device, torch.float64 if dtype is torch.float64 else torch.float32)
-    if c.unseen_nan:
-        _spoil_unseen(tensors, options)
     accumulator = torch.float64 if dtype is torch.float64 else torch.float32
     d_out = normal(c.b, c.h, c.m, c.dv).to(device, dtype)
-    return Call(c, tensors, options, d_out, normal(c.b, c.h, c.m).to(device, accumulator))
+    d_lse = normal(c.b, c.h, c.m).to(device, accumulator)
+    if c.packed is not None:
+        options["cu_seqlens_q"] = torch.tensor([0, *accumulate(m for m, _ in c.packed)], device=device)
+        options["cu_seqlens_k"] = torch.tensor([0, *accumulate(n for _, n in c.packed)], device=device)
+        tensors |= {name: as_packed(tensors[name]) for name in ("q", "k", "v")}
+        d_out, d_lse = as_packed(d_out), d_lse.squeeze(0)
+    if c.unseen_nan:
+        _spoil_unseen(tensors, options)
+    return Call(c, tensors, options, d_out, d_lse)
 
 
 def evaluate(call: Call, attention: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -209,16 +233,13 @@ def reference(call: Call) -> Oracle:
     For float64 calls the baseline is float32's, brought down by the ratio of the two units in the last place: there
     is no wider dtype to measure float64's own error against.
     """
-    x, numbers = api._prepare(**call.tensors, **call.options)
-    spec = AttentionSpec.of(x, numbers)
-    exact = cast(x, torch.float64)
-    expected = _evaluate_definition(spec, exact, call)
-    eps = torch.finfo(spec.accumulator).eps
-    errors = rounding(spec, exact, call.d_out.double(), call.d_lse.double())
-    floor = {name: eps * t.detach() for name, t in errors.items()}
-    if spec.dtype is not torch.float64:
-        return Oracle(expected, _evaluate_definition(spec, cast(x, spec.dtype), call), floor)
-    single = _evaluate_definition(spec, cast(x, torch.float32), call)
+    dtype = call.tensors["q"].dtype
+    expected = _evaluate_definition(call, torch.float64)
+    eps = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
+    floor = {name: eps * t.detach() for name, t in _rounding(call).items()}
+    if dtype is not torch.float64:
+        return Oracle(expected, _evaluate_definition(call, dtype), floor)
+    single = _evaluate_definition(call, torch.float32)
     shrink = eps / torch.finfo(torch.float32).eps
     baseline = {
         name: torch.where(t.isfinite(), t + (single[name].double() - t) * shrink, t) for name, t in expected.items()
@@ -273,10 +294,27 @@ def refusal(backend: str, case: Case, dtype: torch.dtype, device: str | torch.de
     return registry.BACKENDS[backend].refusal(AttentionSpec.of(*api._prepare(**call.tensors, **call.options)))
 
 
-def _evaluate_definition(spec: AttentionSpec, x: Inputs, call: Call) -> dict[str, Tensor]:
-    leaves = {name: getattr(x, name).detach().requires_grad_() for name in call.tensors}
-    out, lse = definition(spec, replaced(x, **leaves))
-    return _with_gradients(leaves, out, lse, call)
+def _evaluate_definition(call: Call, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`evaluate` for the definition, each operation in `dtype`."""
+
+    def attention(**arguments: Any) -> tuple[Tensor, Tensor]:
+        x, numbers = api._prepare(**arguments)
+        out, lse = definition(AttentionSpec.of(x, numbers), cast(x, dtype))
+        return (out, lse) if call.case.packed is None else (as_packed(out), lse.squeeze(0))
+
+    return evaluate(call._replace(tensors={name: t.to(dtype) for name, t in call.tensors.items()}), attention)
+
+
+def _rounding(call: Call) -> dict[str, Tensor]:
+    """`rounding` in the shapes of the call."""
+    x, numbers = api._prepare(**call.tensors, **call.options)
+    spec, x = AttentionSpec.of(x, numbers), cast(x, torch.float64)
+    d_out, d_lse = call.d_out.double(), call.d_lse.double()
+    if spec.sequences is None:
+        return rounding(spec, x, d_out, d_lse)
+    errors = rounding(spec, x, as_batch(d_out), d_lse[None])
+    errors["lse"] = errors["lse"].squeeze(0)
+    return {name: as_packed(t) if t.dim() == 4 else t for name, t in errors.items()}
 
 
 def _with_gradients(leaves: dict[str, Tensor], out: Tensor, lse: Tensor, call: Call) -> dict[str, Tensor]:
@@ -312,6 +350,7 @@ def _spoil_unseen(tensors: dict[str, Any], options: dict[str, Any]) -> None:
     x, numbers = api._prepare(**tensors, **options)
     spec = AttentionSpec.of(x, numbers)
     seen = visible(spec, x).unflatten(1, (spec.hk, spec.h // spec.hk)).any((2, 3))[..., None]
+    seen = seen if spec.sequences is None else as_packed(seen)
     tensors["k"] = torch.where(seen, tensors["k"], torch.nan)
     tensors["v"] = torch.where(seen, tensors["v"], torch.inf)
 

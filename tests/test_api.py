@@ -2,11 +2,16 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyattn
+from pyattn import ops
+from pyattn.spec import Inputs
 
 
 def _qkv(m=33, n=33, requires_grad=False):
@@ -104,3 +109,61 @@ def test_gradient_checkpointing_repeats_the_dropout_mask():
 def test_import_pyattn_leaves_heavy_modules_alone(module):
     code = f"import torch, sys; old = {{*sys.modules}}; import pyattn; sys.exit({module!r} in {{*sys.modules}} - old)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def _parameters():
+    return [torch.nn.Parameter(t) for t in _qkv()]
+
+
+def _negated():
+    return [torch.imag(torch.randn(*t.shape[:3], 1, dtype=torch.complex64).conj()) for t in _qkv()]
+
+
+class _Subclass(torch.Tensor):
+    pass
+
+
+# Where torch's dispatcher has nothing to do but call the backend, and where it has: (tensors, context, alone).
+SURROUNDINGS = {
+    "plain": (_qkv, nullcontext, True),
+    "parameters": (_parameters, nullcontext, False),
+    "parameters, no_grad": (_parameters, torch.no_grad, True),
+    "inference_mode": (_qkv, torch.inference_mode, True),
+    "autocast": (_qkv, lambda: torch.autocast("cpu", dtype=torch.bfloat16), True),
+    "dispatch mode": (_qkv, TorchDispatchMode, False),
+    "function mode": (_qkv, lambda: torch.device("cpu"), False),
+    "profiler": (_qkv, torch.autograd.profiler.profile, False),
+    "subclass": (lambda: [t.as_subclass(_Subclass) for t in _qkv()], nullcontext, False),
+    "meta": (lambda: [t.to("meta") for t in _qkv()], nullcontext, False),
+    "negated": (_negated, nullcontext, False),
+}
+
+
+@pytest.mark.parametrize(("tensors", "context", "alone"), SURROUNDINGS.values(), ids=SURROUNDINGS)
+def test_dispatcher_is_left_out_only_where_it_has_nothing_to_do(tensors, context, alone):
+    tensors = tensors()
+    with context():
+        assert ops._concerns_the_backend_alone(Inputs(*tensors)) is alone
+
+
+def test_dispatcher_is_not_left_out_of_transforms_and_traces():
+    q, k, v = _qkv()
+    found = []
+
+    def attention(q):
+        found.append(ops._concerns_the_backend_alone(Inputs(q, k, v)))
+        return q
+
+    torch.vmap(attention)(q[None])
+    torch.func.grad(lambda q: attention(q).sum())(q)
+    make_fx(attention)(q)
+    assert found == [False] * 3
+
+
+def test_dispatcher_left_out_gives_the_same_bits():
+    q, k, v = _qkv()
+    direct = pyattn.attention(q, k, v, causal=True, return_lse=True)
+    with torch.autograd.profiler.profile() as profile:
+        dispatched = pyattn.attention(q, k, v, causal=True, return_lse=True)
+    assert "pyattn::attention" in [event.name for event in profile.function_events]
+    assert all(torch.equal(a, b) for a, b in zip(direct, dispatched, strict=True))

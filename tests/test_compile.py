@@ -57,6 +57,14 @@ def with_every_key_restriction(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     )  # fmt: skip
 
 
+def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The batch as packed sequences of one length."""
+    q_starts, k_starts = (torch.arange(t.shape[0] + 1) * t.shape[2] for t in (q, k))
+    packed = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    out, lse = pyattn.attention_varlen(*packed, q_starts, k_starts, causal=True, dropout_p=0.4, return_lse=True)
+    return out + lse.T[..., None].clamp(min=-1.0)
+
+
 def sdpa_with_float_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return pyattn.scaled_dot_product_attention(q, k, v, q[:, :1, :, :1] + k[:, :1, None, :, 0])
 
@@ -69,6 +77,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "attention-dropout": lambda q, k, v: pyattn.attention(q, k, v, dropout_p=0.4),
     "attention-dropout-seed": lambda q, k, v: pyattn.attention(q, k, v, dropout_p=0.4, seed=7),
     "attention-gqa": lambda q, k, v: pyattn.attention(q, k[:, :1], v[:, :1]),
+    "varlen": varlen,
     "sdpa-causal": lambda q, k, v: pyattn.scaled_dot_product_attention(q, k, v, is_causal=True),
     "sdpa-float-mask": sdpa_with_float_mask,
     "sdpa-3d": lambda q, k, v: pyattn.scaled_dot_product_attention(q[0], k[0], v[0], dropout_p=0.4),
@@ -151,6 +160,8 @@ OPERATOR_CASES = (
     "dropout",
     "no-keys",
     "gqa",
+    "packed-causal",
+    "packed-dropout-alibi-sinks",
 )
 
 
@@ -159,7 +170,7 @@ def test_operators_pass_torch_opcheck(case) -> None:
     call = make_inputs(case, torch.float32)
     leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
     x, numbers = api._prepare(**leaves, **call.options)
-    arguments = (*(getattr(x, name) for name in x.__slots__), *numbers, "auto")
+    arguments = (*(getattr(x, name) for name in x._fields), *numbers, "auto")
     torch.library.opcheck(torch.ops.pyattn.attention.default, arguments)
 
     out, lse = (t.detach() for t in ops.attention(x, numbers, "auto"))

@@ -68,17 +68,16 @@ class BackwardTile {
 
     // Computes P (with dropout) and dS for keys [j, j + count). False: nobody sees anybody, and nothing is computed.
     bool compute(int64_t j, int64_t count) {
-        const Sight sight = mask_->look(j, count, visible_, seen_);
-        if (sight == Sight::none) return false;
-        const bool all = sight == Sight::all;
-        const uint8_t* wanted = all ? nullptr : seen_;
+        const View view = mask_->look(j, count, visible_, seen_);
+        if (view.sight == View::none) return false;
+        const bool all = view.sight == View::all;
         const T* const k = key_row<T>(args_.k, rows_.sequence, rows_.kv_head, j);
         const T* const v = key_row<T>(args_.v, rows_.sequence, rows_.kv_head, j);
-        const Lanes<const E> k_along = load_rows(k, args_.k.stride[2], count, args_.d, k_rows_, wanted, false);
-        const Lanes<const E> v_along = load_rows(v, args_.v.stride[2], count, args_.dv, v_rows_, wanted, false);
+        const Lanes<const E> k_along = load_rows(k, args_.k.stride[2], count, args_.d, k_rows_, view.wanted, false);
+        const Lanes<const E> v_along = load_rows(v, args_.v.stride[2], count, args_.dv, v_rows_, view.wanted, false);
         k_ = k_along;
         if constexpr (kStep<E> > 1) {
-            k_ = load_rows_across(k, args_.k.stride[2], count, args_.d, k_across_rows_, wanted, false);
+            k_ = load_rows_across(k, args_.k.stride[2], count, args_.d, k_across_rows_, view.wanted, false);
         }
         j_ = j, keys_ = count, strip_ = all ? lanes_ : 2 * W;
         for (int64_t lane = 0; lane < lanes_; lane += strip_) {

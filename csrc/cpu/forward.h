@@ -77,6 +77,7 @@ class Forward {
     Forward(const AttentionArgs& args, Scratch& scratch)
         : args_(args),
           q_rows_(scratch.take<E>(kQueries * round_up(operands<E>(args.d), W))),
+          // [d][kQueries], or where few_ [query][padded d].
           q_t_(scratch.take<E>(kQueries * round_up(operands<E>(args.d), W))),
           k_rows_(scratch.take<E>(kKeys * round_up(operands<E>(args.d), W))),
           v_rows_(scratch.take<E>(kKeys * padded<A>(args.dv))),
@@ -107,16 +108,19 @@ class Forward {
         const Range keys{larger(mask.keys().begin, chunk.begin), smaller(mask.keys().end, chunk.end)};
         for (int64_t j = keys.begin / kKeys * kKeys; j < keys.end; j += kKeys) {
             const int64_t count = smaller(kKeys, keys.end - j);
-            const Sight sight = mask.look(j, count, visible_, seen_);
-            if (sight != Sight::none) add_tile(rows, mask, score, j, count, sight == Sight::all);
+            const View view = mask.look(j, count, visible_, seen_);
+            if (view.sight != View::none) add_tile(rows, mask, score, j, count, view);
         }
     }
 
     void start(const Rows& rows, bool with_sink) {
         const Lanes<const E> q = rows.template load<E, T>(args_.q, args_.d, q_rows_);
-        const int64_t depth = operands<E>(args_.d);
+        const int64_t depth = operands<E>(args_.d), width = round_up(depth, W);
         if (few_) {
-            std::memset(q_rows_ + rows.count * q.ld, 0, static_cast<size_t>((W - rows.count) * q.ld) * sizeof(E));
+            std::memset(q_t_, 0, static_cast<size_t>(W * width) * sizeof(E));
+            for (int64_t lane = 0; lane < rows.count; ++lane) {
+                std::memcpy(q_t_ + lane * width, q.ptr + lane * q.ld, static_cast<size_t>(width) * sizeof(E));
+            }
         } else {
             transpose<E>(q, rows.count, depth, {q_t_, kQueries}, lanes_);
         }
@@ -128,11 +132,11 @@ class Forward {
         }
     }
 
-    void add_tile(const Rows& rows, const Mask<A>& mask, const Score<A>& score, int64_t j, int64_t count, bool all) {
+    void add_tile(const Rows& rows, const Mask<A>& mask, const Score<A>& score, int64_t j, int64_t count, View view) {
         const Sequence& sequence = rows.sequence;
-        const uint8_t* wanted = all ? nullptr : seen_;
+        const bool all = view.sight == View::all;
         const Lanes<const E> k = load_rows(key_row<T>(args_.k, sequence, rows.kv_head, j), args_.k.stride[2], count,
-                                           args_.d, k_rows_, wanted, few_);
+                                           args_.d, k_rows_, view.wanted, few_);
         // Strips of lanes leave out the keys that none of their queries sees.
         const int64_t strip = all || few_ ? lanes_ : 2 * W;
         const auto keys_of = [&](int64_t lane) {
@@ -149,7 +153,7 @@ class Forward {
         const A factor = score.apply(scores_, j, count, lanes_, all ? nullptr : visible_, nullptr);
         if (args_.dropout) draw_keep<A>(args_, rows, j, count, lanes_, keep_);
         const Lanes<const E> v = load_rows_across(key_row<T>(args_.v, sequence, rows.kv_head, j), args_.v.stride[2],
-                                                  count, args_.dv, v_rows_, wanted, few_);
+                                                  count, args_.dv, v_rows_, view.wanted, few_);
         for (int64_t lane = 0; lane < lanes_; lane += strip) {
             const Range keys = keys_of(lane);
             if (keys.end <= keys.begin) continue;
@@ -171,12 +175,12 @@ class Forward {
 
     void score_few(int64_t rows, Lanes<const E> k, int64_t count) {
         const int64_t depth = round_up(operands<E>(args_.d), W);
-        if (rows == 1) return dots<E, 1>(q_rows_, depth, count, k, depth, scores_, kQueries);
-        if (rows == 2) return dots<E, 2>(q_rows_, depth, count, k, depth, scores_, kQueries);
+        if (rows == 1) return dots<E, 1>(q_t_, depth, count, k, depth, scores_, kQueries);
+        if (rows == 2) return dots<E, 2>(q_t_, depth, count, k, depth, scores_, kQueries);
         if constexpr (W >= 8) {
-            if (rows <= 4) return dots<E, 4>(q_rows_, depth, count, k, depth, scores_, kQueries);
+            if (rows <= 4) return dots<E, 4>(q_t_, depth, count, k, depth, scores_, kQueries);
         }
-        if constexpr (W >= 16) dots<E, 8>(q_rows_, depth, count, k, depth, scores_, kQueries);
+        if constexpr (W >= 16) dots<E, 8>(q_t_, depth, count, k, depth, scores_, kQueries);
     }
 
     // scores -> operands exp(factor * scores - running maximum), with dropout, and the factor by which the earlier part

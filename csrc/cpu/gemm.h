@@ -33,7 +33,7 @@ struct Old {
 };
 
 template <class E, int R, int C>
-static inline __attribute__((always_inline)) void gemm_kernel(const E* x, int64_t ldx, Broadcast<E> y, int64_t depth,
+PYATTN_INLINE void gemm_kernel(const E* x, int64_t ldx, Broadcast<E> y, int64_t depth,
                                                               Sum<E>* out, int64_t ldo, bool keep,
                                                               const Sum<E>* factor) {
     constexpr int W = kWidth<E>;

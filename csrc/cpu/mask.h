@@ -10,7 +10,11 @@ struct Range {
     int64_t begin, end;  // empty ranges have end <= begin
 };
 
-enum class Sight { none, some, all };
+// What the lanes of a tile see of its keys.
+struct View {
+    enum { none, some, all } sight;
+    const uint8_t* wanted;  // per key whether a lane sees it; null where every key is seen
+};
 
 template <class A>
 class Mask {
@@ -44,17 +48,17 @@ class Mask {
         return {larger(0, range.begin - j) / 2 * 2, smaller(count, range.end - j)};
     }
 
-    // Fills visible[key][query] with 1 or 0 and seen[key] where the answer is `some`.
-    Sight look(int64_t j, int64_t keys, A* visible, uint8_t* seen) const {
+    // Fills visible[key][query] with 1 or 0 where the answer is `some`. `seen` is the memory behind View::wanted.
+    View look(int64_t j, int64_t keys, A* visible, uint8_t* seen) const {
         const bool in_band = common_.begin <= j && j + keys <= common_.end;
-        if (in_band && !args_.mask && one_segment(j, keys)) return Sight::all;
+        if (in_band && !args_.mask && one_segment(j, keys)) return {View::all, nullptr};
         int32_t begin[kQueries], end[kQueries];
         for (int64_t lane = 0; lane < kQueries; ++lane) {
             begin[lane] = static_cast<int32_t>(smaller(kKeys, larger(0, begin_[lane] - j)));
             end[lane] = static_cast<int32_t>(smaller(kKeys, larger(0, end_[lane] - j)));
         }
         if (args_.mask) load_mask(j, keys);
-        int64_t total = 0;
+        int64_t total = 0, wanted = 0;
         for (int64_t key = 0; key < keys; ++key) {
             A* row = visible + key * kQueries;
             const int32_t at = static_cast<int32_t>(key);
@@ -66,10 +70,11 @@ class Mask {
             int32_t count = 0;
             for (int lane = 0; lane < kQueries; ++lane) count += row[lane] != 0;
             seen[key] = count > 0;
+            wanted += count > 0;
             total += count;
         }
-        if (total == 0) return Sight::none;
-        return total == keys * rows_.count ? Sight::all : Sight::some;
+        if (total == 0) return {View::none, seen};
+        return {total == keys * rows_.count ? View::all : View::some, wanted == keys ? nullptr : seen};
     }
 
     // Queries of a sequence that may see one of the keys [j, j + count) by band and length.

@@ -43,9 +43,13 @@ struct Rows {
         return rows;
     }
 
-    // The rows of q, operands along the row, in whole vectors.
+    // The rows of q, d_out or out, operands along the row, in whole vectors.
     template <class E, class T>
     Lanes<const E> load(const TensorArg& tensor, int64_t columns, E* scratch) const {
+        if (head[0] == head[count - 1]) {
+            return load_rows(query_row<const T>(tensor, sequence, head[0], query[0]), tensor.stride[2], count, columns,
+                             scratch, nullptr, true);
+        }
         const int64_t width = round_up(operands<E>(columns), kWidth<E>);
         for (int64_t lane = 0; lane < count; ++lane) {
             copy_row(query_row<T>(tensor, sequence, head[lane], query[lane]), columns, scratch + lane * width, width);

@@ -7,6 +7,9 @@
 #include <cstring>
 #include <utility>
 
+// Vectors live in registers only as long as nothing is called.
+#define PYATTN_INLINE static inline __attribute__((always_inline))
+
 namespace pyattn {
 namespace PYATTN_ISA {
 
@@ -30,23 +33,23 @@ template <class A>
 constexpr int kWidth = PYATTN_VECTOR_BYTES / static_cast<int>(sizeof(A));
 
 template <class A>
-static inline Vec<A> load(const A* from) {
+PYATTN_INLINE Vec<A> load(const A* from) {
     Vec<A> x;
     std::memcpy(&x, from, sizeof x);
     return x;
 }
 template <class A>
-static inline void store(A* to, Vec<A> x) {
+PYATTN_INLINE void store(A* to, Vec<A> x) {
     std::memcpy(to, &x, sizeof x);
 }
 template <class A>
-static inline Vec<A> fill(A x) {
+PYATTN_INLINE Vec<A> fill(A x) {
     return x - Vec<A>{};  // x - 0 is x, -0 too, so the subtraction folds away; x + 0 would stay
 }
 
 // A NaN in x is passed over: the exponentials that follow bring it back.
 template <class A>
-static inline Vec<A> running_max(Vec<A> so_far, Vec<A> x) {
+PYATTN_INLINE Vec<A> running_max(Vec<A> so_far, Vec<A> x) {
     return x > so_far ? x : so_far;
 }
 
@@ -74,7 +77,7 @@ struct ExpConstants<double> {
 
 // e^x for x <= 0 (and a little above), to 1 ulp. e^-inf is exactly 0; a NaN stays one.
 template <class A>
-static inline Vec<A> exp(Vec<A> x) {
+PYATTN_INLINE Vec<A> exp(Vec<A> x) {
     using C = ExpConstants<A>;
     // The low mantissa bits of `shifted` are the nearest integer of x / ln2 plus the bias: an exponent field.
     const Vec<A> shifted = x * fill<A>(static_cast<A>(1.4426950408889634)) + C::round;
@@ -90,7 +93,7 @@ static inline Vec<A> exp(Vec<A> x) {
 
 // tanh after Cephes: a rational function near 0, where 1 - 2 / (e^2x + 1) would cancel, and that elsewhere.
 template <class A>
-static inline Vec<A> tanh(Vec<A> x) {
+PYATTN_INLINE Vec<A> tanh(Vec<A> x) {
     const Vec<A> magnitude = x < A(0) ? -x : x;
     const Vec<A> z = x * x;
     const Vec<A> top = (z * A(-9.64399179425052238628e-1) + A(-9.92877231001918586564e1)) * z +
@@ -105,7 +108,7 @@ static inline Vec<A> tanh(Vec<A> x) {
 
 // Lanes of a where the lane number lacks bit S, else lanes of b moved up by S; and the other half.
 template <class A, int S, int... L>
-static inline void exchange(Vec<A>& a, Vec<A>& b, std::integer_sequence<int, L...>) {
+PYATTN_INLINE void exchange(Vec<A>& a, Vec<A>& b, std::integer_sequence<int, L...>) {
     constexpr int W = kWidth<A>;
 #ifdef __clang__
     const Vec<A> low = __builtin_shufflevector(a, b, ((L & S) ? W + L - S : L)...);
@@ -119,7 +122,7 @@ static inline void exchange(Vec<A>& a, Vec<A>& b, std::integer_sequence<int, L..
 }
 
 template <class A, int S>
-static inline void transpose_network(Vec<A>* row) {
+PYATTN_INLINE void transpose_network(Vec<A>* row) {
     if constexpr (S > 0) {
 #pragma GCC unroll 16
         for (int r = 0; r < kWidth<A>; ++r) {
@@ -131,13 +134,13 @@ static inline void transpose_network(Vec<A>* row) {
 
 // Transposes a square of kWidth rows in registers (Eklundh's exchange network).
 template <class A>
-static inline void transpose_square(Vec<A>* row) {
+PYATTN_INLINE void transpose_square(Vec<A>* row) {
     transpose_network<A, kWidth<A> / 2>(row);
 }
 
 // Lane r of the result is the sum of all lanes of row[r]; kWidth rows, which are overwritten.
 template <class A, int S = kWidth<A> / 2>
-static inline Vec<A> sum_each(Vec<A>* row) {
+PYATTN_INLINE Vec<A> sum_each(Vec<A>* row) {
 #pragma GCC unroll 16
     for (int r = 0; r < S; ++r) {
         exchange<A, S>(row[r], row[r + S], std::make_integer_sequence<int, kWidth<A>>{});

@@ -23,7 +23,7 @@ _REASON_FILE = "_C.not_built.txt"  # written by setup.py when the build fails
 _TILE = 64  # queries and keys per tile, as in csrc/cpu/tile.h
 _LANES = 16  # the widest vector's elements, to which rows are padded
 # Tensors that the kernels read as one contiguous piece.
-_WHOLE = ("key_lengths", "q_segments", "k_segments", "alibi_slopes", "sinks")
+_WHOLE = ("key_lengths", "q_segments", "k_segments", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
 
 
 class CpuBackend(Backend):
@@ -50,7 +50,7 @@ class CpuBackend(Backend):
     def backward(
         self, spec: AttentionSpec, x: Inputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
     ) -> Grads:
-        grads = Grads(*(None if t is None else torch.empty_like(t) for t in (x.q, x.k, x.v, x.bias, x.sinks)))
+        grads = Grads._make(None if t is None else torch.empty_like(t) for t in (x.q, x.k, x.v, x.bias, x.sinks))
         self._run(
             "backward", spec, x,
             out=out, lse=lse.contiguous(), d_out=unit_stride(d_out),
@@ -60,20 +60,21 @@ class CpuBackend(Backend):
         )  # fmt: skip
         return grads
 
-    def _run(self, direction: str, spec: AttentionSpec, x: Inputs, **tensors: Tensor | None) -> None:
-        tensors |= {"q": x.q, "k": x.k, "v": x.v, "mask": x.mask, "bias": x.bias}
-        tensors |= {name: t.contiguous() for name in _WHOLE if (t := getattr(x, name)) is not None}
+    def _run(self, direction: str, spec: AttentionSpec, x: Inputs, **results: Tensor | None) -> None:
+        whole = {name: t.contiguous() for name in _WHOLE if (t := getattr(x, name)) is not None}
+        given = {"q": x.q, "k": x.k, "v": x.v, "mask": x.mask, "bias": x.bias} | whole | results
         dtype = _DTYPE_NAMES[spec.dtype]
+        sequences = spec.b if spec.sequences is None else spec.sequences
+        seed = None if x.seed is None else int(x.seed)
         getattr(_module(), direction)(
             self._isa or _best_isa(),
             dtype,
             dtype if x.bias is None else _DTYPE_NAMES[x.bias.dtype],
-            (spec.b, spec.h, spec.hk, spec.m, spec.n, spec.d, spec.dv, spec.b),
-            (spec.scale, spec.offset, spec.left, spec.right, spec.softcap, spec.dropout_p,
-             None if x.seed is None else int(x.seed)),
-            {name: _described(t) for name, t in tensors.items() if t is not None},
+            (*spec[:7], sequences),
+            (spec.scale, spec.offset, spec.left, spec.right, spec.softcap, spec.dropout_p, seed),
+            {name: _described(t) for name, t in given.items() if t is not None},
             torch.get_num_threads(),
-        )  # fmt: skip
+        )
 
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
         item, threads = spec.accumulator.itemsize, torch.get_num_threads()

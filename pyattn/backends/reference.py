@@ -6,7 +6,7 @@ It is differentiable torch code throughout: double backward, forward-mode AD and
 
 from __future__ import annotations
 
-from dataclasses import fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def gradients(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor | Non
     names = [name for name in Grads._fields if getattr(x, name) is not None]
     leaves = {name: getattr(x, name).detach().requires_grad_() for name in names}
     with torch.enable_grad():
-        out, lse = definition(spec, replaced(x, **leaves))
+        out, lse = definition(spec, x._replace(**leaves))
         loss = (out * d_out.to(out.dtype)).sum()
         if d_lse is not None:
             loss = loss + (torch.where(lse == -torch.inf, 0.0, lse) * d_lse.to(lse.dtype)).sum()
@@ -112,16 +112,14 @@ def rounding(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor) -> di
 
 def visible(spec: AttentionSpec, x: Inputs) -> Tensor:
     """The one predicate of who sees whom. Returns bool [b, h, m, n]."""
-    device = x.q.device
-    i = torch.arange(spec.m, device=device).view(-1, 1) + spec.offset
-    j = torch.arange(spec.n, device=device)
-    see = torch.ones(spec.b, spec.h, spec.m, spec.n, dtype=torch.bool, device=device)
+    at = places(spec, x)
+    see = (at.q_sequence[:, None, :, None] == at.k_sequence[:, None, None, :]).expand(spec.b, spec.h, spec.m, spec.n)
     if spec.left is not None:
-        see = see & (j >= i - spec.left)
+        see = see & (at.j >= at.own_j - spec.left)
     if spec.right is not None:
-        see = see & (j <= i + spec.right)
+        see = see & (at.j <= at.own_j + spec.right)
     if x.key_lengths is not None:
-        see = see & (j < x.key_lengths.view(-1, 1, 1, 1))
+        see = see & (at.j < x.key_lengths.view(-1, 1, 1, 1))
     if x.q_segments is not None and x.k_segments is not None:
         see = see & (x.q_segments[:, None, :, None] == x.k_segments[:, None, None, :])
     if x.mask is not None:
@@ -137,32 +135,46 @@ def scores(spec: AttentionSpec, x: Inputs, k: Tensor) -> Tensor:
     if x.bias is not None:
         s = s + x.bias
     if x.alibi_slopes is not None:
-        i = torch.arange(spec.m, device=s.device).view(-1, 1) + spec.offset
-        distance = (i - torch.arange(spec.n, device=s.device)).abs()
-        s = s - x.alibi_slopes[:, :, None, None].to(s.dtype) * distance.to(s.dtype)
+        at = places(spec, x)
+        slopes = x.alibi_slopes[at.q_sequence].transpose(1, 2)[..., None]  # [b, h, 1|m, 1]
+        s = s - slopes.to(s.dtype) * (at.own_j - at.j).abs().to(s.dtype)
     return s
 
 
 def dropout_keep(spec: AttentionSpec, x: Inputs) -> Tensor:
     """Which weights dropout keeps: bool [b, h, m, n]."""
     assert x.seed is not None
-    b, h, i = (torch.arange(size, device=x.q.device) for size in (spec.b, spec.h, spec.m))
-    return dropout.keep(x.seed, spec.dropout_p, b[:, None, None], h[:, None], i, spec.n)
+    at = places(spec, x)
+    h = torch.arange(spec.h, device=x.q.device).view(-1, 1)
+    return dropout.keep(x.seed, spec.dropout_p, at.q_sequence[:, None], h, at.i, spec.n)[..., at.j]
+
+
+class Places(NamedTuple):
+    """Where queries and keys stand: in which sequence, and where inside it. A batch entry is a sequence, too."""
+
+    q_sequence: Tensor  # int64 [b, 1|m]
+    k_sequence: Tensor  # int64 [b, 1|n]
+    i: Tensor  # int64 [m]
+    own_j: Tensor  # int64 [m, 1], the key position at which a query stands: i + offset
+    j: Tensor  # int64 [n]
+
+
+def places(spec: AttentionSpec, x: Inputs) -> Places:
+    i, j = (torch.arange(length, device=x.q.device) for length in (spec.m, spec.n))
+    if x.cu_seqlens_q is None or x.cu_seqlens_k is None:
+        b = torch.arange(spec.b, device=x.q.device).view(-1, 1)
+        return Places(b, b, i, i.view(-1, 1) + spec.offset, j)
+    cu_q, cu_k = x.cu_seqlens_q.long(), x.cu_seqlens_k.long()
+    # How many sequences end at or before a row: one without rows ends where it starts, and is passed over.
+    of_q, of_k = torch.searchsorted(cu_q[1:], i, right=True), torch.searchsorted(cu_k[1:], j, right=True)
+    i, j = i - cu_q[of_q], j - cu_k[of_k]
+    own_j = i + (cu_k.diff() - cu_q.diff())[of_q]
+    return Places(of_q[None], of_k[None], i, own_j.view(-1, 1), j)
 
 
 def cast(x: Inputs, dtype: torch.dtype) -> Inputs:
     """x with every floating tensor in `dtype`."""
-    floating = {}
-    for field in fields(x):
-        value = getattr(x, field.name)
-        if value is not None and value.is_floating_point():
-            floating[field.name] = value.to(dtype)
-    return replaced(x, **floating)
-
-
-def replaced(x: Inputs, **tensors: Tensor) -> Inputs:
-    """x with some tensors exchanged. Written out because torch.compile does not trace dataclasses.replace."""
-    return Inputs(**{field.name: tensors.get(field.name, getattr(x, field.name)) for field in fields(x)})
+    return Inputs._make(t.to(dtype) if t is not None and t.is_floating_point() else t for t in x)
 
 
 def _over_heads(t: Tensor, spec: AttentionSpec) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -24,15 +23,15 @@ class TritonBackend(Backend):
     max_head_dim = 256
 
     def unavailable(self) -> str | None:
-        if reason := _import_failure():
-            return reason
-        return None if _interpreted() else _device_shortcoming()
+        return _shortcoming()
 
     def refusal(self, spec: AttentionSpec) -> str | None:
-        if self.unavailable() is None and _interpreted():
+        if reason := self.unavailable():
+            return reason
+        if _interpreted():
             if spec.dtype is torch.bfloat16:
                 return "Triton's interpreter computes bfloat16 wrongly and without an error"
-            spec = dataclasses.replace(spec, device="cuda")  # the interpreter takes CPU tensors in a GPU's place
+            spec = spec._replace(device="cuda")  # the interpreter takes CPU tensors in a GPU's place
         return super().refusal(spec)
 
     def forward(self, spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
@@ -71,25 +70,25 @@ def _call(spec: AttentionSpec, x: Inputs) -> Call:
 
 
 @cache
-def _import_failure() -> str | None:
+def _shortcoming() -> str | None:
+    """Why this machine cannot run the kernels."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    return None
-
-
-def _interpreted() -> bool:
-    import triton
-
-    return triton.knobs.runtime.interpret
-
-
-@cache
-def _device_shortcoming() -> str | None:
+    if _interpreted():
+        return None
     if not torch.cuda.is_available():
         return "no CUDA device"
     major, minor = torch.cuda.get_device_capability()
     if torch.version.hip is None and major < 8:
         return f"needs compute capability 8.0 or newer, {torch.cuda.get_device_name()} has {major}.{minor}"
     return None
+
+
+@cache
+def _interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, which is settled when they are imported."""
+    import triton
+
+    return triton.knobs.runtime.interpret
