@@ -10,29 +10,59 @@ from torch import Tensor
 
 from pyattn.spec import dtype_name
 
-Direction = Literal["forward", "backward"]
+Direction = Literal["forward", "backward", "forward + backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+# In units of the forward's two matrix products: the backward has five.
+_PRODUCTS = {"forward": 1.0, "backward": 2.5, "forward + backward": 3.5}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call: q [b, h, m, d], k and v [b, h, n, d].
+    """One attention call: q [b, h, m, d], k [b, hk, n, d], v [b, hk, n, dv]; packed sequences lie on one axis, b = 1.
 
     Causal cases have m == n, where every peer means the same by the word; elsewhere torch aligns top-left.
     """
 
     b: int
     h: int
-    m: int
+    m: int  # of packed sequences the total, and so n
     n: int
     d: int
     dtype: torch.dtype
     causal: bool
+    group: int = 1  # query heads that share a key/value head
+    value_dim: int | None = None  # None is d
+    left: int | None = None  # with causal: how many keys before its own a query sees at most
+    dropout_p: float = 0.0
+    bias: bool = False  # an additive bias [b, h, 1, n] that takes a gradient
+    lengths: tuple[int, ...] | None = None  # of packed sequences
+
+    @property
+    def hk(self) -> int:
+        return self.h // self.group
+
+    @property
+    def dv(self) -> int:
+        return self.d if self.value_dim is None else self.value_dim
 
     @property
     def id(self) -> str:
-        causal = "-causal" if self.causal else ""
-        return f"b{self.b}-h{self.h}-m{self.m}-n{self.n}-d{self.d}-{self.dtype_name}{causal}"
+        return "-".join([f"b{self.b}", f"h{self.h}", f"m{self.m}", f"n{self.n}", f"d{self.d}", self.dtype_name,
+                         *(word.replace(" ", "") for word in self.features)])  # fmt: skip
+
+    @property
+    def features(self) -> list[str]:
+        """What the call uses beyond its shape, in few words."""
+        words = {
+            "causal": self.causal,
+            f"hk {self.hk}": self.group != 1,
+            f"dv {self.dv}": self.dv != self.d,
+            f"window {(self.left or 0) + 1}": self.left is not None,
+            f"dropout {self.dropout_p}": self.dropout_p > 0,
+            "bias": self.bias,
+            f"packed {len(self.lengths or ())}": self.lengths is not None,
+        }
+        return [word for word, used in words.items() if used]
 
     @property
     def dtype_name(self) -> str:
@@ -42,35 +72,54 @@ class Case:
     def label(self) -> str:
         """The shape in few characters, for a table's line."""
         length = f"{self.m}" if self.m == self.n else f"{self.m}x{self.n}"
-        return f"b{self.b} h{self.h} {length} d{self.d}{' causal' if self.causal else ''}"
+        return " ".join([f"b{self.b}", f"h{self.h}", length, f"d{self.d}", *self.features])
 
     def flops(self, direction: Direction) -> float:
         """Floating-point operations of the two matrix products, the convention of Dao 2023 (arXiv:2307.08691, 4.1).
 
         Causal counts half; the backward has five products where the forward has two.
         """
-        forward = 2 * (2 * self.b * self.h * self.m * self.n * self.d) / (2 if self.causal else 1)
-        return forward if direction == "forward" else 2.5 * forward
+        return _PRODUCTS[direction] * 2 * self.b * self.h * self._pairs * (self.d + self.dv)
+
+    @property
+    def _pairs(self) -> float:
+        """How many pairs of a query and a key a head computes."""
+        if self.left is not None and self.left < self.m:
+            return self.m * (self.left + 1) - self.left * (self.left + 1) / 2
+        pairs = self.m * self.n if self.lengths is None else sum(length * length for length in self.lengths)
+        return pairs / 2 if self.causal else pairs
 
 
 class Inputs(NamedTuple):
     """Random tensors of one case, and the gradient that comes back to its output."""
 
-    q: Tensor  # [b, h, m, d]
-    k: Tensor  # [b, h, n, d]
-    v: Tensor  # [b, h, n, d]
-    d_out: Tensor  # [b, h, m, d]
+    q: Tensor  # [b, h, m, d], or packed [m, h, d]
+    k: Tensor  # [b, hk, n, d], or packed [n, hk, d]
+    v: Tensor  # [b, hk, n, dv], or packed [n, hk, dv]
+    d_out: Tensor  # [b, h, m, dv], or packed [m, h, dv]
+    bias: Tensor | None  # [b, h, 1, n]
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """What takes a gradient, by the names of the gate."""
+        named = {"q": self.q, "k": self.k, "v": self.v, "bias": self.bias}
+        return {name: t for name, t in named.items() if t is not None}
 
 
 def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
     """Standard normal tensors, drawn on `device`: at GPU sizes, drawing on the CPU takes longer than the case."""
     generator = torch.Generator(device).manual_seed(seed)
 
-    def normal(length: int) -> Tensor:
-        shape = (case.b, case.h, length, case.d)
+    def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(case.dtype)
 
-    return Inputs(normal(case.m), normal(case.n), normal(case.n), normal(case.m))
+    def rows(heads: int, length: int, size: int) -> Tensor:
+        return normal(case.b, heads, length, size) if case.lengths is None else normal(length, heads, size)
+
+    return Inputs(
+        rows(case.h, case.m, case.d), rows(case.hk, case.n, case.d), rows(case.hk, case.n, case.dv),
+        rows(case.h, case.m, case.dv), normal(case.b, case.h, 1, case.n) if case.bias else None,
+    )  # fmt: skip
 
 
 def _cpu_cases(*shapes: tuple[int, int, int, int, int, bool]) -> tuple[Case, ...]:
@@ -98,14 +147,15 @@ def _gpu_cases() -> tuple[Case, ...]:
     return tuple(bfloat16 + others + [case(2048, 64, torch.float32, causal) for causal in (True, False)])
 
 
-# A long sequence with and without the causal mask, GPT-2's batch, a wide head, and few queries over many keys. What
+# A long sequence with and without the causal mask, GPT-2's batch, and a wide head over more than the caches hold. What
 # matters most first here too.
 CPU_CASES = _cpu_cases(
     (1, 12, 2048, 2048, 64, True),
     (1, 12, 2048, 2048, 64, False),
     (4, 12, 512, 512, 64, True),
-    (1, 8, 1024, 1024, 128, True),
-    (2, 8, 256, 2048, 64, False),
+    (4, 12, 512, 512, 64, False),
+    (1, 8, 4096, 4096, 128, True),
+    (1, 8, 4096, 4096, 128, False),
 )
 CPU_QUICK_CASES = _cpu_cases((1, 12, 512, 512, 64, True), (1, 8, 128, 1024, 64, False))
 GPU_CASES = _gpu_cases()

@@ -1,20 +1,32 @@
-"""The picture: grouped bars of speed, a row of panels per group, forward beside backward."""
+"""The pictures: grouped bars in panels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .cases import DIRECTIONS, Case
-from .report import by_case, unit
+from .report import NO_LIMITS, Limits, by_call, unit
 from .suite import Row
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 _COLOURS = ("#D55E00", "#0072B2", "#999999", "#009E73", "#E69F00", "#CC79A7")
+
+
+class Panel(NamedTuple):
+    """Groups of bars, a bar per series in each."""
+
+    title: str
+    unit: str
+    groups: list[str]  # their labels
+    series: dict[str, list[float | None]]  # a height per group; None leaves the bar out
+    line: tuple[str, float] | None = None  # a horizontal line and its label
+    digits: int = 0  # of the numbers on the bars, after the point
 
 
 def draw(
@@ -23,37 +35,85 @@ def draw(
     title: str,
     panel: Callable[[Case], str],
     label: Callable[[Case], str],
+    limits: Limits = NO_LIMITS,
 ) -> None:
-    """Writes a PNG. `panel` names the group of panels a case belongs to, `label` the case within it."""
-    panels = list(dict.fromkeys(panel(row.case) for row in rows))
+    """Writes a PNG of speeds: a row of panels per group, forward beside backward.
+
+    Args:
+        panel: names the group of panels a case belongs to.
+        label: names the case within it.
+        limits: the machine's own, drawn as a line.
+    """
+    names = list(dict.fromkeys(panel(row.case) for row in rows))
     peers = list(dict.fromkeys(row.peer for row in rows))
-    figure = Figure(figsize=(13, 0.9 + 3.1 * len(panels)), dpi=140, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), len(DIRECTIONS), squeeze=False)
-    for line, name in zip(axes, panels, strict=True):
+    figure, axes = _figure(len(names), len(DIRECTIONS), title)
+    for line, name in zip(axes, names, strict=True):
         for axis, direction in zip(line, DIRECTIONS, strict=True):
             chosen = [row for row in rows if panel(row.case) == name and row.direction == direction]
-            _bars(axis, chosen, peers, label)
-            axis.set_title(f"{name}, {direction}", loc="left", fontsize=10, fontweight="bold")
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(peers), frameon=False, fontsize=10)
-    figure.suptitle(title, fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+            _bars(axis, _speeds(f"{name}, {direction}", chosen, peers, label, limits))
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=10)
+    _save(figure, path)
 
 
-def _bars(axis: Axes, rows: Sequence[Row], peers: Sequence[str], label: Callable[[Case], str]) -> None:
-    groups = by_case(rows)
+def draw_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
+    """Writes a PNG of any panels, two in a row, each with its own legend."""
+    figure, axes = _figure((len(panels) + 1) // 2, 2, title)
+    places = [axis for line in axes for axis in line]
+    for axis, panel in zip(places, panels, strict=False):
+        _bars(axis, panel)
+        if len(panel.series) > 1 or panel.line:
+            axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    for axis in places[len(panels) :]:
+        axis.set_visible(False)
+    _save(figure, path)
+
+
+def _speeds(
+    title: str, rows: Sequence[Row], peers: Sequence[str], label: Callable[[Case], str], limits: Limits
+) -> Panel:
+    groups = by_call(rows)
     speed, scale = unit(rows)
-    width = 0.84 / len(peers)
-    for place, peer in enumerate(peers):
-        heights = [next((row.gflops or 0.0 for row in group if row.peer == peer), 0.0) / scale for group in groups]
-        offsets = [index + (place - (len(peers) - 1) / 2) * width for index in range(len(groups))]
-        bars = axis.bar(offsets, heights, width * 0.94, label=peer, color=_COLOURS[place % len(_COLOURS)])
-        axis.bar_label(bars, [f"{h:.0f}" if h else "" for h in heights], fontsize=6.5, padding=1)
-    axis.set_xticks(range(len(groups)), [label(group[0].case) for group in groups], fontsize=8)
-    axis.set_ylabel(speed, fontsize=9)
+    series = {
+        peer: [next((row.gflops / scale for row in group if row.peer == peer and row.gflops), None) for group in groups]
+        for peer in peers
+    }
+    limit = limits.get(rows[0].case.dtype_name)
+    line = None if limit is None else ("machine limit", limit / scale)
+    return Panel(title, speed, [label(group[0].case) for group in groups], series, line)
+
+
+def _bars(axis: Axes, panel: Panel) -> None:
+    width = 0.84 / len(panel.series)
+    for place, (name, heights) in enumerate(panel.series.items()):
+        offsets = [index + (place - (len(panel.series) - 1) / 2) * width for index in range(len(panel.groups))]
+        bars = axis.bar(
+            offsets, [h or 0.0 for h in heights], width * 0.94, label=name, color=_COLOURS[place % len(_COLOURS)]
+        )
+        axis.bar_label(bars, [f"{h:.{panel.digits}f}" if h else "" for h in heights], fontsize=6.5, padding=1)
+    if panel.line is not None:
+        name, height = panel.line
+        axis.axhline(height, color="black", linestyle="--", linewidth=1, label=name)
+        axis.annotate(
+            f"{height:.0f}", (1, height), xycoords=("axes fraction", "data"), xytext=(2, 0),
+            textcoords="offset points", va="center", fontsize=7,
+        )  # fmt: skip
+    axis.set_title(panel.title, loc="left", fontsize=10, fontweight="bold")
+    axis.set_xticks(range(len(panel.groups)), panel.groups, fontsize=8)
+    axis.set_ylabel(panel.unit, fontsize=9)
     axis.margins(y=0.1)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.3, linewidth=0.6)
     axis.set_axisbelow(True)
+
+
+def _figure(lines: int, columns: int, title: str) -> tuple[Figure, list[list[Axes]]]:
+    figure = Figure(figsize=(13, 0.9 + 3.1 * lines), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    return figure, figure.subplots(lines, columns, squeeze=False).tolist()
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

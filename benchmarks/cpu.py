@@ -2,52 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
-from . import chart, environment, report
+from . import chart, decode, environment, fallback, report, small, threads, window
 from .cases import CPU_CASES, CPU_QUICK_CASES, Case
+from .limit import Limit
 from .peers import CPU_PEERS
-from .suite import Row, measure
+from .report import Chapter, Notes
+from .subject import Subject
+from .suite import Effort, Row, measure
 
 BASELINE = "SDPA fused"
+SUBJECTS = (fallback.SUBJECT, decode.SUBJECT, small.SUBJECT, window.SUBJECT, threads.SUBJECT)
+# The longest shapes take seconds per round, so the shorter ones are given time for as many rounds as they need.
+_EFFORT = Effort(clock_seconds=2.0, min_rounds=3)
 
 
 def run(out_dir: Path, *, quick: bool = False, console: Console | None = None) -> list[Row]:
-    """Measures, prints the tables, and writes cpu.jsonl and cpu.png into `out_dir`.
+    """Measures, prints the tables, and writes cpu.jsonl, cpu.png and cpu-more.png into `out_dir`.
 
     Args:
         out_dir: made where missing; results of an earlier run there are replaced.
-        quick: two small shapes in a quarter of the time.
+        quick: small shapes in a seventh of the time.
         console: where the tables go; standard output by default.
 
     Returns:
         One row per case, direction and peer. A row with status "failed" is a wrong result.
     """
     console = console or Console()
-    cases, seconds = (CPU_QUICK_CASES, 20.0) if quick else (CPU_CASES, 100.0)
+    cases, seconds = (CPU_QUICK_CASES, 10.0) if quick else (CPU_CASES, 90.0)
+    limit = Limit(dict.fromkeys(case.dtype_name for case in cases))
     rows: list[Row] = []
-    steps = measure(cases, CPU_PEERS, "cpu", seconds)
-    for step in track(
-        steps, "measuring", total=len(cases), console=console, transient=True, disable=not console.is_terminal
-    ):
-        rows += step
-    _publish(out_dir, rows, console)
-    return rows
+    answers: dict[Subject, list[Row]] = {subject: [] for subject in SUBJECTS}
+
+    def steps() -> Iterator[None]:
+        for found in measure([(case,) for case in cases], CPU_PEERS, "cpu", seconds, _EFFORT):
+            rows.extend(found)
+            limit.measure()
+            yield
+        for subject, answer in answers.items():
+            for found in subject.measure(quick):
+                answer += found
+                limit.measure()
+            yield
+
+    total = len(cases) + sum(len(subject.quick_groups if quick else subject.groups) for subject in SUBJECTS)
+    for _ in track(steps(), "measuring", total=total, console=console, transient=True, disable=not console.is_terminal):
+        pass
+    _publish(out_dir, rows, answers, limit, console)
+    return rows + [row for answer in answers.values() for row in answer]
 
 
-def _publish(out_dir: Path, rows: Sequence[Row], console: Console) -> None:
+def _publish(
+    out_dir: Path, rows: Sequence[Row], answers: dict[Subject, list[Row]], limit: Limit, console: Console
+) -> None:
     about = environment.describe("cpu", Path(__file__).parent)
-    report.write_lines(out_dir / "cpu.jsonl", rows, about, BASELINE)
+    chapters = [Chapter("attention", BASELINE, rows), *(subject.chapter(found) for subject, found in answers.items())]
+    report.write_lines(out_dir / "cpu.jsonl", chapters, about, limit.gflops)
     title = environment.title(about)
-    chart.draw(out_dir / "cpu.png", rows, title, panel=lambda case: case.dtype_name, label=_label)
-    console.print(f"[bold]{title}[/bold]", highlight=False)
-    report.print_tables(rows, BASELINE, console)
+    pictures = out_dir / "cpu.png", out_dir / "cpu-more.png"
+    chart.draw(pictures[0], rows, title, lambda case: case.dtype_name, _label, limit.gflops)
+    panels = [panel for subject, found in answers.items() for panel in subject.panels(found)]
+    chart.draw_panels(pictures[1], panels, title)
+    console.print(f"[bold]{title}[/bold]\n{limit}", highlight=False)
+    report.print_tables(rows, BASELINE, console, limit.gflops)
     report.print_summary(rows, BASELINE, console)
-    console.print(f"chart: {out_dir / 'cpu.png'}\nfigures: {out_dir / 'cpu.jsonl'}", highlight=False, soft_wrap=True)
+    for subject, found in answers.items():
+        notes = Notes()
+        console.print(subject.table(found, notes))
+        notes.print(console)
+        report.print_dim(subject.legend, console)
+    for path in (*pictures, out_dir / "cpu.jsonl"):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 def _label(case: Case) -> str:

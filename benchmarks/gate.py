@@ -2,45 +2,101 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
 from torch import Tensor
 
 from pyattn import testing
 
-from .cases import Case, Direction, Inputs
+from .cases import DIRECTIONS, Case, Direction, Inputs
 
-NAMES = {"forward": ("out",), "backward": ("d_q", "d_k", "d_v")}
 # The definition holds whole score matrices in float64, a dozen of them at a time: 0.4 GiB at this length for one head.
 ONE_HEAD_FROM = 2048
+# When no gradient is judged the queries are independent too, and the last so many of them, which see the most, suffice.
+FORWARD_QUERIES = 512
+# Of dropout's mask; torch's own, which differs, cannot be held against the definition.
+SEED = 20
+
+
+class _Sample(NamedTuple):
+    """A part of a case that can be computed on its own: how to cut it out of a tensor, and what it should be."""
+
+    cut: Callable[[str, Tensor], Tensor]  # by the tensor's name: q, k, v, bias, out, or a gradient's, d_q
+    oracle: testing.Oracle
 
 
 class Gate:
     """The right results of one case on its first and last head, by `pyattn.testing`'s rule.
 
     Heads are independent, so two of them judge the kernel at its full size; in the others only a NaN or an infinity
-    is looked for.
+    is looked for. Of packed sequences it is the first head of the first and the last sequence.
     """
 
-    def __init__(self, case: Case, x: Inputs) -> None:
-        self._one_head = case.b * case.h == 1 or max(case.m, case.n) >= ONE_HEAD_FROM
-        q, k, v, d_out = (self._sample(t) for t in x)
-        b = q.shape[0]
-        sample = testing.Case(case.id, b, 1, 1, case.m, case.n, case.d, case.d, causal=case.causal)
-        tensors, options = {"q": q, "k": k, "v": v}, {"causal": case.causal}
-        call = testing.Call(sample, tensors, options, d_out, d_lse=d_out.new_zeros(d_out.shape[:3]))
-        self._oracle = testing.reference(call)
+    def __init__(self, case: Case, x: Inputs, directions: Sequence[Direction] = DIRECTIONS) -> None:
+        queries = FORWARD_QUERIES if tuple(directions) == ("forward",) else case.m
+        cuts = [_head_cut(case, queries)] if case.lengths is None else _sequence_cuts(case.lengths)
+        self._samples = [_Sample(cut, _oracle(case, x, cut)) for cut in cuts]
+        self._gradients = tuple(f"d_{name}" for name in x.leaves)
 
-    def problem(self, direction: Direction, results: tuple[Tensor, ...]) -> str | None:
-        """What is wrong with the results; None when they may be timed."""
-        for name, result in zip(NAMES[direction], results, strict=True):
+    def problem(self, direction: Direction, results: tuple[Tensor, ...], comparable: bool = True) -> str | None:
+        """What is wrong with the results; None when they may be timed.
+
+        Args:
+            comparable: False for results that the definition does not determine; they need only be finite.
+        """
+        for name, result in zip(self._names(direction), results, strict=True):
             if not result.isfinite().all():
                 return f"{name} has values that are not finite"
-            right = (self._oracle.expected[name], self._oracle.baseline[name], self._oracle.rounding[name])
-            found = testing.compare(name, self._sample(result), *right)
-            if not found.excess <= 1:
-                return f"{name} is wrong: its error {found.error:.2g} is {found.excess:.2g} times what is allowed"
+            for cut, oracle in self._samples if comparable else ():
+                found = testing.compare(
+                    name, cut(name, result), oracle.expected[name], oracle.baseline[name], oracle.rounding[name]
+                )
+                if not found.excess <= 1:
+                    return f"{name} is wrong: its error {found.error:.2g} is {found.excess:.2g} times what is allowed"
         return None
 
-    def _sample(self, t: Tensor) -> Tensor:
-        """[b, h, m, d] to [1 or 2, 1, m, d]: the last head, before it the first."""
-        ends = (-1,) if self._one_head else (0, -1)
-        return t.detach()[ends, ends].unsqueeze(1)
+    def _names(self, direction: Direction) -> tuple[str, ...]:
+        out, gradients = ("out",), self._gradients
+        return {"forward": out, "backward": gradients, "forward + backward": out + gradients}[direction]
+
+
+def _head_cut(case: Case, queries: int) -> Callable[[str, Tensor], Tensor]:
+    """[b, heads, length, size] to the heads of one key/value head, and the last queries: [1 or 2, 1 or group, ...]."""
+    if case.dropout_p > 0:
+        ends: tuple[int, ...] = (0,)  # the mask depends on the number of the batch element and of the head
+    elif case.b * case.hk == 1 or max(case.m, case.n) >= ONE_HEAD_FROM:
+        ends = (-1,)
+    else:
+        ends = (0, -1)
+
+    def cut(name: str, t: Tensor) -> Tensor:
+        heads = t.detach().unflatten(1, (case.hk, -1))[ends, ends]
+        return heads[:, :, -queries:] if name in ("q", "out", "d_out") else heads
+
+    return cut
+
+
+def _sequence_cuts(lengths: tuple[int, ...]) -> list[Callable[[str, Tensor], Tensor]]:
+    """[total, heads, size] to the first head of one sequence, [1, 1, length, size]."""
+    spans = list(pairwise(accumulate(lengths, initial=0)))
+
+    def cut_of(start: int, end: int) -> Callable[[str, Tensor], Tensor]:
+        return lambda name, t: t.detach()[start:end, 0][None, None]
+
+    return [cut_of(*spans[end]) for end in (0, -1)]
+
+
+def _oracle(case: Case, x: Inputs, cut: Callable[[str, Tensor], Tensor]) -> testing.Oracle:
+    tensors: dict[str, Any] = {name: cut(name, t) for name, t in x.leaves.items()}
+    d_out = cut("d_out", x.d_out)
+    options: dict[str, Any] = {
+        "causal": case.causal,
+        "window": None if case.left is None else (case.left, 0),
+        "dropout_p": case.dropout_p,
+        "seed": SEED if case.dropout_p > 0 else None,
+    }
+    return testing.reference(
+        testing.Call(testing.Case(case.id), tensors, options, d_out, d_lse=d_out.new_zeros(d_out.shape[:3]))
+    )

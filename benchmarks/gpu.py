@@ -96,9 +96,11 @@ def run_benchmark(checkout: Path, seconds: float) -> list[Row]:
     folder = checkout / "benchmarks" / "results" / environment.slug(str(about["device"]))
     console = Console(width=150, highlight=False)
     rows: list[Row] = []
-    for case, found in zip(GPU_CASES, measure(GPU_CASES, GPU_PEERS, "cuda", seconds), strict=True):
+    for case, found in zip(
+        GPU_CASES, measure([(case,) for case in GPU_CASES], GPU_PEERS, "cuda", seconds), strict=True
+    ):
         rows = sorted([*rows, *found], key=_place)
-        report.write_lines(folder / "gpu.jsonl", rows, about, BASELINE)
+        report.write_lines(folder / "gpu.jsonl", [report.Chapter("attention", BASELINE, rows)], about)
         timed = sum(row.timing is not None for row in found)
         console.print(f"{case.id}: {timed} of {len(found)} timed")
     title = environment.title(about)

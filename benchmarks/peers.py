@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from itertools import accumulate
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import pyattn
 
 from .cases import Case, Direction, Inputs
+from .gate import SEED
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[..., Tensor]  # of q, k, v and, in a case that has one, the bias
 
 
 class Peer(ABC):
@@ -25,12 +27,19 @@ class Peer(ABC):
     # What preparing one case is expected to take, where that is long enough to plan for; by device type.
     setup_seconds: ClassVar[dict[str, float]] = {}
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, threads: int | None = None, takes: Callable[[Case], bool] | None = None) -> None:
+        """threads: of the CPU, instead of all that torch uses. takes: the cases that there is time for; None is all."""
         self.name = name
+        self.threads = threads
+        self._takes = takes
 
     def refusal(self, case: Case, direction: Direction, device: str) -> str | None:
         """Why the peer is not asked to run this, known without trying; None when it is."""
-        return None
+        return None if self._takes is None or self._takes(case) else "left out of this case to save time"
+
+    def comparable(self, case: Case) -> bool:
+        """Whether the definition determines its result: not that of a dropout mask of its own."""
+        return self.ours or case.dropout_p == 0
 
     @abstractmethod
     def prepare(self, case: Case, device: str) -> Attention:
@@ -42,31 +51,56 @@ class Pyattn(Peer):
 
     ours = True
 
-    def __init__(self) -> None:
-        super().__init__("pyattn")
+    def __init__(self, name: str = "pyattn", *, threads: int | None = None) -> None:
+        super().__init__(name, threads=threads)
 
     def prepare(self, case: Case, device: str) -> Attention:
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = pyattn.attention(q, k, v, causal=case.causal)
-            assert isinstance(out, Tensor)
-            return out
-
-        return attention
+        options: dict[str, Any] = {"causal": case.causal}
+        if case.left is not None:
+            options["window"] = (case.left, 0)
+        if case.dropout_p > 0:
+            options |= {"dropout_p": case.dropout_p, "seed": SEED}
+        if case.lengths is not None:
+            starts = torch.tensor([0, *accumulate(case.lengths)], dtype=torch.int32, device=device)
+            return lambda q, k, v: pyattn.attention_varlen(q, k, v, starts, starts, **options)  # type: ignore[return-value]
+        if case.bias:
+            return lambda q, k, v, bias: pyattn.attention(q, k, v, bias=bias, **options)  # type: ignore[return-value]
+        return lambda q, k, v: pyattn.attention(q, k, v, **options)  # type: ignore[return-value]
 
 
 class Sdpa(Peer):
-    """torch's scaled_dot_product_attention held to one of its backends, which then runs or raises."""
+    """torch's scaled_dot_product_attention, held to one of its backends, which then runs or raises, or free."""
 
-    def __init__(self, name: str, backend: SDPBackend) -> None:
-        super().__init__(name)
+    def __init__(
+        self, name: str, backend: SDPBackend | None = None, *, takes: Callable[[Case], bool] | None = None
+    ) -> None:
+        super().__init__(name, takes=takes)
         self.backend = backend
 
-    def prepare(self, case: Case, device: str) -> Attention:
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with sdpa_kernel(self.backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal)
+    def refusal(self, case: Case, direction: Direction, device: str) -> str | None:
+        if case.left is not None or case.lengths is not None:
+            return "has neither windows nor packed sequences"
+        return super().refusal(case, direction, device)
 
-        return attention
+    def prepare(self, case: Case, device: str) -> Attention:
+        options: dict[str, Any] = {"is_causal": case.causal}
+        if case.dropout_p > 0:
+            options["dropout_p"] = case.dropout_p
+        if case.group != 1:
+            options["enable_gqa"] = True
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, **options)
+
+        if self.backend is None:
+            return attention
+        backend = self.backend
+
+        def held(*leaves: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return attention(*leaves)
+
+        return held
 
 
 class Flex(Peer):
@@ -75,13 +109,13 @@ class Flex(Peer):
     # On 2 CPU cores 25 s for the first shape, with nothing cached (AMD EPYC, torch 2.13, 2026-11).
     setup_seconds: ClassVar[dict[str, float]] = {"cpu": 25.0, "cuda": 15.0}
 
-    def __init__(self) -> None:
-        super().__init__("FlexAttention")
+    def __init__(self, *, takes: Callable[[Case], bool] | None = None) -> None:
+        super().__init__("FlexAttention", takes=takes)
 
     def refusal(self, case: Case, direction: Direction, device: str) -> str | None:
         if device == "cpu" and direction == "backward":
             return "has no backward on the CPU"
-        return None
+        return super().refusal(case, direction, device)
 
     def prepare(self, case: Case, device: str) -> Attention:
         import torch._functorch.config
@@ -95,31 +129,69 @@ class Flex(Peer):
         return lambda q, k, v: compiled(q, k, v, block_mask=blocks)
 
 
+class Copy(Peer):
+    """No attention: a plain copy of as many bytes as k and v have, which says what the memory is able to do."""
+
+    def __init__(self) -> None:
+        super().__init__("copy")
+
+    def comparable(self, case: Case) -> bool:
+        return False
+
+    def prepare(self, case: Case, device: str) -> Attention:
+        source = torch.ones(case.b, case.hk, case.n, case.d + case.dv, dtype=case.dtype, device=device)
+        target = torch.empty_like(source)
+        return lambda q, k, v: target.copy_(source)
+
+
 def bound(peer: Peer, case: Case, direction: Direction, x: Inputs) -> Callable[[], tuple[Tensor, ...]]:
-    """What is checked, timed and weighed: a call that returns (out,), or the gradients (d_q, d_k, d_v)."""
+    """What is checked, timed and weighed: a call that returns (out,), the gradients (d_q, d_k, d_v, ...), or all."""
     attention = peer.prepare(case, x.q.device.type)
     if direction == "forward":
+        given = tuple(x.leaves.values())
 
         def forward() -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                return (attention(x.q, x.k, x.v),)
+            return (attention(*given),)
 
-        return forward
-    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
-    out = attention(*leaves)
-    return lambda: torch.autograd.grad(out, leaves, x.d_out, retain_graph=True)
+        return _on_threads(forward, peer.threads)
+    leaves = [t.detach().requires_grad_() for t in x.leaves.values()]
+    if direction == "backward":
+        out = attention(*leaves)
+        return _on_threads(lambda: torch.autograd.grad(out, leaves, x.d_out, retain_graph=True), peer.threads)
+
+    def both() -> tuple[Tensor, ...]:
+        result = attention(*leaves)
+        return result.detach(), *torch.autograd.grad(result, leaves, x.d_out)
+
+    return _on_threads(both, peer.threads)
+
+
+def _on_threads(call: Callable[[], tuple[Tensor, ...]], threads: int | None) -> Callable[[], tuple[Tensor, ...]]:
+    if threads is None:
+        return call
+
+    def run() -> tuple[Tensor, ...]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return call()
+        finally:
+            torch.set_num_threads(before)
+
+    return run
 
 
 def _causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
     return i >= j
 
 
-# The first is ours, the second the one that ratios are taken against.
+# The first is ours, the second the one that ratios are taken against. The unfused one takes seconds per round from
+# length 2048 on, and FlexAttention compiles for tens of seconds: both run where they cost least.
 CPU_PEERS: tuple[Peer, ...] = (
     Pyattn(),
     Sdpa("SDPA fused", SDPBackend.FLASH_ATTENTION),
-    Sdpa("SDPA math", SDPBackend.MATH),
-    Flex(),
+    Sdpa("SDPA math", SDPBackend.MATH, takes=lambda case: case.m <= 1024),
+    Flex(takes=lambda case: case.m <= 1024 and case.causal and case.dtype is torch.float32),
 )
 GPU_PEERS: tuple[Peer, ...] = (
     Pyattn(),

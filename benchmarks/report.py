@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import exp, log
 from pathlib import Path
-from typing import TypeVar
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -17,25 +18,42 @@ from .suite import Row
 
 T = TypeVar("T")
 
+Limits = Mapping[str, float]  # GFLOP/s by dtype; empty where the machine's limit is not known
+NO_LIMITS: Limits = MappingProxyType({})
 
-def record(row: Row, about: dict[str, object], baseline: Row | None) -> dict[str, object]:
+
+class Chapter(NamedTuple):
+    """Rows that answer one question. `baseline` names the peer that `speedup` is taken against."""
+
+    name: str
+    baseline: str
+    rows: Sequence[Row]
+
+
+def record(row: Row, about: dict[str, object], baseline: Row | None, chapter: str, limits: Limits) -> dict[str, object]:
     """One line of results. `speedup` is the baseline's median time over this peer's."""
     case, timing = row.case, row.timing
-    return {
-        "case": case.id, "b": case.b, "h": case.h, "m": case.m, "n": case.n, "d": case.d,
-        "dtype": case.dtype_name, "causal": case.causal, "direction": row.direction,
-        "peer": row.peer, "status": row.status, "reason": row.reason,
+    return about | {
+        "chapter": chapter, "case": case.id, "b": case.b, "h": case.h, "hk": case.hk, "m": case.m, "n": case.n,
+        "d": case.d, "dv": case.dv, "dtype": case.dtype_name, "causal": case.causal, "left": case.left,
+        "dropout_p": case.dropout_p, "bias": case.bias, "lengths": case.lengths,
+        "direction": row.direction, "peer": row.peer, "status": row.status, "reason": row.reason,
         "p20_ms": timing and timing.p20_ms, "p50_ms": timing and timing.p50_ms, "p80_ms": timing and timing.p80_ms,
-        "rounds": timing and timing.rounds, "gflops": row.gflops, "peak_bytes": row.peak_bytes,
-        "speedup": baseline and speedup(row, baseline), **about,
+        "rounds": timing and timing.rounds, "gflops": row.gflops, "limit_gflops": limits.get(case.dtype_name),
+        "peak_bytes": row.peak_bytes, "speedup": baseline and speedup(row, baseline),
+        "threads": row.threads or about["threads"],
     }  # fmt: skip
 
 
-def write_lines(path: Path, rows: Sequence[Row], about: dict[str, object], baseline: str) -> None:
+def write_lines(path: Path, chapters: Iterable[Chapter], about: dict[str, object], limits: Limits = NO_LIMITS) -> None:
     """Overwrites `path` with one JSON object per row."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    against = {(row.case, row.direction): row for row in rows if row.peer == baseline}
-    lines = (json.dumps(record(row, about, against.get((row.case, row.direction)))) for row in rows)
+    lines = [
+        json.dumps(record(row, about, next((r for r in group if r.peer == baseline), None), name, limits))
+        for name, baseline, rows in chapters
+        for group in by_call(rows)
+        for row in group
+    ]
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
@@ -51,19 +69,55 @@ def unit(rows: Iterable[Row]) -> tuple[str, float]:
     return ("TFLOP/s", 1e3) if fastest > 1e4 else ("GFLOP/s", 1.0)
 
 
-def print_tables(rows: Sequence[Row], baseline: str, console: Console) -> None:
+class Notes:
+    """Why rows have no figures, numbered, to be printed once below the tables."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def cell(self, row: Row, text: str | None) -> str:
+        """The text; where there is none, the number of the reason."""
+        if text is not None:
+            return text
+        number = self._numbers.setdefault(row.reason, len(self._numbers) + 1)
+        return f"[red]FAILED[/red] ({number})" if row.status == "failed" else f"[dim]({number})[/dim]"
+
+    def ms(self, row: Row) -> str:
+        return self.cell(row, row.timing and f"{row.timing.p50_ms:.2f}")
+
+    def print(self, console: Console) -> None:
+        for reason, number in self._numbers.items():
+            print_dim(f"({number}) {reason}", console)
+
+
+def print_dim(text: str, console: Console) -> None:
+    console.print(f"[dim]{escape(text)}[/dim]", highlight=False)
+
+
+def table(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:
+    """The first column is text, the others are figures."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, column in enumerate(columns):
+        made.add_column(column, justify="right" if place else "left", no_wrap=not place)
+    for line in lines:
+        made.add_row(*line)
+    return made
+
+
+def print_tables(rows: Sequence[Row], baseline: str, console: Console, limits: Limits = NO_LIMITS) -> None:
     """A table per dtype and direction: a line per case, three figures per peer; below, why a peer did not run."""
-    notes: dict[str, int] = {}
+    notes = Notes()
     for dtype, direction in _in_order((row.case.dtype_name, row.direction) for row in rows):
         chosen = [row for row in rows if (row.case.dtype_name, row.direction) == (dtype, direction)]
-        console.print(_table(f"{direction}, {dtype}", chosen, baseline, notes))
-    for reason, number in notes.items():
-        console.print(f"[dim]({number}) {escape(reason)}[/dim]", highlight=False)
+        console.print(_speed_table(f"{direction}, {dtype}", chosen, baseline, notes, limits.get(dtype)))
+    notes.print(console)
     legend = (
         "ms: median time. GFLOP/s, TFLOP/s: operations of the matrix products alone. MB: peak memory beyond the "
         f"inputs, results included. ratio: {baseline}'s time over pyattn's."
     )
-    console.print(f"[dim]{legend}[/dim]", highlight=False)
+    if limits:
+        legend += " of limit: pyattn's speed over the machine's own limit."
+    print_dim(legend, console)
 
 
 def print_summary(rows: Sequence[Row], baseline: str, console: Console) -> None:
@@ -71,7 +125,7 @@ def print_summary(rows: Sequence[Row], baseline: str, console: Console) -> None:
     for dtype, direction in _in_order((row.case.dtype_name, row.direction) for row in rows):
         found = [
             ratio
-            for group in by_case(row for row in rows if (row.case.dtype_name, row.direction) == (dtype, direction))
+            for group in by_call(row for row in rows if (row.case.dtype_name, row.direction) == (dtype, direction))
             if (ratio := _ratio(group, baseline)) is not None
         ]
         if found:
@@ -80,38 +134,38 @@ def print_summary(rows: Sequence[Row], baseline: str, console: Console) -> None:
             console.print(f"{dtype} {direction}: {mean:.2f} times the speed of {baseline} ({spread})", highlight=False)
 
 
-def by_case(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows of one direction, grouped by case in their order."""
-    groups: dict[str, list[Row]] = {}
+def by_call(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each case in each direction, a row per peer, in their order."""
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault(row.case.id, []).append(row)
+        groups.setdefault((row.case.id, row.direction), []).append(row)
     return list(groups.values())
 
 
-def _table(title: str, rows: Sequence[Row], baseline: str, notes: dict[str, int]) -> Table:
+def _speed_table(title: str, rows: Sequence[Row], baseline: str, notes: Notes, limit: float | None) -> Table:
     speed, scale = unit(rows)
-    table = Table(title=f"{title}: ms, {speed}, MB", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("case", no_wrap=True)
-    for peer in _in_order(row.peer for row in rows):
-        table.add_column(peer, justify="right")
-    table.add_column("ratio", justify="right")
-    for group in by_case(rows):
-        ratio = _ratio(group, baseline)
-        cells = [_cell(row, scale, notes) for row in group]
-        table.add_row(group[0].case.label, *cells, "" if ratio is None else f"[bold]{ratio:.2f}[/bold]")
-    return table
+    peers = _in_order(row.peer for row in rows)
+    lines = []
+    for group in by_call(rows):
+        ratio, gflops = _ratio(group, baseline), group[0].gflops
+        line = [group[0].case.label, *(_cell(row, scale, notes) for row in group)]
+        line.append("" if ratio is None else f"[bold]{ratio:.2f}[/bold]")
+        if limit is not None:
+            line.append("" if gflops is None else f"{gflops / limit:.0%}")
+        lines.append(line)
+    columns = ["case", *peers, "ratio", *([] if limit is None else ["of limit"])]
+    return table(f"{title}: ms, {speed}, MB", columns, lines)
 
 
-def _cell(row: Row, scale: float, notes: dict[str, int]) -> str:
+def _cell(row: Row, scale: float, notes: Notes) -> str:
     if row.timing is None or row.gflops is None:
-        number = notes.setdefault(row.reason, len(notes) + 1)
-        return f"[red]FAILED[/red] ({number})" if row.status == "failed" else f"[dim]({number})[/dim]"
+        return notes.cell(row, None)
     megabytes = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
     return f"{row.timing.p50_ms:.2f} {row.gflops / scale:5.0f} {megabytes:>4}"
 
 
 def _ratio(group: Sequence[Row], baseline: str) -> float | None:
-    """The first peer's speed-up over `baseline` within one case."""
+    """The first peer's speed-up over `baseline` within one call."""
     against = next((row for row in group if row.peer == baseline), None)
     return None if against is None else speedup(group[0], against)
 

@@ -17,8 +17,8 @@ from .gate import Gate
 from .peers import Peer, bound
 from .timing import Timing, interleaved
 
-# What the clock gets per direction at most, and what a case takes in all when its peers need no preparation.
-_CLOCK_SECONDS, _CASE_SECONDS = 1.0, 4.0
+# What a case takes in all when its peers need no preparation.
+_CASE_SECONDS = 4.0
 
 Call = Callable[[], tuple[torch.Tensor, ...]]
 Status = Literal["ok", "failed", "not run"]
@@ -35,6 +35,7 @@ class Row:
     reason: str = ""
     timing: Timing | None = None
     peak_bytes: int | None = None  # beyond the inputs, the results included
+    threads: int | None = None  # None is as many as torch uses
 
     @property
     def gflops(self) -> float | None:
@@ -42,43 +43,77 @@ class Row:
         return None if self.timing is None else self.case.flops(self.direction) / self.timing.p50_ms / 1e6
 
 
-def measure(cases: Sequence[Case], peers: Sequence[Peer], device: str, seconds: float) -> Iterator[list[Row]]:
-    """The rows of each case in turn, until `seconds` are used up; the cases after that say so and are not run."""
+@dataclass(frozen=True)
+class Effort:
+    """What is measured of a case, and how hard.
+
+    Args:
+        directions: each is checked and timed on its own.
+        clock_seconds: what the clock gets per direction at most, beyond `min_rounds`.
+        min_rounds: every call is timed at least so often.
+        repeats: calls in a row that make one sample.
+    """
+
+    directions: tuple[Direction, ...] = DIRECTIONS
+    clock_seconds: float = 1.0
+    min_rounds: int = 5
+    repeats: int = 1
+
+
+def measure(
+    groups: Sequence[Sequence[Case]], peers: Sequence[Peer], device: str, seconds: float, effort: Effort = Effort()
+) -> Iterator[list[Row]]:
+    """The rows of each group in turn, until `seconds` are used up; the groups after that say so and are not run.
+
+    The cases of one group are timed side by side.
+    """
     end = time.monotonic() + seconds
-    for index, case in enumerate(cases):
-        left, after = end - time.monotonic(), len(cases) - index - 1
+    for index, cases in enumerate(groups):
+        left, after = end - time.monotonic(), len(groups) - index - 1
         if left <= 0:
-            yield _not_run(case, peers, f"the time budget of {seconds:.0f} s was used up before it")
+            yield _not_run(cases, peers, effort, f"the time budget of {seconds:.0f} s was used up before it")
             continue
-        # Half of a case's share goes to the clock; the other half to its inputs, its check and compilation.
-        clock = min(left / (after + 1) / 2 / len(DIRECTIONS), _CLOCK_SECONDS)
-        yield measure_case(case, peers, device, clock, setup_until=end - after * _CASE_SECONDS)
+        # Half of a group's share goes to the clock; the other half to its inputs, its check and compilation.
+        clock = min(left / (after + 1) / 2 / len(effort.directions), effort.clock_seconds)
+        yield measure_group(cases, peers, device, clock, effort, setup_until=end - after * _CASE_SECONDS)
 
 
-def measure_case(
-    case: Case, peers: Sequence[Peer], device: str, seconds: float, setup_until: float = float("inf")
+def measure_group(
+    cases: Sequence[Case],
+    peers: Sequence[Peer],
+    device: str,
+    seconds: float,
+    effort: Effort = Effort(),
+    setup_until: float = float("inf"),
 ) -> list[Row]:
-    """Both directions of one case.
+    """Every direction of some cases, which take turns with one another.
 
     Args:
         seconds: for the clock, in each direction.
         setup_until: when, by time.monotonic(), the preparation of slow peers must be over.
     """
-    x = make_inputs(case, device)
+    inputs = {case: make_inputs(case, device) for case in cases}
     try:
-        gate = Gate(case, x)
+        gates = {case: Gate(case, inputs[case], effort.directions) for case in cases}
     except torch.OutOfMemoryError:
-        return _not_run(case, peers, "not checked, so not timed: the float64 definition does not fit in memory")
+        reason = "not checked, so not timed: the float64 definition does not fit in memory"
+        return _not_run(cases, peers, effort, reason)
     rows: list[Row] = []
-    for direction in DIRECTIONS:
-        outcomes = {peer.name: admitted(peer, case, direction, x, gate, setup_until) for peer in peers}
-        calls = {name: outcome for name, outcome in outcomes.items() if not isinstance(outcome, Row)}
-        timings = interleaved(calls, device, seconds)
-        for name, outcome in outcomes.items():
-            if isinstance(outcome, Row):
-                rows.append(outcome)
-            else:
-                rows.append(Row(case, direction, name, "ok", "", timings[name], memory.peak(outcome, device)))
+    for direction in effort.directions:
+        with torch.set_grad_enabled(direction != "forward"):
+            outcomes = {
+                (case, peer): admitted(peer, case, direction, inputs[case], gates[case], setup_until)
+                for case in cases
+                for peer in peers
+            }
+            calls = {key: outcome for key, outcome in outcomes.items() if not isinstance(outcome, Row)}
+            timings = interleaved(calls, device, seconds, effort.repeats, effort.min_rounds)
+            for (case, peer), outcome in outcomes.items():
+                if isinstance(outcome, Row):
+                    rows.append(outcome)
+                    continue
+                timing, peak = timings[case, peer], memory.peak(outcome, device)
+                rows.append(Row(case, direction, peer.name, "ok", "", timing, peak, peer.threads))
     return rows
 
 
@@ -95,15 +130,20 @@ def admitted(
         return Row(case, direction, peer.name, "not run", reason)
     try:
         call = bound(peer, case, direction, x)
-        problem = gate.problem(direction, call())
+        problem = gate.problem(direction, call(), peer.comparable(case))
     except Exception as error:  # whatever a peer raises is its reason, shown in the table
         excused = not peer.ours or isinstance(error, UnsupportedError)
         return Row(case, direction, peer.name, "not run" if excused else "failed", _in_one_line(error))
     return call if problem is None else Row(case, direction, peer.name, "failed", problem)
 
 
-def _not_run(case: Case, peers: Sequence[Peer], reason: str) -> list[Row]:
-    return [Row(case, direction, peer.name, "not run", reason) for direction in DIRECTIONS for peer in peers]
+def _not_run(cases: Sequence[Case], peers: Sequence[Peer], effort: Effort, reason: str) -> list[Row]:
+    return [
+        Row(case, direction, peer.name, "not run", reason)
+        for direction in effort.directions
+        for case in cases
+        for peer in peers
+    ]
 
 
 def _in_one_line(error: Exception) -> str:

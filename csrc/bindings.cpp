@@ -18,9 +18,11 @@ using pyattn::Dtype;
 using pyattn::Isa;
 using pyattn::TensorArg;
 
-void require(bool holds, const std::string& message) {
-    if (!holds) throw py::value_error(message);
-}
+// The message is built only when it is needed.
+#define REQUIRE(holds, message)                     \
+    do {                                            \
+        if (!(holds)) throw py::value_error(message); \
+    } while (false)
 
 Dtype dtype_of(const std::string& name) {
     if (name == "float32") return Dtype::float32;
@@ -43,10 +45,10 @@ const Isa& isa_of(const std::string& name) {
 }
 
 // a * b + c in 64 bits, or an error.
-int64_t checked(int64_t a, int64_t b, int64_t c, const std::string& name) {
+int64_t checked(int64_t a, int64_t b, int64_t c, const char* name) {
     int64_t product = 0, sum = 0;
     const bool overflows = __builtin_mul_overflow(a, b, &product) || __builtin_add_overflow(product, c, &sum);
-    require(!overflows, name + ": sizes and strides overflow 63 bits");
+    REQUIRE(!overflows, name + ": sizes and strides overflow 63 bits");
     return sum;
 }
 
@@ -73,31 +75,31 @@ void check_bounds(const std::string& name, const TensorArg& tensor, int64_t elem
     const int64_t at = static_cast<int64_t>(reinterpret_cast<uintptr_t>(tensor.ptr) - base);
     const bool inside = tensor.ptr && at >= 0 && checked(lowest, element, at, name) >= 0 &&
                         checked(highest, element, checked(1, element, at, name), name) <= bytes;
-    require(inside, name + ": reaches outside its storage of " + std::to_string(bytes) + " bytes");
+    REQUIRE(inside, name + ": reaches outside its storage of " + std::to_string(bytes) + " bytes");
 }
 
 // given: (pointer, shape, strides, storage's pointer, storage's bytes). Broadcasting dimensions get stride 0.
 TensorArg tensor(const std::string& name, const py::tuple& given, const Form& form) {
-    require(given.size() == 5, name + ": expected (pointer, shape, strides, storage pointer, storage bytes)");
+    REQUIRE(given.size() == 5, name + ": expected (pointer, shape, strides, storage pointer, storage bytes)");
     const py::tuple size = given[1], stride = given[2];
     const auto rank = static_cast<size_t>(form.rank);
-    require(size.size() == rank && stride.size() == rank, name + ": expected " + std::to_string(rank) + " dimensions");
+    REQUIRE(size.size() == rank && stride.size() == rank, name + ": expected " + std::to_string(rank) + " dimensions");
     TensorArg tensor;
     tensor.ptr = reinterpret_cast<void*>(given[0].cast<uintptr_t>());
     int64_t next = 1;  // the stride that a contiguous tensor would have
     for (int axis = form.rank - 1; axis >= 0; --axis) {
         const auto place = static_cast<size_t>(axis);
         const int64_t expected = form.size[axis], got = size[place].cast<int64_t>();
-        require(got == expected || (form.broadcasts && got == 1),
+        REQUIRE(got == expected || (form.broadcasts && got == 1),
                 name + ": expected size " + std::to_string(expected) + " in dimension " + std::to_string(axis) +
                     ", got " + std::to_string(got));
         tensor.size[axis] = got;
         tensor.stride[axis] = got == 1 ? 0 : stride[place].cast<int64_t>();
-        require(!form.contiguous || got <= 1 || tensor.stride[axis] == next, name + ": expected a contiguous tensor");
+        REQUIRE(!form.contiguous || got <= 1 || tensor.stride[axis] == next, name + ": expected a contiguous tensor");
         next = checked(next, std::max<int64_t>(got, 1), 0, name);
     }
     const int last = form.rank - 1;
-    require(form.broadcasts || form.contiguous || tensor.size[last] <= 1 || tensor.stride[last] == 1,
+    REQUIRE(form.broadcasts || form.contiguous || tensor.size[last] <= 1 || tensor.stride[last] == 1,
             name + ": last stride must be 1");
     check_bounds(name, tensor, form.element, given[3].cast<uintptr_t>(), given[4].cast<int64_t>());
     static char nothing;
@@ -109,20 +111,20 @@ int64_t number(const py::handle& given) { return given.cast<int64_t>(); }
 
 // sizes: (b, h, hk, m, n, d, dv, sequences)
 void fill_sizes(AttentionArgs& args, const py::tuple& sizes) {
-    require(sizes.size() == 8, "sizes: expected (b, h, hk, m, n, d, dv, sequences)");
+    REQUIRE(sizes.size() == 8, "sizes: expected (b, h, hk, m, n, d, dv, sequences)");
     int64_t* const fields[] = {&args.b, &args.h, &args.hk, &args.m, &args.n, &args.d, &args.dv, &args.sequences};
     for (size_t place = 0; place < 8; ++place) {
         *fields[place] = number(sizes[place]);
-        require(*fields[place] >= 0 && *fields[place] < pyattn::kUnlimited / 4, "sizes: out of range");
+        REQUIRE(*fields[place] >= 0 && *fields[place] < pyattn::kUnlimited / 4, "sizes: out of range");
     }
-    require(args.hk > 0 && args.h > 0 && args.h % args.hk == 0, "sizes: h must be a positive multiple of hk");
-    require(args.d >= 1 && args.d <= pyattn::kMaxHeadDim, "d: expected 1 to 512, got " + std::to_string(args.d));
-    require(args.dv >= 1 && args.dv <= pyattn::kMaxHeadDim, "dv: expected 1 to 512, got " + std::to_string(args.dv));
+    REQUIRE(args.hk > 0 && args.h > 0 && args.h % args.hk == 0, "sizes: h must be a positive multiple of hk");
+    REQUIRE(args.d >= 1 && args.d <= pyattn::kMaxHeadDim, "d: expected 1 to 512, got " + std::to_string(args.d));
+    REQUIRE(args.dv >= 1 && args.dv <= pyattn::kMaxHeadDim, "dv: expected 1 to 512, got " + std::to_string(args.dv));
 }
 
 // numbers: (scale, offset, left, right, softcap, dropout_p, seed), None where pyattn/spec.py has None
 void fill_numbers(AttentionArgs& args, const py::tuple& numbers) {
-    require(numbers.size() == 7, "numbers: expected (scale, offset, left, right, softcap, dropout_p, seed)");
+    REQUIRE(numbers.size() == 7, "numbers: expected (scale, offset, left, right, softcap, dropout_p, seed)");
     const auto side = [](const py::handle& given) {
         if (given.is_none()) return pyattn::kUnlimited;
         return std::min(std::max(number(given), -pyattn::kUnlimited), pyattn::kUnlimited);
@@ -134,8 +136,8 @@ void fill_numbers(AttentionArgs& args, const py::tuple& numbers) {
     args.softcap = numbers[4].is_none() ? 0 : numbers[4].cast<double>();
     const auto dropout_p = numbers[5].cast<double>();
     args.seed = numbers[6].is_none() ? 0 : static_cast<uint64_t>(number(numbers[6]));
-    require(args.offset > -pyattn::kUnlimited && args.offset < pyattn::kUnlimited, "offset: out of range");
-    require(dropout_p >= 0 && dropout_p < 1, "dropout_p: expected [0, 1), got " + std::to_string(dropout_p));
+    REQUIRE(args.offset > -pyattn::kUnlimited && args.offset < pyattn::kUnlimited, "offset: out of range");
+    REQUIRE(dropout_p >= 0 && dropout_p < 1, "dropout_p: expected [0, 1), got " + std::to_string(dropout_p));
     args.dropout = dropout_p > 0;
     args.dropout_threshold = static_cast<uint32_t>(dropout_p * 0x1p32);
     args.keep_scale = 1 / (1 - dropout_p);
@@ -191,28 +193,28 @@ void fill_tensors(AttentionArgs& args, const py::dict& tensors) {
     }
 }
 
-void check_ends(const char* name, const int32_t* ends, int64_t sequences, int64_t total) {
-    require(ends[0] == 0, std::string(name) + ": expected to begin with 0, got " + std::to_string(ends[0]));
+void check_ends(const std::string& name, const int32_t* ends, int64_t sequences, int64_t total) {
+    REQUIRE(ends[0] == 0, name + ": expected to begin with 0, got " + std::to_string(ends[0]));
     for (int64_t t = 0; t < sequences; ++t) {
-        require(ends[t + 1] >= ends[t], std::string(name) + ": decreases after entry " + std::to_string(t));
+        REQUIRE(ends[t + 1] >= ends[t], name + ": decreases after entry " + std::to_string(t));
     }
-    require(ends[sequences] <= total, std::string(name) + ": ends at " + std::to_string(ends[sequences]) +
+    REQUIRE(ends[sequences] <= total, name + ": ends at " + std::to_string(ends[sequences]) +
                                           ", beyond the " + std::to_string(total) + " rows");
 }
 
 void check_values(const AttentionArgs& args) {
-    require(!args.cu_seqlens_q == !args.cu_seqlens_k, "cu_seqlens_q, cu_seqlens_k: expected both or neither");
-    require(args.cu_seqlens_q ? args.b == 1 : args.sequences == args.b, "sequences: not the batch size");
-    require(!args.cu_seqlens_q || !(args.mask || args.bias || args.key_lengths || args.q_segments),
+    REQUIRE(!args.cu_seqlens_q == !args.cu_seqlens_k, "cu_seqlens_q, cu_seqlens_k: expected both or neither");
+    REQUIRE(args.cu_seqlens_q ? args.b == 1 : args.sequences == args.b, "sequences: not the batch size");
+    REQUIRE(!args.cu_seqlens_q || !(args.mask || args.bias || args.key_lengths || args.q_segments),
             "cu_seqlens_q: excludes mask, bias, key_lengths and segments");
-    require(!args.q_segments == !args.k_segments, "q_segments, k_segments: expected both or neither");
+    REQUIRE(!args.q_segments == !args.k_segments, "q_segments, k_segments: expected both or neither");
     if (args.cu_seqlens_q) {
         check_ends("cu_seqlens_q", args.cu_seqlens_q, args.sequences, args.m);
         check_ends("cu_seqlens_k", args.cu_seqlens_k, args.sequences, args.n);
     }
     for (int64_t batch = 0; args.key_lengths && batch < args.b; ++batch) {
         const int32_t length = args.key_lengths[batch];
-        require(length >= 0 && length <= args.n, "key_lengths: expected 0 to n, got " + std::to_string(length));
+        REQUIRE(length >= 0 && length <= args.n, "key_lengths: expected 0 to n, got " + std::to_string(length));
     }
 }
 
@@ -221,13 +223,13 @@ AttentionArgs arguments(const std::string& dtype, const std::string& bias_dtype,
     AttentionArgs args;
     args.dtype = dtype_of(dtype);
     args.bias_dtype = dtype_of(bias_dtype);
-    require(threads >= 1, "threads: expected at least 1, got " + std::to_string(threads));
+    REQUIRE(threads >= 1, "threads: expected at least 1, got " + std::to_string(threads));
     args.threads = threads;
     fill_sizes(args, sizes);
     fill_numbers(args, numbers);
     fill_tensors(args, tensors);
     check_values(args);
-    require(args.q && args.k && args.v && args.out && args.lse, "q, k, v, out, lse: expected all of them");
+    REQUIRE(args.q && args.k && args.v && args.out && args.lse, "q, k, v, out, lse: expected all of them");
     return args;
 }
 
@@ -250,10 +252,10 @@ void forward(const std::string& isa, const std::string& dtype, const std::string
 void backward(const std::string& isa, const std::string& dtype, const std::string& bias_dtype, const py::tuple& sizes,
               const py::tuple& numbers, const py::dict& tensors, int threads) {
     const AttentionArgs args = arguments(dtype, bias_dtype, sizes, numbers, tensors, threads);
-    require(args.d_out && args.d_q && args.d_k && args.d_v && args.delta, "d_out, d_q, d_k, d_v, delta: expected all");
-    require(!args.d_bias == !args.bias && !args.d_sinks == !args.sinks, "d_bias, d_sinks: expected with bias, sinks");
+    REQUIRE(args.d_out && args.d_q && args.d_k && args.d_v && args.delta, "d_out, d_q, d_k, d_v, delta: expected all");
+    REQUIRE(!args.d_bias == !args.bias && !args.d_sinks == !args.sinks, "d_bias, d_sinks: expected with bias, sinks");
     for (int axis = 0; axis < 4; ++axis) {
-        require(args.d_bias.size[axis] == args.bias.size[axis], "d_bias: expected the sizes of bias");
+        REQUIRE(args.d_bias.size[axis] == args.bias.size[axis], "d_bias: expected the sizes of bias");
     }
     const Isa& chosen = isa_of(isa);
     const py::gil_scoped_release release;
@@ -263,7 +265,7 @@ void backward(const std::string& isa, const std::string& dtype, const std::strin
 double multiply_add_rate(const std::string& isa, const std::string& dtype, int threads) {
     const Isa& chosen = isa_of(isa);
     const Dtype of = dtype_of(dtype);
-    require(threads >= 1, "threads: expected at least 1, got " + std::to_string(threads));
+    REQUIRE(threads >= 1, "threads: expected at least 1, got " + std::to_string(threads));
     const py::gil_scoped_release release;
     return pyattn::multiply_add_rate(chosen, of, threads);
 }

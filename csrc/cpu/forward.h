@@ -143,7 +143,9 @@ class Forward {
             return all || few_ ? Range{0, count} : mask.keys_of(lane, strip, j, count);
         };
         if (few_) {
-            score_few(rows.count, k, count);
+            const bool more = j + kKeys < sequence.n;
+            const Soon values = soon(args_.v, sequence, rows.kv_head, j, args_.dv);
+            score_few(rows.count, k, count, values, soon(args_.k, sequence, rows.kv_head, j + kKeys, more * args_.d));
         } else {
             for (int64_t lane = 0; lane < lanes_; lane += strip) {
                 const Range keys = keys_of(lane);
@@ -173,14 +175,18 @@ class Forward {
                 {false, nullptr});
     }
 
-    void score_few(int64_t rows, Lanes<const E> k, int64_t count) {
-        const int64_t depth = round_up(operands<E>(args_.d), W);
-        if (rows == 1) return dots<E, 1>(q_t_, depth, count, k, depth, scores_, kQueries);
-        if (rows == 2) return dots<E, 2>(q_t_, depth, count, k, depth, scores_, kQueries);
-        if constexpr (W >= 8) {
-            if (rows <= 4) return dots<E, 4>(q_t_, depth, count, k, depth, scores_, kQueries);
+    static Soon soon(const TensorArg& tensor, const Sequence& sequence, int64_t kv_head, int64_t j, int64_t columns) {
+        constexpr int64_t size = sizeof(T);
+        const T* const row = key_row<T>(tensor, sequence, kv_head, j);
+        return {reinterpret_cast<const char*>(row), tensor.stride[2] * size, columns * size};
+    }
+
+    template <int R = W / 2>
+    void score_few(int64_t rows, Lanes<const E> k, int64_t count, const Soon& next, const Soon& after) {
+        if constexpr (R > 1) {
+            if (rows < R) return score_few<R - 1>(rows, k, count, next, after);
         }
-        if constexpr (W >= 16) dots<E, 8>(q_t_, depth, count, k, depth, scores_, kQueries);
+        dots<E, R>(q_t_, count, k, round_up(operands<E>(args_.d), W), scores_, kQueries, next, after);
     }
 
     // scores -> operands exp(factor * scores - running maximum), with dropout, and the factor by which the earlier part

@@ -102,30 +102,49 @@ static inline void gemm(int64_t lanes, int64_t columns, int64_t depth, Lanes<con
     }
 }
 
-// tile[key * ld + row] = q_row . k_key for R rows of q, R a power of two up to kWidth: for rows too few to fill lanes.
-// `depth` is a multiple of kWidth. Writes R values per key.
+// Rows of memory that are read next, brought in meanwhile.
+struct Soon {
+    const char* ptr;
+    int64_t stride, bytes;
+
+    void fetch(int64_t row) const {
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(ptr + row * stride + at);
+    }
+};
+
+// tile[key * ld + row] = q_row . k_key for R rows of q, at most kWidth: for rows too few to fill lanes. Keys are read
+// once, one after the other, as memory likes it. `depth` is a multiple of kWidth. Writes R values per key.
 template <class E, int R>
-static inline void dots(const E* q, int64_t ldq, int64_t keys, Lanes<const E> k, int64_t depth, Sum<E>* tile,
-                        int64_t ld) {
-    constexpr int W = kWidth<E>, G = W / R;
-    for (int64_t key = 0; key < keys; key += G) {
-        const E* from[G];
-        for (int g = 0; g < G; ++g) from[g] = k.ptr + (key + g < keys ? key + g : keys - 1) * k.ld;
-        Vec<Sum<E>> acc[W] = {};
-        for (int64_t t = 0; t < depth; t += W) {
+static inline void dots(const E* q, int64_t keys, Lanes<const E> k, int64_t depth, Sum<E>* tile, int64_t ld,
+                        const Soon& next, const Soon& after) {
+    // Keys per vector of sums, and vectors at a time: two hide that every sum waits for the one before.
+    constexpr int W = kWidth<E>, G = W / R, U = 2 * R > W / 4 ? 2 : 1;
+    for (int64_t key = 0; key < keys; key += U * G) {
+        Vec<Sum<E>> sums[U][W] = {};
+#pragma GCC unroll 2
+        for (int u = 0; u < U; ++u) {
 #pragma GCC unroll 16
             for (int g = 0; g < G; ++g) {
-                const Vec<E> part = load(from[g] + t);
+                const int64_t row = smaller(key + u * G + g, keys - 1);
+                const E* from = k.ptr + row * k.ld;
+                next.fetch(row);
+                after.fetch(row);
+                for (int64_t t = 0; t < depth; t += W) {
+                    const Vec<E> part = load(from + t);
 #pragma GCC unroll 16
-                for (int r = 0; r < R; ++r) {
-                    acc[g * R + r] = Product<E>::add(acc[g * R + r], part, load(q + r * ldq + t));
+                    for (int r = 0; r < R; ++r) {
+                        sums[u][g * R + r] = Product<E>::add(sums[u][g * R + r], part, load(q + r * depth + t));
+                    }
                 }
             }
         }
-        Sum<E> sums[W];
-        store(sums, sum_each<Sum<E>>(acc));
-        for (int g = 0; g < G && key + g < keys; ++g) {
-            for (int r = 0; r < R; ++r) tile[(key + g) * ld + r] = sums[g * R + r];
+        Sum<E> found[U][W];
+#pragma GCC unroll 2
+        for (int u = 0; u < U; ++u) store(found[u], sum_each<Sum<E>>(sums[u]));
+        for (int u = 0; u < U; ++u) {
+            for (int g = 0; g < G && key + u * G + g < keys; ++g) {
+                for (int r = 0; r < R; ++r) tile[(key + u * G + g) * ld + r] = found[u][g * R + r];
+            }
         }
     }
 }

@@ -59,6 +59,14 @@ struct Product<Pair> {
                                                0x110001, 0x100000);
         return (Vec<Pair>)_mm512_permutexvar_epi16(order, (__m512i)along(low, high));
     }
+    // The same of `count` numbers that are bfloat16 already, and zeros after them.
+    static Vec<Pair> interleave(const bfloat16* low, const bfloat16* high, int64_t count) {
+        const auto some = static_cast<__mmask16>((1u << count) - 1);
+        const auto widened = [some](const bfloat16* from) {
+            return (Vec<Pair>)_mm512_maskz_cvtepu16_epi32(some, _mm256_maskz_loadu_epi16(some, from));
+        };
+        return widened(low) | widened(high) << 16;
+    }
 };
 #endif
 

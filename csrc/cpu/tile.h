@@ -11,10 +11,6 @@
 namespace pyattn {
 namespace PYATTN_ISA {
 
-static inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-static inline int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
-static inline int64_t larger(int64_t x, int64_t y) { return x > y ? x : y; }
-
 // Hands out pieces of one block of memory; with a null block it only counts the bytes.
 class Scratch {
   public:
@@ -85,13 +81,14 @@ static inline Lanes<const E> load_rows_across(const T* from, int64_t ld, int64_t
         return load_rows(from, ld, count, columns, scratch, wanted, pad);
     } else {
         const int64_t width = round_up(columns, kWidth<E>);
-        const T zeros[kMaxHeadDim] = {};
+        static const T zeros[kMaxHeadDim] = {};
         for (int64_t r = 0; r < count; r += 2) {
             const T* low = !wanted || wanted[r] ? from + r * ld : zeros;
             const T* high = r + 1 < count && (!wanted || wanted[r + 1]) ? from + (r + 1) * ld : zeros;
             E* to = scratch + r / 2 * width;
-            for (int64_t c = 0; c < columns; ++c) to[c].bits = low[c].bits | uint32_t{high[c].bits} << 16;
-            for (int64_t c = columns; c < width; ++c) to[c].bits = 0;
+            for (int64_t c = 0; c < columns; c += kWidth<E>) {
+                store(to + c, Product<E>::interleave(low + c, high + c, smaller(kWidth<E>, columns - c)));
+            }
         }
         return {scratch, width};
     }

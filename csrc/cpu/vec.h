@@ -13,6 +13,10 @@
 namespace pyattn {
 namespace PYATTN_ISA {
 
+static inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+static inline int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
+static inline int64_t larger(int64_t x, int64_t y) { return x > y ? x : y; }
+
 template <class A>
 struct VecOf;
 template <>

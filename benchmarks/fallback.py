@@ -1,0 +1,69 @@
+"""What PyTorch cannot fuse on the CPU: calls for which its attention falls back to whole score matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from rich.table import Table
+
+from .cases import Case
+from .chart import Panel
+from .peers import Pyattn, Sdpa
+from .report import Notes, by_call, speedup, table
+from .subject import Groups, Subject, p50, shown
+from .suite import Effort, Row
+
+
+def _groups(*lengths: int) -> Groups:
+    """Each feature that makes torch leave its fused path, at each length."""
+    groups: list[tuple[Case, ...]] = []
+    for length in lengths:
+        plain = Case(1, 8, length, length, 64, torch.float32, False)
+        groups += [(replace(plain, dropout_p=0.1),), (replace(plain, value_dim=96),), (replace(plain, bias=True),)]
+    return tuple(groups)
+
+
+def _table(rows: Sequence[Row], notes: Notes) -> Table:
+    lines = []
+    for ours, torchs in by_call(rows):
+        ratio, times = speedup(ours, torchs), [notes.ms(ours), notes.ms(torchs)]
+        peaks = [shown(_megabytes(row), ".0f") for row in (ours, torchs)]
+        lines.append([ours.case.label, *times, shown(ratio), *peaks])
+    columns = ("case", "pyattn ms", "SDPA ms", "ratio", "pyattn MB", "SDPA MB")
+    return table("what PyTorch cannot fuse: forward + backward, float32", columns, lines)
+
+
+def _panels(rows: Sequence[Row]) -> list[Panel]:
+    calls = by_call(rows)
+    labels = [f"{ours.case.features[0]}\n{ours.case.m}" for ours, _ in calls]
+    names = [row.peer for row in calls[0]]
+    pairs = list(zip(names, zip(*calls, strict=True), strict=True))
+    note = "forward + backward, float32"
+    return [
+        Panel(f"What PyTorch cannot fuse: time,\n{note}", "ms", labels, {n: [p50(r) for r in c] for n, c in pairs}),
+        Panel(f"What PyTorch cannot fuse: peak memory,\n{note}", "MB", labels,
+              {n: [_megabytes(r) for r in c] for n, c in pairs}),
+    ]  # fmt: skip
+
+
+def _megabytes(row: Row) -> float | None:
+    return None if row.peak_bytes is None else row.peak_bytes / 1e6
+
+
+SUBJECT = Subject(
+    name="fallback",
+    groups=_groups(4096, 2048),
+    quick_groups=_groups(256),
+    peers=(Pyattn(), Sdpa("SDPA")),
+    baseline="SDPA",
+    # torch takes seconds for each of these.
+    effort=Effort(("forward + backward",), min_rounds=3),
+    seconds=100.0,
+    table=_table,
+    panels=_panels,
+    legend="ratio: SDPA's time over pyattn's. MB: peak memory beyond the inputs, output and gradients included. The "
+    "bias is [b, h, 1, n], so that neither it nor its gradient is an m x n matrix. torch draws a dropout mask of its "
+    "own, so SDPA's result with dropout is only looked over for NaN and infinity.",
+)
