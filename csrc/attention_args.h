@@ -38,7 +38,8 @@ struct AttentionArgs {
     TensorArg q, k, v, out;             // [b, h, m, d], [b, hk, n, d], [b, hk, n, dv], [b, h, m, dv]; last stride 1
     TensorArg mask, bias;               // [1|b, 1|h, 1|m, 1|n]; a broadcast dimension has stride 0
     void* lse = nullptr;                // [b, h, m] contiguous, in the accumulator's dtype
-    const int32_t* cu_seqlens_q = nullptr;  // [sequences + 1]; sequence t has rows [cu[t], cu[t + 1]) of q. Null: not packed
+    // [sequences + 1]: sequence t has rows [cu[t], cu[t + 1]) of q. Null where sequences are not packed.
+    const int32_t* cu_seqlens_q = nullptr;
     const int32_t* cu_seqlens_k = nullptr;  // [sequences + 1], of k and v
     const int32_t* key_lengths = nullptr;  // [b]
     const int32_t* q_segments = nullptr;   // [b, m] contiguous

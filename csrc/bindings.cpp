@@ -45,7 +45,7 @@ const Isa& isa_of(const std::string& name) {
 }
 
 // a * b + c in 64 bits, or an error.
-int64_t checked(int64_t a, int64_t b, int64_t c, const char* name) {
+int64_t checked(int64_t a, int64_t b, int64_t c, const std::string& name) {
     int64_t product = 0, sum = 0;
     const bool overflows = __builtin_mul_overflow(a, b, &product) || __builtin_add_overflow(product, c, &sum);
     REQUIRE(!overflows, name + ": sizes and strides overflow 63 bits");

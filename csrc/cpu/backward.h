@@ -218,7 +218,8 @@ class Backward {
         return size == 1 ? Range{0, all} : Range{index, index + 1};
     }
 
-    static void add_bias_row(BackwardTile<T>& tile, const Sequence& sequence, int64_t head, int64_t i, Range js, A* sum) {
+    static void add_bias_row(BackwardTile<T>& tile, const Sequence& sequence, int64_t head, int64_t i, Range js,
+                             A* sum) {
         tile.load_queries(sequence, head, i);
         const Range keys = tile.keys();
         const int64_t end = smaller(js.end, keys.end);

@@ -79,7 +79,8 @@ class Score {
     void add_bias_of(A* tile, int64_t j, int64_t keys, int64_t lanes) const {
         const int64_t stride_j = args_.bias.stride[3], width = padded<A>(keys);
         for (int64_t lane = 0; lane < rows_.count; ++lane) {
-            const B* from = query_row<const B>(args_.bias, rows_.sequence, rows_.head[lane], rows_.query[lane]) + j * stride_j;
+            const B* from = query_row<const B>(args_.bias, rows_.sequence, rows_.head[lane], rows_.query[lane]);
+            from += j * stride_j;
             A* row = bias_rows_ + lane * width;
             if (stride_j == 1) {
                 for (int64_t key = 0; key < keys; ++key) row[key] = static_cast<A>(widen(from[key]));
