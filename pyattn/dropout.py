@@ -1,6 +1,6 @@
 """Which attention weights dropout keeps: a function of the seed and the place of a weight, of nothing else.
 
-`pyattn.spec` states the rule; `csrc/philox.h` and `triton_kernels/philox.py` draw the same bits.
+`pyattn.spec` states the rule; `csrc/cpu/dropout.h` and `triton_kernels/philox.py` draw the same bits.
 """
 
 from __future__ import annotations

@@ -185,8 +185,8 @@ class Backward {
         const int64_t tiles_i = args.d_bias.size[2] == 1 ? 1 : query_tiles(args);
         const int64_t tiles_j = args.d_bias.size[3] == 1 ? 1 : key_tiles(args);
         const int64_t tasks = args.d_bias.size[0] * args.d_bias.size[1] * tiles_i * tiles_j;
-        const int64_t sum = kKeys * kQueries * static_cast<int64_t>(sizeof(A));
-        parallel_for(tasks, call.threads, tile_scratch(args) + sum, bias_task, &args);
+        const int64_t sums = 2 * kKeys * kQueries * static_cast<int64_t>(sizeof(A));
+        parallel_for(tasks, call.threads, tile_scratch(args) + sums, bias_task, &args);
     }
     static int64_t query_tiles(const AttentionArgs& args) { return (args.m + kQueries - 1) / kQueries; }
     static int64_t key_tiles(const AttentionArgs& args) { return (args.n + kKeys - 1) / kKeys; }
@@ -211,7 +211,7 @@ class Backward {
                 }
             }
         }
-        store_bias_gradient(args, batch, head, is.begin, js.begin, sum);
+        store_bias_gradient(args, batch, head, is.begin, js.begin, sum, scratch.take<A>(kKeys * kQueries));
     }
 
     static Range one_or_all(int64_t size, int64_t index, int64_t all) {
@@ -230,7 +230,7 @@ class Backward {
 
     // Folds the sum tile along broadcast dimensions, then rounds once.
     static void store_bias_gradient(const AttentionArgs& args, int64_t batch, int64_t head, int64_t i, int64_t j,
-                                    A* sum) {
+                                    A* sum, A* rows) {
         const bool one_i = args.d_bias.size[2] == 1, one_j = args.d_bias.size[3] == 1;
         if (one_i) {
             for (int64_t key = 0; key < kKeys; ++key) {
@@ -242,25 +242,31 @@ class Backward {
                 for (int64_t lane = 0; lane < kQueries; ++lane) sum[lane] += sum[key * kQueries + lane];
             }
         }
+        transpose<A>({sum, kQueries}, kKeys, kQueries, {rows, kKeys}, kKeys);
         const int64_t queries = one_i ? 1 : smaller(kQueries, args.m - i);
         const int64_t keys = one_j ? 1 : smaller(kKeys, args.n - j);
-        const int64_t* stride = args.d_bias.stride;
-        const int64_t at = batch * stride[0] + head * stride[1] + i * stride[2] + j * stride[3];
-        for (int64_t query = 0; query < queries; ++query) {
-            for (int64_t key = 0; key < keys; ++key) {
-                store_bias_element(args, at + query * stride[2] + key * stride[3], sum[key * kQueries + query]);
-            }
+        switch (args.bias_dtype) {
+            case Dtype::float32: return store_bias_rows<float>(args, batch, head, i, j, queries, keys, rows);
+            case Dtype::bfloat16: return store_bias_rows<bfloat16>(args, batch, head, i, j, queries, keys, rows);
+            case Dtype::float16: return store_bias_rows<float16>(args, batch, head, i, j, queries, keys, rows);
+            case Dtype::float64: return store_bias_rows<double>(args, batch, head, i, j, queries, keys, rows);
         }
     }
 
-    static void store_bias_element(const AttentionArgs& args, int64_t at, A value) {
-        void* const to = args.d_bias.ptr;
-        const float single = static_cast<float>(value);
-        switch (args.bias_dtype) {
-            case Dtype::float32: static_cast<float*>(to)[at] = single; return;
-            case Dtype::bfloat16: static_cast<bfloat16*>(to)[at] = Narrow<bfloat16>::from(single); return;
-            case Dtype::float16: static_cast<float16*>(to)[at] = Narrow<float16>::from(single); return;
-            case Dtype::float64: static_cast<double*>(to)[at] = static_cast<double>(value); return;
+    template <class B>
+    static void store_bias_rows(const AttentionArgs& args, int64_t batch, int64_t head, int64_t i, int64_t j,
+                                int64_t queries, int64_t keys, const A* rows) {
+        const int64_t* stride = args.d_bias.stride;
+        B* const to = static_cast<B*>(args.d_bias.ptr) + batch * stride[0] + head * stride[1] + j * stride[3];
+        for (int64_t query = 0; query < queries; ++query) {
+            B narrow[kKeys];
+            store_row(rows + query * kKeys, keys, A(1), narrow);
+            B* const row = to + (i + query) * stride[2];
+            if (stride[3] == 1) {
+                std::memcpy(row, narrow, static_cast<size_t>(keys) * sizeof(B));
+            } else {
+                for (int64_t key = 0; key < keys; ++key) row[key * stride[3]] = narrow[key];
+            }
         }
     }
 

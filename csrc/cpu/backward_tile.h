@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "dropout.h"
 #include "parallel.h"
 #include "score.h"
 

@@ -2,6 +2,7 @@
 // Source: Dao, "FlashAttention-2", arXiv:2307.08691, Algorithm 1; the chunks as in Flash-Decoding (Dao et al. 2023).
 #pragma once
 
+#include "dropout.h"
 #include "parallel.h"
 #include "score.h"
 

@@ -1,7 +1,6 @@
-// From q.k to the logits of a tile (softcap, bias, ALiBi, visibility), and dropout. Tiles are [key][query].
+// From q.k to the logits of a tile (softcap, bias, ALiBi, visibility). Tiles are [key][query].
 #pragma once
 
-#include "../philox.h"
 #include "mask.h"
 
 namespace pyattn {
@@ -125,25 +124,6 @@ class Score {
     A slope_[kQueries];
     int64_t position_[kQueries];
 };
-
-// keep[key][query] = 1 / (1 - dropout_p) or 0. j is a multiple of 4.
-template <class A>
-static inline void draw_keep(const AttentionArgs& args, const Rows& rows, int64_t j, int64_t keys, int64_t lanes,
-                             A* keep) {
-    const A kept = static_cast<A>(args.keep_scale);
-    const uint32_t number = static_cast<uint32_t>(rows.sequence.number);
-    for (int64_t key = 0; key < keys; key += 4) {
-        A* row = keep + key * kQueries;
-        const uint32_t counter = static_cast<uint32_t>((j + key) / 4);
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-            const PhiloxWords words = philox(args.seed, counter, static_cast<uint32_t>(rows.query[lane]),
-                                             static_cast<uint32_t>(rows.head[lane]), number);
-            for (int w = 0; w < 4; ++w) {
-                row[w * kQueries + lane] = words.word[w] >= args.dropout_threshold ? kept : A(0);
-            }
-        }
-    }
-}
 
 }  // namespace PYATTN_ISA
 }  // namespace pyattn
