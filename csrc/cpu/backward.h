@@ -105,6 +105,7 @@ class Backward {
 
     // All of one key/value head: d_k and d_v gather in scratch, d_q leaves tile by tile.
     static void joint_task(const void* context, int64_t task, void* block) {
+        [[maybe_unused]] const MatrixUnit unit;
         const Call& call = *static_cast<const Call*>(context);
         const AttentionArgs& args = call.args;
         const Piece piece = call.pieces->piece(task);
@@ -135,6 +136,7 @@ class Backward {
 
     // d_k and d_v of one tile of keys.
     static void keys_task(const void* context, int64_t task, void* block) {
+        [[maybe_unused]] const MatrixUnit unit;
         const Call& call = *static_cast<const Call*>(context);
         const AttentionArgs& args = call.args;
         const Piece piece = call.pieces->piece(task);
@@ -160,6 +162,7 @@ class Backward {
 
     // d_q of one tile of queries.
     static void queries_task(const void* context, int64_t task, void* block) {
+        [[maybe_unused]] const MatrixUnit unit;
         const Call& call = *static_cast<const Call*>(context);
         const AttentionArgs& args = call.args;
         const Piece piece = call.pieces->piece(task);
@@ -192,6 +195,7 @@ class Backward {
     static int64_t key_tiles(const AttentionArgs& args) { return (args.n + kKeys - 1) / kKeys; }
 
     static void bias_task(const void* context, int64_t task, void* block) {
+        [[maybe_unused]] const MatrixUnit unit;
         const AttentionArgs& args = *static_cast<const AttentionArgs*>(context);
         const int64_t* size = args.d_bias.size;
         const bool one_i = size[2] == 1, one_j = size[3] == 1;

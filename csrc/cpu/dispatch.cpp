@@ -3,6 +3,12 @@
 #include <algorithm>
 #include <chrono>
 
+#ifdef PYATTN_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "parallel.h"
 
 namespace pyattn {
@@ -20,6 +26,9 @@ PYATTN_DECLARE(avx512_bf16)
 PYATTN_DECLARE(avx512)
 PYATTN_DECLARE(avx2)
 #endif
+#ifdef PYATTN_AMX
+PYATTN_DECLARE(amx)
+#endif
 PYATTN_DECLARE(generic)
 
 namespace {
@@ -36,6 +45,19 @@ bool has_avx2() {
 }
 #endif
 
+#ifdef PYATTN_AMX
+// A process has to ask Linux for the tiles, once (Documentation/arch/x86/xstate.rst); it refuses where they are missing.
+bool has_amx() {
+    constexpr unsigned tiles = 1u << 24, bf16 = 1u << 22;
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    if ((edx & tiles) == 0 || (edx & bf16) == 0) return false;
+    static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    return granted;
+}
+#endif
+
 struct Spin {
     const Isa& isa;
     Dtype dtype;
@@ -45,6 +67,9 @@ struct Spin {
 }  // namespace
 
 const Isa kIsas[] = {
+#ifdef PYATTN_AMX
+    {"amx", has_amx, PYATTN_KERNELS(amx)},
+#endif
 #ifdef PYATTN_X86
     {"avx512_bf16", has_avx512_bf16, PYATTN_KERNELS(avx512_bf16)},
     {"avx512", has_avx512, PYATTN_KERNELS(avx512)},

@@ -41,6 +41,7 @@ class Forward {
     static int64_t partial_size(const AttentionArgs& args) { return (padded<A>(args.dv) + 2) * kQueries; }
 
     static void chunk_task(const void* context, int64_t number, void* block) {
+        [[maybe_unused]] const MatrixUnit unit;
         const Call& call = *static_cast<const Call*>(context);
         Scratch scratch(block);
         Forward forward(call.args, scratch);

@@ -7,6 +7,9 @@
 #pragma once
 
 #include "operand.h"
+#ifdef PYATTN_AMX
+#include "amx.h"
+#endif
 
 namespace pyattn {
 namespace PYATTN_ISA {
@@ -85,10 +88,9 @@ static inline void gemm_strip(int64_t columns, const E* x, int64_t ldx, Broadcas
     }
 }
 
-// lanes: a multiple of kWidth. Either y.stride_c or y.stride_t is 1.
 template <class E, int R = PYATTN_STRIP_VECTORS>
-static inline void gemm(int64_t lanes, int64_t columns, int64_t depth, Lanes<const E> x, Broadcast<E> y,
-                        Lanes<Sum<E>> out, Old<Sum<E>> old) {
+static inline void gemm_vectors(int64_t lanes, int64_t columns, int64_t depth, Lanes<const E> x, Broadcast<E> y,
+                                Lanes<Sum<E>> out, Old<Sum<E>> old) {
     constexpr int strip = R * kWidth<E>;
     int64_t lane = 0;
     for (; lane + strip <= lanes; lane += strip) {
@@ -97,9 +99,50 @@ static inline void gemm(int64_t lanes, int64_t columns, int64_t depth, Lanes<con
     }
     if constexpr (R > 1) {
         const Old<Sum<E>> rest{old.keep, old.factor ? old.factor + lane : nullptr};
-        if (lane < lanes)
-            gemm<E, R / 2>(lanes - lane, columns, depth, {x.ptr + lane, x.ld}, y, {out.ptr + lane, out.ld}, rest);
+        if (lane < lanes) {
+            gemm_vectors<E, R / 2>(lanes - lane, columns, depth, {x.ptr + lane, x.ld}, y, {out.ptr + lane, out.ld},
+                                   rest);
+        }
     }
+}
+
+#ifdef PYATTN_AMX
+// Whole squares on tiles, what is left over of columns and depth in vectors.
+static inline void gemm_tiles(int64_t lanes, int64_t columns, int64_t depth, Lanes<const Pair> x, Broadcast<Pair> y,
+                              Lanes<float> out, Old<float> old) {
+    const int64_t whole_columns = columns / kTile * kTile, whole_depth = depth / kTile * kTile;
+    for (int64_t c = 0; c < whole_columns; ++c) {
+        for (int64_t lane = 0; lane < lanes; lane += kTile) {
+            float* at = out.ptr + c * out.ld + lane;
+            const Vec<float> factor = old.factor ? load(old.factor + lane) : fill(1.0f);
+            store(at, old.keep ? load(at) * factor : Vec<float>{});
+        }
+    }
+    for (int64_t c = 0; c < whole_columns; c += kTile) {
+        for (int64_t lane = 0; lane < lanes; lane += 2 * kTile) {
+            add_tiles(x.ptr + lane, x.ld, y.ptr + c * y.stride_c, y.stride_c, y.stride_t, whole_depth,
+                      out.ptr + c * out.ld + lane, out.ld, lane + kTile < lanes);
+        }
+    }
+    Broadcast<Pair> rest = y;
+    rest.ptr += whole_depth * y.stride_t;
+    gemm_vectors<Pair>(lanes, whole_columns, depth - whole_depth, {x.ptr + whole_depth * x.ld, x.ld}, rest, out,
+                       {true, nullptr});
+    rest.ptr = y.ptr + whole_columns * y.stride_c;
+    gemm_vectors<Pair>(lanes, columns - whole_columns, depth, x, rest, {out.ptr + whole_columns * out.ld, out.ld}, old);
+}
+#else
+struct MatrixUnit {};
+#endif
+
+// lanes: a multiple of kWidth. Either y.stride_c or y.stride_t is 1. A task that calls it holds a MatrixUnit.
+template <class E>
+static inline void gemm(int64_t lanes, int64_t columns, int64_t depth, Lanes<const E> x, Broadcast<E> y,
+                        Lanes<Sum<E>> out, Old<Sum<E>> old) {
+#ifdef PYATTN_AMX
+    if constexpr (kStep<E> == 2) return gemm_tiles(lanes, columns, depth, x, y, out, old);
+#endif
+    gemm_vectors<E>(lanes, columns, depth, x, y, out, old);
 }
 
 // Rows of memory that are read next, brought in meanwhile.

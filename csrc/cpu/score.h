@@ -82,6 +82,10 @@ class Score {
             from += j * stride_j;
             A* row = bias_rows_ + lane * width;
             if (stride_j == 1) {
+                // Rows lie far apart, so that no hardware foresees the next tile's part of them.
+                for (int64_t c = 0; c < keys; c += 64 / static_cast<int64_t>(sizeof(B))) {
+                    __builtin_prefetch(from + keys + c);
+                }
                 for (int64_t key = 0; key < keys; ++key) row[key] = static_cast<A>(widen(from[key]));
             } else {
                 for (int64_t key = 0; key < keys; ++key) row[key] = static_cast<A>(widen(from[key * stride_j]));
