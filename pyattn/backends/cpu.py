@@ -1,4 +1,4 @@
-"""Compiled CPU kernels (csrc/cpu): tiled, vectorised, parallel; AVX-512, AVX2 or the baseline, chosen at run time."""
+"""Compiled CPU kernels (csrc/cpu): tiled, vectorised, parallel; the best instruction set is chosen at run time."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ _DTYPE_NAMES = {
 _REASON_FILE = "_C.not_built.txt"  # written by setup.py when the build fails
 _TILE = 64  # queries and keys per tile, as in csrc/cpu/tile.h
 _LANES = 16  # the widest vector's elements, to which rows are padded
+# Calls of few tiles and at least this many keys split them into parts, as csrc/cpu/plan.cpp does.
+_SPLIT_FROM, _MOST_PARTS = 1024, 128
 # Tensors that the kernels read as one contiguous piece.
 _WHOLE = ("key_lengths", "q_segments", "k_segments", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
 
@@ -80,7 +82,8 @@ class CpuBackend(Backend):
         item, threads = spec.accumulator.itemsize, torch.get_num_threads()
         columns = sum(-(-size // _LANES) * _LANES for size in (spec.d, spec.dv))
         tiles = _TILE * (3 * columns + 6 * _TILE)
-        forward = threads * tiles * item
+        parts = _MOST_PARTS * _TILE * (columns + 2) if spec.n >= _SPLIT_FROM else 0
+        forward = (threads * tiles + parts) * item
         delta = spec.b * spec.h * spec.m
         return forward, (threads * (2 * tiles + spec.n * columns) + delta) * item
 
