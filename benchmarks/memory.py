@@ -12,32 +12,38 @@ import platform
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def peak(call: Callable[[], object], device: str) -> int | None:
-    """Bytes; None where they cannot be had: on the CPU without Linux and glibc. `call` must have run before."""
+def weighed(call: Callable[[], Result], device: str) -> tuple[Result, int | None]:
+    """What the call returns, and its peak in bytes: None where that cannot be had, on the CPU without Linux and glibc.
+
+    A first call also counts what it leaves loaded, such as code and threads.
+    """
     if device == "cuda":
-        return _cuda_peak(call)
+        return _cuda_weighed(call)
     if not _CLEAR.exists() or platform.libc_ver()[0] != "glibc":
-        return None
-    return _resident_peak(call)
+        return call(), None
+    return _resident_weighed(call)
 
 
-def _cuda_peak(call: Callable[[], object]) -> int:
+def _cuda_weighed(call: Callable[[], Result]) -> tuple[Result, int]:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    call()
+    result = call()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return result, torch.cuda.max_memory_allocated() - before
 
 
-def _resident_peak(call: Callable[[], object]) -> int:
+def _resident_weighed(call: Callable[[], Result]) -> tuple[Result, int]:
     libc = ctypes.CDLL(None)
     gc.collect()
     # Every block gives its pages back when it is freed, and what earlier calls have freed goes back now: or it would
@@ -46,11 +52,13 @@ def _resident_peak(call: Callable[[], object]) -> int:
     libc.malloc_trim(0)
     _CLEAR.write_text("5")  # resets VmHWM, the peak (proc(5))
     before = _resident("VmRSS")
-    call()
-    used = _resident("VmHWM") - before
-    # Where malloc's own, moving defaults end up once blocks this large have been freed.
-    _set_thresholds(libc, 32 << 20, 64 << 20)
-    return max(0, used)
+    try:
+        result = call()
+        used = _resident("VmHWM") - before
+    finally:
+        # Where malloc's own, moving defaults end up once blocks this large have been freed.
+        _set_thresholds(libc, 32 << 20, 64 << 20)
+    return result, max(0, used)
 
 
 def _set_thresholds(libc: ctypes.CDLL, mmap: int, trim: int) -> None:

@@ -109,8 +109,8 @@ class Flex(Peer):
     # On 2 CPU cores 25 s for the first shape, with nothing cached (AMD EPYC, torch 2.13, 2026-11).
     setup_seconds: ClassVar[dict[str, float]] = {"cpu": 25.0, "cuda": 15.0}
 
-    def __init__(self, *, takes: Callable[[Case], bool] | None = None) -> None:
-        super().__init__("FlexAttention", takes=takes)
+    def __init__(self) -> None:
+        super().__init__("FlexAttention")
 
     def refusal(self, case: Case, direction: Direction, device: str) -> str | None:
         if device == "cpu" and direction == "backward":
@@ -185,13 +185,12 @@ def _causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
     return i >= j
 
 
-# The first is ours, the second the one that ratios are taken against. The unfused one takes seconds per round from
-# length 2048 on, and FlexAttention compiles for tens of seconds: both run where they cost least.
+# The first is ours, the second the one that ratios are taken against; the unfused one takes seconds from 2048 on.
 CPU_PEERS: tuple[Peer, ...] = (
     Pyattn(),
     Sdpa("SDPA fused", SDPBackend.FLASH_ATTENTION),
     Sdpa("SDPA math", SDPBackend.MATH, takes=lambda case: case.m <= 1024),
-    Flex(takes=lambda case: case.m <= 1024 and case.causal and case.dtype is torch.float32),
+    Flex(),
 )
 GPU_PEERS: tuple[Peer, ...] = (
     Pyattn(),

@@ -43,7 +43,7 @@ SUBJECT = Subject(
     peers=(Pyattn(), Sdpa("SDPA")),
     baseline="SDPA",
     effort=Effort(("forward",), repeats=500),
-    seconds=4.0,
+    seconds=3.0,
     table=_table,
     panels=_panels,
     legend="us: median over samples of 500 calls in a row each.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -19,6 +19,8 @@ from .timing import Timing, interleaved
 
 # What a case takes in all when its peers need no preparation.
 _CASE_SECONDS = 4.0
+# A call that takes longer is weighed as it is checked instead of once more, unless its peer has only just been loaded.
+_LONG_MS = 500.0
 
 Call = Callable[[], tuple[torch.Tensor, ...]]
 Status = Literal["ok", "failed", "not run"]
@@ -41,6 +43,13 @@ class Row:
     def gflops(self) -> float | None:
         """10**9 floating-point operations per second at the median."""
         return None if self.timing is None else self.case.flops(self.direction) / self.timing.p50_ms / 1e6
+
+
+class Admitted(NamedTuple):
+    """A call that was run once and found right, with the peak memory of that run."""
+
+    call: Call
+    peak_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ def measure(
     The cases of one group are timed side by side.
     """
     end = time.monotonic() + seconds
+    loaded: set[tuple[Peer, Direction]] = set()
     for index, cases in enumerate(groups):
         left, after = end - time.monotonic(), len(groups) - index - 1
         if left <= 0:
@@ -75,7 +85,7 @@ def measure(
             continue
         # Half of a group's share goes to the clock; the other half to its inputs, its check and compilation.
         clock = min(left / (after + 1) / 2 / len(effort.directions), effort.clock_seconds)
-        yield measure_group(cases, peers, device, clock, effort, setup_until=end - after * _CASE_SECONDS)
+        yield measure_group(cases, peers, device, clock, effort, end - after * _CASE_SECONDS, loaded)
 
 
 def measure_group(
@@ -85,13 +95,16 @@ def measure_group(
     seconds: float,
     effort: Effort = Effort(),
     setup_until: float = float("inf"),
+    loaded: set[tuple[Peer, Direction]] | None = None,
 ) -> list[Row]:
     """Every direction of some cases, which take turns with one another.
 
     Args:
         seconds: for the clock, in each direction.
         setup_until: when, by time.monotonic(), the preparation of slow peers must be over.
+        loaded: who has run before, and which way; added to.
     """
+    loaded = set() if loaded is None else loaded
     inputs = {case: make_inputs(case, device) for case in cases}
     try:
         gates = {case: Gate(case, inputs[case], effort.directions) for case in cases}
@@ -106,21 +119,24 @@ def measure_group(
                 for case in cases
                 for peer in peers
             }
-            calls = {key: outcome for key, outcome in outcomes.items() if not isinstance(outcome, Row)}
+            calls = {key: outcome.call for key, outcome in outcomes.items() if not isinstance(outcome, Row)}
             timings = interleaved(calls, device, seconds, effort.repeats, effort.min_rounds)
             for (case, peer), outcome in outcomes.items():
                 if isinstance(outcome, Row):
                     rows.append(outcome)
                     continue
-                timing, peak = timings[case, peer], memory.peak(outcome, device)
+                timing = timings[case, peer]
+                weighed = (peer, direction) in loaded and timing.p50_ms > _LONG_MS
+                peak = outcome.peak_bytes if weighed else memory.weighed(outcome.call, device)[1]
+                loaded.add((peer, direction))
                 rows.append(Row(case, direction, peer.name, "ok", "", timing, peak, peer.threads))
     return rows
 
 
 def admitted(
     peer: Peer, case: Case, direction: Direction, x: Inputs, gate: Gate, setup_until: float = float("inf")
-) -> Call | Row:
-    """The peer's call, run once and found right; or the row that says why there is none."""
+) -> Admitted | Row:
+    """The peer's call, or the row that says why there is none."""
     device = x.q.device.type
     reason = peer.refusal(case, direction, device)
     setup = peer.setup_seconds.get(device)
@@ -130,11 +146,12 @@ def admitted(
         return Row(case, direction, peer.name, "not run", reason)
     try:
         call = bound(peer, case, direction, x)
-        problem = gate.problem(direction, call(), peer.comparable(case))
+        results, peak = memory.weighed(call, device)
+        problem = gate.problem(direction, results, peer.comparable(case))
     except Exception as error:  # whatever a peer raises is its reason, shown in the table
         excused = not peer.ours or isinstance(error, UnsupportedError)
         return Row(case, direction, peer.name, "not run" if excused else "failed", _in_one_line(error))
-    return call if problem is None else Row(case, direction, peer.name, "failed", problem)
+    return Admitted(call, peak) if problem is None else Row(case, direction, peer.name, "failed", problem)
 
 
 def _not_run(cases: Sequence[Case], peers: Sequence[Peer], effort: Effort, reason: str) -> list[Row]:

@@ -36,7 +36,7 @@ def test_attention(benchmark: Callable, case: Case, direction: Direction, peer: 
         (pytest.fail if outcome.status == "failed" else pytest.skip)(outcome.reason)
     benchmark.group = f"{case.id} {direction}"  # type: ignore[attr-defined]
     benchmark.extra_info["flops"] = case.flops(direction)  # type: ignore[attr-defined]
-    benchmark.pedantic(_finished(outcome), rounds=10, warmup_rounds=1)  # type: ignore[attr-defined]
+    benchmark.pedantic(_finished(outcome.call), rounds=10, warmup_rounds=1)  # type: ignore[attr-defined]
 
 
 def _finished(call: Callable[[], object]) -> Callable[[], object]:

@@ -124,7 +124,7 @@ def verify(
 @app.command()
 def bench(
     out: Annotated[Path, typer.Option(help="Folder for the chart and the figures.")] = Path("runs/bench"),
-    quick: Annotated[bool, typer.Option("--quick", help="Two small shapes in a quarter of the time.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A little of everything, on small shapes.")] = False,
 ) -> None:
     """Time pyattn side by side with torch's own attention on this CPU. Exit code 1 if a result is wrong.
 

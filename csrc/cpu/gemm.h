@@ -161,33 +161,35 @@ template <class E, int R>
 static inline void dots(const E* q, int64_t keys, Lanes<const E> k, int64_t depth, Sum<E>* tile, int64_t ld,
                         const Soon& next, const Soon& after) {
     // Keys per vector of sums, and vectors at a time: two hide that every sum waits for the one before.
-    constexpr int W = kWidth<E>, G = W / R, U = 2 * R > W / 4 ? 2 : 1;
-    for (int64_t key = 0; key < keys; key += U * G) {
+    constexpr int W = kWidth<E>, G = W / R, U = 2 * R > W / 4 ? 2 : 1, K = U * G;
+    for (int64_t key = 0; key < keys; key += K) {
+        const E* from[K];
+        for (int g = 0; g < K; ++g) {
+            const int64_t row = smaller(key + g, keys - 1);
+            from[g] = k.ptr + row * k.ld;
+            next.fetch(row);
+            after.fetch(row);
+        }
         Vec<Sum<E>> sums[U][W] = {};
-#pragma GCC unroll 2
-        for (int u = 0; u < U; ++u) {
+        for (int64_t t = 0; t < depth; t += W) {
+            Vec<E> query[R];
 #pragma GCC unroll 16
-            for (int g = 0; g < G; ++g) {
-                const int64_t row = smaller(key + u * G + g, keys - 1);
-                const E* from = k.ptr + row * k.ld;
-                next.fetch(row);
-                after.fetch(row);
-                for (int64_t t = 0; t < depth; t += W) {
-                    const Vec<E> part = load(from + t);
+            for (int r = 0; r < R; ++r) query[r] = load(q + r * depth + t);
 #pragma GCC unroll 16
-                    for (int r = 0; r < R; ++r) {
-                        sums[u][g * R + r] = Product<E>::add(sums[u][g * R + r], part, load(q + r * depth + t));
-                    }
+            for (int g = 0; g < K; ++g) {
+                const Vec<E> part = load(from[g] + t);
+#pragma GCC unroll 16
+                for (int r = 0; r < R; ++r) {
+                    Vec<Sum<E>>& sum = sums[g / G][g % G * R + r];
+                    sum = Product<E>::add(sum, part, query[r]);
                 }
             }
         }
         Sum<E> found[U][W];
 #pragma GCC unroll 2
         for (int u = 0; u < U; ++u) store(found[u], sum_each<Sum<E>>(sums[u]));
-        for (int u = 0; u < U; ++u) {
-            for (int g = 0; g < G && key + u * G + g < keys; ++g) {
-                for (int r = 0; r < R; ++r) tile[(key + u * G + g) * ld + r] = found[u][g * R + r];
-            }
+        for (int g = 0; g < K && key + g < keys; ++g) {
+            for (int r = 0; r < R; ++r) tile[(key + g) * ld + r] = found[g / G][g % G * R + r];
         }
     }
 }
