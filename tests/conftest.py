@@ -3,6 +3,14 @@
 import os
 
 import torch
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run, so that a red test is a change of the code. "long" is for `--hypothesis-profile`.
+settings.register_profile("default", derandomize=True, max_examples=500, deadline=None)
+settings.register_profile(
+    "long", settings.get_profile("default"), max_examples=20_000, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("default")
 
 
 def pytest_configure() -> None:

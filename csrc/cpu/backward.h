@@ -18,7 +18,7 @@ class Backward {
         over(call, Pieces::query_tiles, delta_scratch(args), delta_task);
         const int64_t tile = tile_scratch(args);
         if (joint(call)) {
-            over(call, Pieces::kv_heads, tile + joint_scratch(call), joint_task);
+            over(call, Pieces::kv_heads, joint_scratch(call), joint_task);
         } else {
             over(call, Pieces::key_tiles, tile + keys_scratch(args), keys_task);
             over(call, Pieces::query_tiles, tile + queries_scratch(args), queries_task);
@@ -28,6 +28,8 @@ class Backward {
     }
 
   private:
+    static constexpr int kTogether = 4;  // tiles of queries
+
     struct Call {
         const AttentionArgs& args;
         int threads;
@@ -72,7 +74,8 @@ class Backward {
     }
     static int64_t joint_scratch(const Call& call) {
         const int64_t columns = padded<A>(call.args.d) + padded<A>(call.args.dv);
-        return queries_scratch(call.args) + call.longest * columns * static_cast<int64_t>(sizeof(A)) + 64;
+        return kTogether * (tile_scratch(call.args) + queries_scratch(call.args)) +
+               call.longest * columns * static_cast<int64_t>(sizeof(A)) + 64;
     }
 
     // delta = sum over columns of d_out * out, per row. Summed in the order in which the product of d_out and v is, so
@@ -103,7 +106,8 @@ class Backward {
         for (int64_t query = 0; query < rows.count; ++query) delta[query] = sum[query];
     }
 
-    // All of one key/value head: d_k and d_v gather in scratch, d_q leaves tile by tile.
+    // All of one key/value head: d_k and d_v gather in scratch, d_q leaves tile by tile. Tiles of keys meet several tiles
+    // of queries in turn, because what gathers is larger than a cache: d 128 and 4096 keys take 4 MB.
     static void joint_task(const void* context, int64_t task, void* block) {
         [[maybe_unused]] const MatrixUnit unit;
         const Call& call = *static_cast<const Call*>(context);
@@ -112,23 +116,38 @@ class Backward {
         const Sequence sequence = sequence_of(args, piece.sequence);
         const int64_t group = args.h / args.hk, width = padded<A>(args.d), width_v = padded<A>(args.dv);
         Scratch scratch(block);
-        BackwardTile<T> tile(args, scratch);
-        A* d_q_t = scratch.take<A>(width * kQueries);
+        std::optional<BackwardTile<T>> tiles[kTogether];
+        A* d_q_t[kTogether];
+        for (int t = 0; t < kTogether; ++t) {
+            tiles[t].emplace(args, scratch);
+            d_q_t[t] = scratch.take<A>(width * kQueries);
+        }
         A* d_q_rows = scratch.take<A>(width * kQueries);
         A* d_k = zeroed(scratch.take<A>(sequence.n * width), sequence.n * width);
         A* d_v = zeroed(scratch.take<A>(sequence.n * width_v), sequence.n * width_v);
         for (int64_t head = piece.head * group; head < (piece.head + 1) * group; ++head) {
-            for (int64_t i = 0; i < sequence.m; i += kQueries) {
-                tile.load_queries(sequence, head, i);
-                zeroed(d_q_t, width * kQueries);
-                const Range keys = tile.keys();
-                for (int64_t j = keys.begin / kKeys * kKeys; j < keys.end; j += kKeys) {
-                    if (!tile.compute(j, smaller(kKeys, keys.end - j))) continue;
-                    tile.pass_softcap();
-                    tile.add_query_gradient(d_q_t);
-                    tile.add_key_gradients(d_k + j * width, d_v + j * width_v);
+            for (int64_t i = 0; i < sequence.m; i += kTogether * kQueries) {
+                const int64_t count = smaller(kTogether, (sequence.m - i + kQueries - 1) / kQueries);
+                Range keys{sequence.n, 0};
+                for (int64_t t = 0; t < count; ++t) {
+                    tiles[t]->load_queries(sequence, head, i + t * kQueries);
+                    zeroed(d_q_t[t], width * kQueries);
+                    keys = {smaller(keys.begin, tiles[t]->keys().begin), larger(keys.end, tiles[t]->keys().end)};
                 }
-                store_query_gradient(args, sequence, head, i, tile.queries(), d_q_t, d_q_rows);
+                for (int64_t j = keys.begin / kKeys * kKeys; j < keys.end; j += kKeys) {
+                    for (int64_t t = 0; t < count; ++t) {
+                        const Range own = tiles[t]->keys();
+                        if (j + kKeys <= own.begin || own.end <= j) continue;
+                        if (!tiles[t]->compute(j, smaller(kKeys, own.end - j))) continue;
+                        tiles[t]->pass_softcap();
+                        tiles[t]->add_query_gradient(d_q_t[t]);
+                        tiles[t]->add_key_gradients(d_k + j * width, d_v + j * width_v);
+                    }
+                }
+                for (int64_t t = 0; t < count; ++t) {
+                    store_query_gradient(args, sequence, head, i + t * kQueries, tiles[t]->queries(), d_q_t[t],
+                                         d_q_rows);
+                }
             }
         }
         store_key_gradients(args, sequence, piece.head, 0, sequence.n, d_k, d_v);

@@ -21,6 +21,7 @@ _DTYPE_NAMES = {
 }
 _REASON_FILE = "_C.not_built.txt"  # written by setup.py when the build fails
 _TILE = 64  # queries and keys per tile, as in csrc/cpu/tile.h
+_TOGETHER = 4  # tiles of queries that a backward task works on, as in csrc/cpu/backward.h
 _LANES = 16  # the widest vector's elements, to which rows are padded
 # Calls of few tiles and at least this many keys split them into parts, as csrc/cpu/plan.cpp does.
 _SPLIT_FROM, _MOST_PARTS = 1024, 128
@@ -52,7 +53,7 @@ class CpuBackend(Backend):
     def backward(
         self, spec: AttentionSpec, x: Inputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
     ) -> Grads:
-        grads = Grads._make(None if t is None else torch.empty_like(t) for t in (x.q, x.k, x.v, x.bias, x.sinks))
+        grads = Grads._make(None if t is None else _empty_like(t) for t in (x.q, x.k, x.v, x.bias, x.sinks))
         self._run(
             "backward", spec, x,
             out=out, lse=lse.contiguous(), d_out=unit_stride(d_out),
@@ -85,7 +86,13 @@ class CpuBackend(Backend):
         parts = _MOST_PARTS * _TILE * (columns + 2) if spec.n >= _SPLIT_FROM else 0
         forward = (threads * tiles + parts) * item
         delta = spec.b * spec.h * spec.m
-        return forward, (threads * (2 * tiles + spec.n * columns) + delta) * item
+        return forward, (threads * (_TOGETHER * 2 * tiles + spec.n * columns) + delta) * item
+
+
+def _empty_like(t: Tensor) -> Tensor:
+    """Uninitialised, laid out as t is, where torch can do that with a last stride of 1; not for overlapping rows."""
+    like = torch.empty_like(t)
+    return like if like.stride()[-1:] == t.stride()[-1:] else torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
 
 def _described(t: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], int, int]:

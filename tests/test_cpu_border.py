@@ -1,0 +1,302 @@
+"""The border into C++: whatever Python has checked before, a call that would read or write astray is refused there.
+
+What Python itself refuses is in test_check.py and test_varlen.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyattn.backends import cpu
+
+B, H, HK, M, N, D, DV = 3, 4, 2, 5, 7, 8, 6
+SEQUENCES = 3
+POISON = 7.0
+WRITTEN = {
+    "forward": ("out", "lse"),
+    "backward": ("delta", "d_q", "d_k", "d_v", "d_bias", "d_sinks"),
+}
+ROWS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")  # read and written row by row: the last stride must be 1
+LISTS = ("key_lengths", "q_segments", "k_segments", "alibi_slopes", "sinks", "lse", "d_lse", "delta", "d_sinks")
+SCORES = ("mask", "bias", "d_bias")
+BATCH = (*ROWS, *LISTS, *SCORES)
+PACKED = ("cu_seqlens_q", "cu_seqlens_k")
+
+
+class Border:
+    """One call of pyattn._C, sound until something in it is changed. Tensors are kept as they cross: as tuples."""
+
+    def __init__(self, direction: str, packed: bool = False) -> None:
+        self.direction = direction
+        b = 1 if packed else B
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        self.tensors = {
+            "q": normal(b, H, M, D), "k": normal(b, HK, N, D), "v": normal(b, HK, N, DV),
+            "out": normal(b, H, M, DV), "lse": normal(b, H, M), "sinks": normal(H),
+            "alibi_slopes": normal(SEQUENCES if packed else b, H),
+        }  # fmt: skip
+        if packed:
+            self.tensors["cu_seqlens_q"] = torch.tensor([0, 2, 2, M], dtype=torch.int32)
+            self.tensors["cu_seqlens_k"] = torch.tensor([0, 3, 4, N], dtype=torch.int32)
+        else:
+            self.tensors |= {
+                "mask": torch.ones(b, H, M, N, dtype=torch.bool), "bias": normal(b, H, M, N),
+                "key_lengths": torch.tensor([N, 3, 0], dtype=torch.int32),
+                "q_segments": torch.zeros(b, M, dtype=torch.int32), "k_segments": torch.zeros(b, N, dtype=torch.int32),
+            }  # fmt: skip
+        if direction == "backward":
+            self.tensors |= {"d_out": normal(b, H, M, DV), "d_lse": normal(b, H, M), "delta": normal(b, H, M)}
+            self.tensors |= {f"d_{x}": self.tensors[x].clone() for x in ("q", "k", "v", "sinks")}
+            if not packed:
+                self.tensors["d_bias"] = self.tensors["bias"].clone()
+        self.given = {name: list(cpu._described(t)) for name, t in self.tensors.items()}
+        self.arguments: dict[str, Any] = {
+            "isa": "generic", "dtype": "float32", "bias_dtype": "float32",
+            "sizes": [b, H, HK, M, N, D, DV, SEQUENCES if packed else b],
+            "numbers": [0.5, N - M, None, None, None, 0.1, 42],
+            "threads": 1,
+        }  # fmt: skip
+
+    def run(self) -> None:
+        isa, dtype, bias_dtype, sizes, numbers, threads = self.arguments.values()
+        tensors = {name: tuple(parts) for name, parts in self.given.items()}
+        getattr(cpu._module(), self.direction)(isa, dtype, bias_dtype, tuple(sizes), tuple(numbers), tensors, threads)
+
+    def written(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, self.tensors[name]) for name in WRITTEN[self.direction] if name in self.tensors)
+
+    def assert_refused(self, message: str) -> None:
+        for _, t in self.written():
+            t.fill_(POISON)
+        with pytest.raises(ValueError, match=message):
+            self.run()
+        for name, t in self.written():
+            assert (t == POISON).all(), f"{name} was written"
+
+    def set_size(self, name: str, size: int) -> None:
+        self.arguments["sizes"][("b", "h", "hk", "m", "n", "d", "dv", "sequences").index(name)] = size
+
+    def set_number(self, name: str, value: object) -> None:
+        names = ("scale", "offset", "left", "right", "softcap", "dropout_p", "seed")
+        self.arguments["numbers"][names.index(name)] = value
+
+    def drop(self, *names: str) -> None:
+        for name in names:
+            del self.given[name]
+
+    def scale_stride(self, name: str, axis: int, factor: int) -> None:
+        _, _, strides, _, _ = self.given[name]
+        self.given[name][2] = tuple(stride * factor if at == axis else stride for at, stride in enumerate(strides))
+
+    def resize(self, name: str, axis: int, by: int) -> None:
+        _, shape, _, _, _ = self.given[name]
+        self.given[name][1] = tuple(size + by if at == axis else size for at, size in enumerate(shape))
+
+
+@pytest.mark.parametrize("direction", WRITTEN)
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+def test_border_sound_call_writes_everything(direction, packed):
+    border = Border(direction, packed)
+    for _, t in border.written():
+        t.fill_(torch.nan)
+    border.run()
+    for name, t in border.written():
+        assert not t.isnan().any(), name
+
+
+def _put(name: str, place: int, value: Any) -> Callable[[Border], None]:
+    """Replaces one part of a tensor: 0 the pointer, 1 the shape, 2 the strides, 3 the storage, 4 its bytes."""
+
+    def change(border: Border) -> None:
+        border.given[name][place] = value(border.given[name][place]) if callable(value) else value
+
+    return change
+
+
+ASTRAY = {
+    "one byte short": lambda name: _put(name, 4, lambda size: size - 1),
+    "no bytes": lambda name: _put(name, 4, 0),
+    "negative bytes": lambda name: _put(name, 4, -(2**63)),
+    "starts before its storage": lambda name: _put(name, 3, lambda base: base + 1),
+    "starts late": lambda name: _put(name, 0, lambda pointer: pointer + 1),
+    "starts beyond its storage": lambda name: _put(name, 0, lambda pointer: pointer + (1 << 40)),
+    "at the end of the address space": lambda name: _put(name, 0, 2**64 - 1),
+    "null": lambda name: _put(name, 0, 0),
+}
+
+
+@pytest.mark.parametrize("astray", ASTRAY.values(), ids=ASTRAY)
+@pytest.mark.parametrize("name", (*BATCH, *PACKED))
+def test_border_tensor_outside_its_storage_is_refused(name, astray):
+    border = Border("backward", packed=name in PACKED)
+    astray(name)(border)
+    border.assert_refused(f"^{name}: reaches outside its storage")
+
+
+@pytest.mark.parametrize("name", (*ROWS, *SCORES))
+def test_border_strides_that_reach_outside_are_refused(name):
+    for axis in range(4 if name in SCORES else 3):
+        for factor in (2, -1):
+            border = Border("backward")
+            border.scale_stride(name, axis, factor)
+            border.assert_refused(f"^{name}: reaches outside its storage")
+
+
+@pytest.mark.parametrize("name", (*ROWS, *SCORES))
+def test_border_strides_that_overflow_are_refused(name):
+    for axis in range(4 if name in SCORES else 3):
+        for stride in (2**62, -(2**62), 2**63 - 1, -(2**63)):
+            border = Border("backward")
+            strides = border.given[name][2]
+            border.given[name][2] = (*strides[:axis], stride, *strides[axis + 1 :])
+            border.assert_refused(f"^{name}: (sizes and strides overflow 63 bits|reaches outside)")
+
+
+@pytest.mark.parametrize("name", (*BATCH, *PACKED))
+def test_border_wrong_size_or_rank_is_refused(name):
+    rank = len(Border("backward", packed=name in PACKED).given[name][1])
+    for axis in range(rank):
+        for by in (1, -1):
+            border = Border("backward", packed=name in PACKED)
+            border.resize(name, axis, by)
+            border.assert_refused(f"^{name}: expected size")
+    for place in (1, 2):
+        border = Border("backward", packed=name in PACKED)
+        border.given[name][place] = border.given[name][place][1:]
+        border.assert_refused(f"^{name}: expected {rank} dimensions")
+    border = Border("backward", packed=name in PACKED)
+    border.given[name].pop()
+    border.assert_refused(f"^{name}: expected .pointer, shape, strides")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_border_last_stride_other_than_1_is_refused(name):
+    for stride in (0, 2, -1):
+        border = Border("backward")
+        border.given[name][2] = (*border.given[name][2][:3], stride)
+        border.assert_refused(f"^{name}: last stride must be 1")
+
+
+@pytest.mark.parametrize("name", (*LISTS, *PACKED))
+def test_border_list_that_is_not_contiguous_is_refused(name):
+    for axis in range(len(Border("backward", packed=name in PACKED).given[name][1])):
+        for factor in (0, 2, -1):
+            border = Border("backward", packed=name in PACKED)
+            border.scale_stride(name, axis, factor)
+            border.assert_refused(f"^{name}: expected a contiguous tensor")
+
+
+def test_border_sizes_whose_product_overflows_are_refused():
+    for sizes in ((B, 2**37, 1, 2**37, N), (2**37, 2**37, 1, M, N), (B, 2**31, 1, 2**31, 2**31)):
+        border = Border("forward")
+        for name, size in zip(("b", "h", "hk", "m", "n"), sizes, strict=True):
+            border.set_size(name, size)
+        b, h, _, m, _ = sizes
+        border.given["q"][1:3] = (b, h, m, D), (0, 0, 0, 1)
+        border.assert_refused(r"^\w+: (sizes and strides overflow 63 bits|expected size)")
+
+
+MISSING = "q", "k", "v", "out", "lse", "d_out", "d_q", "d_k", "d_v", "delta"
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_border_missing_tensor_is_refused(name):
+    border = Border("backward")
+    border.drop(name)
+    border.assert_refused(f"{name}\\b.*: expected all")
+
+
+WRONG: dict[str, tuple[Callable[[Border], object], str]] = {
+    "isa unknown": (lambda x: x.arguments.update(isa="mmx"), "^isa: mmx is not usable"),
+    "isa empty": (lambda x: x.arguments.update(isa=""), "^isa: "),
+    "dtype unknown": (lambda x: x.arguments.update(dtype="int8"), "^dtype: expected float32, .*got int8"),
+    "bias_dtype unknown": (lambda x: x.arguments.update(bias_dtype=""), "dtype: expected float32, "),
+    "dtype wider than the tensors": (lambda x: x.arguments.update(dtype="float64"), r"^\w+: reaches outside"),
+    "bias_dtype wider than the bias": (lambda x: x.arguments.update(bias_dtype="float64"), "bias: reaches outside"),
+    "no threads": (lambda x: x.arguments.update(threads=0), "^threads: expected at least 1, got 0"),
+    "negative threads": (lambda x: x.arguments.update(threads=-3), "^threads: expected at least 1, got -3"),
+    "sizes too few": (lambda x: x.arguments["sizes"].pop(), "^sizes: expected "),
+    "numbers too many": (lambda x: x.arguments["numbers"].append(0), "^numbers: expected "),
+    "b negative": (lambda x: x.set_size("b", -1), "^sizes: out of range"),
+    "n beyond any memory": (lambda x: x.set_size("n", 2**62), "^sizes: out of range"),
+    "no heads": (lambda x: x.set_size("h", 0), "^sizes: h must be a positive multiple of hk"),
+    "no key heads": (lambda x: x.set_size("hk", 0), "^sizes: h must be a positive multiple of hk"),
+    "key heads that do not divide": (lambda x: x.set_size("hk", 3), "^sizes: h must be a positive multiple of hk"),
+    "d 0": (lambda x: x.set_size("d", 0), "^d: expected 1 to 512, got 0"),
+    "d 513": (lambda x: x.set_size("d", 513), "^d: expected 1 to 512, got 513"),
+    "dv 0": (lambda x: x.set_size("dv", 0), "^dv: expected 1 to 512, got 0"),
+    "dv 513": (lambda x: x.set_size("dv", 513), "^dv: expected 1 to 512, got 513"),
+    "m other than in q": (lambda x: x.set_size("m", M + 1), r"^\w+: expected size 6"),
+    "sequences without packing": (lambda x: x.set_size("sequences", 5), "^(alibi_slopes|sequences): "),
+    "offset out of range": (lambda x: x.set_number("offset", 2**40), "^offset: out of range"),
+    "offset out of range below": (lambda x: x.set_number("offset", -(2**40)), "^offset: out of range"),
+    "dropout_p 1": (lambda x: x.set_number("dropout_p", 1.0), r"^dropout_p: expected \[0, 1\)"),
+    "dropout_p negative": (lambda x: x.set_number("dropout_p", -0.1), r"^dropout_p: expected \[0, 1\)"),
+    "dropout_p NaN": (lambda x: x.set_number("dropout_p", float("nan")), r"^dropout_p: expected \[0, 1\)"),
+    "a tensor of no meaning": (lambda x: x.given.update(z=x.given["q"]), "^z: no such tensor"),
+    "q_segments alone": (lambda x: x.drop("k_segments"), "^q_segments, k_segments: expected both or neither"),
+    "k_segments alone": (lambda x: x.drop("q_segments"), "^q_segments, k_segments: expected both or neither"),
+    "d_bias missing": (lambda x: x.drop("d_bias"), "^d_bias, d_sinks: expected with bias, sinks"),
+    "d_sinks missing": (lambda x: x.drop("d_sinks"), "^d_bias, d_sinks: expected with bias, sinks"),
+    "bias missing": (lambda x: x.drop("bias"), "^d_bias, d_sinks: expected with bias, sinks"),
+    "sinks missing": (lambda x: x.drop("sinks"), "^d_bias, d_sinks: expected with bias, sinks"),
+    "d_bias broadcast and bias not": (lambda x: x.resize("d_bias", 0, 1 - B), "^d_bias: expected the sizes of bias"),
+    "key_lengths negative": (lambda x: x.tensors["key_lengths"].fill_(-1), "^key_lengths: expected 0 to n, got -1"),
+    "key_lengths beyond n": (lambda x: x.tensors["key_lengths"].fill_(8), "^key_lengths: expected 0 to n, got 8"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
+def test_border_wrong_argument_is_refused(change, message):
+    border = Border("backward")
+    change(border)
+    border.assert_refused(message)
+
+
+def _starts(name: str, *starts: int) -> Callable[[Border], object]:
+    return lambda border: border.tensors[name].copy_(torch.tensor(starts))
+
+
+def _lend(name: str) -> Callable[[Border], None]:
+    """A tensor of the batch form in a packed call, of the right size for it."""
+
+    def change(border: Border) -> None:
+        sizes = {"mask": (1, H, M, N), "bias": (1, H, M, N), "key_lengths": (1,), "q_segments": (1, M)}
+        lent = torch.zeros(sizes[name], dtype=Border("forward").tensors[name].dtype)
+        border.tensors[name], border.given[name] = lent, list(cpu._described(lent))
+
+    return change
+
+
+WRONG_PACKED = {
+    f"{name} {words}": (_starts(name, *starts), f"^{name}: {message}")
+    for name, rows in (("cu_seqlens_q", M), ("cu_seqlens_k", N))
+    for words, starts, message in (
+        ("begins late", (1, 2, 3, rows), "expected to begin with 0, got 1"),
+        ("begins below 0", (-1, 2, 3, rows), "expected to begin with 0, got -1"),
+        ("decreases", (0, 3, 2, rows), "decreases after entry 1"),
+        ("overruns", (0, 1, 2, rows + 1), f"ends at {rows + 1}, beyond the {rows} rows"),
+        ("overruns and returns", (0, rows + 1, rows, rows), "decreases after entry 1"),
+    )
+} | {
+    "cu_seqlens_q alone": (lambda x: x.drop("cu_seqlens_k"), "^cu_seqlens_q, cu_seqlens_k: expected both or neither"),
+    "cu_seqlens_k alone": (lambda x: x.drop("cu_seqlens_q"), "^cu_seqlens_q, cu_seqlens_k: expected both or neither"),
+    **{f"packed and {name}": (_lend(name), "^cu_seqlens_q: excludes")
+       for name in ("mask", "bias", "key_lengths", "q_segments")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_PACKED.values(), ids=WRONG_PACKED)
+def test_border_wrong_packed_argument_is_refused(change, message):
+    border = Border("backward", packed=True)
+    change(border)
+    border.assert_refused(message)
