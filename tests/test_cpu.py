@@ -129,6 +129,16 @@ def test_head_size_of_any_remainder_agrees_with_definition(isa, size):
     _assert_agrees(Case("ragged", b=1, h=1, hk=1, m=9, n=21, d=size, dv=size), torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [1, 3, 9, 40])
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_keys_that_are_split_agree_with_definition(isa, m, dtype):
+    """Few tiles of queries and 1024 keys or more: parts of the keys are computed apart and joined."""
+    whole = Case("split", b=2, h=4, hk=2, m=m, n=1500, d=40, dv=24, key_lengths=(1500, 700), sinks=True)
+    _assert_agrees(whole, dtype)
+    _assert_agrees(replace(whole, causal=True, window=(900, None), alibi=True, dropout_p=0.2), dtype)
+
+
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_lengths_around_the_tile_size_agree_with_definition(isa):
     for m in (1, 15, 17, 64, 65, 129):
