@@ -79,7 +79,7 @@ struct ExpConstants<double> {
                                       0.5};
 };
 
-// e^x for x <= 0 (and a little above), to 1 ulp. e^-inf is exactly 0; a NaN stays one.
+// e^x for x <= 0 (and a little above), to 1.2 ulp. e^-inf is exactly 0; a NaN stays one.
 template <class A>
 PYATTN_INLINE Vec<A> exp(Vec<A> x) {
     using C = ExpConstants<A>;
