@@ -231,7 +231,8 @@ def reference(call: Call) -> Oracle:
     """What `evaluate` should give for this call, and how far from it a sound implementation may be.
 
     For float64 calls the baseline is float32's, brought down by the ratio of the two units in the last place: there
-    is no wider dtype to measure float64's own error against.
+    is no wider dtype to measure float64's own error against. The definition then rounds as much as what is held
+    against it, and independently of it.
     """
     dtype = call.tensors["q"].dtype
     expected = _evaluate_definition(call, torch.float64)
@@ -239,6 +240,7 @@ def reference(call: Call) -> Oracle:
     floor = {name: eps * t.detach() for name, t in _rounding(call).items()}
     if dtype is not torch.float64:
         return Oracle(expected, _evaluate_definition(call, dtype), floor)
+    floor = {name: math.sqrt(2) * t for name, t in floor.items()}
     single = _evaluate_definition(call, torch.float32)
     shrink = eps / torch.finfo(torch.float32).eps
     baseline = {

@@ -23,7 +23,7 @@ class Backward {
             over(call, Pieces::key_tiles, tile + keys_scratch(args), keys_task);
             over(call, Pieces::query_tiles, tile + queries_scratch(args), queries_task);
         }
-        if (args.d_bias) bias_pass(call);
+        if (args.d_bias && !owned_bias(args)) bias_pass(call);
         if (args.d_sinks) sink_gradient(args);
     }
 
@@ -67,7 +67,8 @@ class Backward {
         return (3 * padded<A>(args.dv) + 1) * kQueries * static_cast<int64_t>(sizeof(A));
     }
     static int64_t queries_scratch(const AttentionArgs& args) {
-        return padded<A>(args.d) * (kQueries + kQueries) * static_cast<int64_t>(sizeof(A));
+        const int64_t bias = owned_bias(args) ? 2 * kKeys * kQueries : 0;
+        return (padded<A>(args.d) * (kQueries + kQueries) + bias) * static_cast<int64_t>(sizeof(A));
     }
     static int64_t keys_scratch(const AttentionArgs& args) {
         return kKeys * (padded<A>(args.d) + padded<A>(args.dv)) * static_cast<int64_t>(sizeof(A));
@@ -123,12 +124,13 @@ class Backward {
             d_q_t[t] = scratch.take<A>(width * kQueries);
         }
         A* d_q_rows = scratch.take<A>(width * kQueries);
+        A* bias_sums = scratch.take<A>(owned_bias(args) ? 2 * kKeys * kQueries : 0);
         A* d_k = zeroed(scratch.take<A>(sequence.n * width), sequence.n * width);
         A* d_v = zeroed(scratch.take<A>(sequence.n * width_v), sequence.n * width_v);
         for (int64_t head = piece.head * group; head < (piece.head + 1) * group; ++head) {
             for (int64_t i = 0; i < sequence.m; i += kTogether * kQueries) {
                 const int64_t count = smaller(kTogether, (sequence.m - i + kQueries - 1) / kQueries);
-                Range keys{sequence.n, 0};
+                Range keys = owned_bias(args) ? Range{0, sequence.n} : Range{sequence.n, 0};
                 for (int64_t t = 0; t < count; ++t) {
                     tiles[t]->load_queries(sequence, head, i + t * kQueries);
                     zeroed(d_q_t[t], width * kQueries);
@@ -137,8 +139,12 @@ class Backward {
                 for (int64_t j = keys.begin / kKeys * kKeys; j < keys.end; j += kKeys) {
                     for (int64_t t = 0; t < count; ++t) {
                         const Range own = tiles[t]->keys();
-                        if (j + kKeys <= own.begin || own.end <= j) continue;
-                        if (!tiles[t]->compute(j, smaller(kKeys, own.end - j))) continue;
+                        const bool seen = own.begin < j + kKeys && j < own.end &&
+                                          tiles[t]->compute(j, smaller(kKeys, own.end - j));
+                        if (owned_bias(args)) {
+                            store_owned_bias(*tiles[t], seen, sequence, head, i + t * kQueries, j, bias_sums);
+                        }
+                        if (!seen) continue;
                         tiles[t]->pass_softcap();
                         tiles[t]->add_query_gradient(d_q_t[t]);
                         tiles[t]->add_key_gradients(d_k + j * width, d_v + j * width_v);
@@ -191,14 +197,30 @@ class Backward {
         BackwardTile<T> tile(args, scratch);
         A* d_q_t = zeroed(scratch.take<A>(width * kQueries), width * kQueries);
         A* d_q_rows = scratch.take<A>(width * kQueries);
+        A* bias_sums = scratch.take<A>(owned_bias(args) ? 2 * kKeys * kQueries : 0);
         tile.load_queries(sequence, piece.head, i);
-        const Range keys = tile.keys();
+        const Range own = tile.keys(), keys = owned_bias(args) ? Range{0, sequence.n} : own;
         for (int64_t j = keys.begin / kKeys * kKeys; j < keys.end; j += kKeys) {
-            if (!tile.compute(j, smaller(kKeys, keys.end - j))) continue;
+            const bool seen =
+                own.begin < j + kKeys && j < own.end && tile.compute(j, smaller(kKeys, own.end - j));
+            if (owned_bias(args)) store_owned_bias(tile, seen, sequence, piece.head, i, j, bias_sums);
+            if (!seen) continue;
             tile.pass_softcap();
             tile.add_query_gradient(d_q_t);
         }
         store_query_gradient(args, sequence, piece.head, i, tile.queries(), d_q_t, d_q_rows);
+    }
+
+    // Every element of the bias belongs to one pair of query and key, so that its gradient is a by-product.
+    static bool owned_bias(const AttentionArgs& args) {
+        const int64_t* size = args.d_bias.size;
+        return args.d_bias && size[0] == args.b && size[1] == args.h && size[2] == args.m && size[3] == args.n;
+    }
+    static void store_owned_bias(const BackwardTile<T>& tile, bool seen, const Sequence& sequence, int64_t head,
+                                 int64_t i, int64_t j, A* sums) {
+        zeroed(sums, kKeys * kQueries);
+        if (seen) tile.add_score_gradient(sums);
+        store_bias_gradient(tile.args(), sequence.entry, head, i, j, sums, sums + kKeys * kQueries);
     }
 
     // One task per tile of the bias's own shape; it visits all that broadcasting spreads that tile over.

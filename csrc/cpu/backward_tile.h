@@ -144,6 +144,7 @@ class BackwardTile {
     }
 
     int64_t queries() const { return rows_.count; }
+    const AttentionArgs& args() const { return args_; }
 
   private:
     // Rows of q or d_out, both ways round: depth across rows, and transposed with the depth along the row.

@@ -79,8 +79,8 @@ class Forward {
     Forward(const AttentionArgs& args, Scratch& scratch)
         : args_(args),
           q_rows_(scratch.take<E>(kQueries * round_up(operands<E>(args.d), W))),
-          // [d][kQueries], or where few_ [query][padded d].
-          q_t_(scratch.take<E>(kQueries * round_up(operands<E>(args.d), W))),
+          // Q across, or where few_ K across: [d][kQueries] or [d][kKeys].
+          turned_(scratch.take<E>(larger(kQueries, kKeys) * round_up(operands<E>(args.d), W))),
           k_rows_(scratch.take<E>(kKeys * round_up(operands<E>(args.d), W))),
           v_rows_(scratch.take<E>(kKeys * padded<A>(args.dv))),
           scores_(scratch.take<A>(kKeys * kQueries)),
@@ -93,7 +93,9 @@ class Forward {
           visible_(scratch.take<A>(kKeys * kQueries)),
           extra_rows_(scratch.take<A>(args.bias || args.mask ? kKeys * kQueries : 0)),
           extra_tile_(scratch.take<A>(args.bias || args.mask ? kKeys * kQueries : 0)),
-          keep_(scratch.take<A>(args.dropout ? kKeys * kQueries : 0)) {}
+          keep_(scratch.take<A>(args.dropout ? kKeys * kQueries : 0)),
+          few_scores_(scratch.take<A>(W * kKeys)),
+          few_keep_(scratch.take<A>(args.dropout ? W * kKeys : 0)) {}
 
     void lay_out(const Rows& rows) {
         lanes_ = padded<A>(rows.count);
@@ -116,16 +118,8 @@ class Forward {
     }
 
     void start(const Rows& rows, bool with_sink) {
-        const Lanes<const E> q = rows.template load<E, T>(args_.q, args_.d, q_rows_);
-        const int64_t depth = operands<E>(args_.d), width = round_up(depth, W);
-        if (few_) {
-            std::memset(q_t_, 0, static_cast<size_t>(W * width) * sizeof(E));
-            for (int64_t lane = 0; lane < rows.count; ++lane) {
-                std::memcpy(q_t_ + lane * width, q.ptr + lane * q.ld, static_cast<size_t>(width) * sizeof(E));
-            }
-        } else {
-            transpose<E>(q, rows.count, depth, {q_t_, kQueries}, lanes_);
-        }
+        q_ = rows.template load<E, T>(args_.q, args_.d, q_rows_);
+        if (!few_) transpose<E>(q_, rows.count, operands<E>(args_.d), {turned_, kQueries}, lanes_);
         std::memset(out_, 0, static_cast<size_t>(columns_ * width_) * sizeof(A));
         for (int64_t lane = 0; lane < lanes_; ++lane) {
             const bool sink = args_.sinks && with_sink && lane < rows.count;
@@ -139,25 +133,18 @@ class Forward {
         const bool all = view.sight == View::all;
         const Lanes<const E> k = load_rows(key_row<T>(args_.k, sequence, rows.kv_head, j), args_.k.stride[2], count,
                                            args_.d, k_rows_, view.wanted, few_);
+        if (few_) return add_few(rows, score, j, count, k, view);
         // Strips of lanes leave out the keys that none of their queries sees.
-        const int64_t strip = all || few_ ? lanes_ : 2 * W;
-        const auto keys_of = [&](int64_t lane) {
-            return all || few_ ? Range{0, count} : mask.keys_of(lane, strip, j, count);
-        };
-        if (few_) {
-            const bool more = j + kKeys < sequence.n;
-            const Soon values = soon(args_.v, sequence, rows.kv_head, j, args_.dv);
-            score_few(rows.count, k, count, values, soon(args_.k, sequence, rows.kv_head, j + kKeys, more * args_.d));
-        } else {
-            for (int64_t lane = 0; lane < lanes_; lane += strip) {
-                const Range keys = keys_of(lane);
-                if (keys.end > keys.begin) score_strip(lane, smaller(strip, lanes_ - lane), k, keys);
-            }
+        const int64_t strip = all ? lanes_ : 2 * W;
+        const auto keys_of = [&](int64_t lane) { return all ? Range{0, count} : mask.keys_of(lane, strip, j, count); };
+        for (int64_t lane = 0; lane < lanes_; lane += strip) {
+            const Range keys = keys_of(lane);
+            if (keys.end > keys.begin) score_strip(lane, smaller(strip, lanes_ - lane), k, keys);
         }
         const A factor = score.apply(scores_, j, count, lanes_, all ? nullptr : visible_, nullptr);
         if (args_.dropout) draw_keep<A>(args_, rows, j, count, lanes_, keep_);
         const Lanes<const E> v = load_rows_across(key_row<T>(args_.v, sequence, rows.kv_head, j), args_.v.stride[2],
-                                                  count, args_.dv, v_rows_, view.wanted, few_);
+                                                  count, args_.dv, v_rows_, view.wanted, false);
         for (int64_t lane = 0; lane < lanes_; lane += strip) {
             const Range keys = keys_of(lane);
             if (keys.end <= keys.begin) continue;
@@ -167,28 +154,14 @@ class Forward {
             } else {
                 softmax<false>(lane, lanes, keys, factor);
             }
-            add_values(rows.count, lane, lanes, keys, v);
+            add_values(lane, lanes, keys, v);
         }
     }
 
     void score_strip(int64_t lane, int64_t lanes, Lanes<const E> k, Range keys) {
-        gemm<E>(lanes, keys.end - keys.begin, operands<E>(args_.d), {q_t_ + lane, kQueries},
+        gemm<E>(lanes, keys.end - keys.begin, operands<E>(args_.d), {turned_ + lane, kQueries},
                 {k.ptr + keys.begin * k.ld, k.ld, 1}, {scores_ + keys.begin * kQueries + lane, kQueries},
                 {false, nullptr});
-    }
-
-    static Soon soon(const TensorArg& tensor, const Sequence& sequence, int64_t kv_head, int64_t j, int64_t columns) {
-        constexpr int64_t size = sizeof(T);
-        const T* const row = key_row<T>(tensor, sequence, kv_head, j);
-        return {reinterpret_cast<const char*>(row), tensor.stride[2] * size, columns * size};
-    }
-
-    template <int R = W / 2>
-    void score_few(int64_t rows, Lanes<const E> k, int64_t count, const Soon& next, const Soon& after) {
-        if constexpr (R > 1) {
-            if (rows < R) return score_few<R - 1>(rows, k, count, next, after);
-        }
-        dots<E, R>(q_t_, count, k, round_up(operands<E>(args_.d), W), scores_, kQueries, next, after);
     }
 
     // scores -> operands exp(factor * scores - running maximum), with dropout, and the factor by which the earlier part
@@ -233,17 +206,106 @@ class Forward {
         }
     }
 
-    void add_values(int64_t rows, int64_t lane, int64_t lanes, Range keys, Lanes<const E> v) {
+    void add_values(int64_t lane, int64_t lanes, Range keys, Lanes<const E> v) {
         const int64_t first = keys.begin / kStep<E>, depth = operands<E>(keys.end - keys.begin);
         const E* const weights = reinterpret_cast<const E*>(scores_) + first * kQueries + lane;
-        const E* const values = v.ptr + first * v.ld;
-        if (few_) {
-            scale_rows(rescale_);
-            gemm<E>(width_, rows, depth, {values, v.ld}, {weights, 1, kQueries}, {out_, width_}, {true, nullptr});
-        } else {
-            gemm<E>(lanes, args_.dv, depth, {weights, kQueries}, {values, 1, v.ld}, {out_ + lane, width_},
-                    {true, rescale_ + lane});
+        gemm<E>(lanes, args_.dv, depth, {weights, kQueries}, {v.ptr + first * v.ld, 1, v.ld}, {out_ + lane, width_},
+                {true, rescale_ + lane});
+    }
+
+    // The same tile for few queries: lanes are keys, and columns of values.
+    void add_few(const Rows& rows, const Score<A>& score, int64_t j, int64_t count, Lanes<const E> k, View view) {
+        const Sequence& sequence = rows.sequence;
+        const A* const visible = view.sight == View::all ? nullptr : visible_;
+        score_few(rows, count, k, later(args_.v, rows, j, args_.dv));
+        A factor = args_.scale;
+        if (!score.plain(visible)) {
+            transpose<A>({few_scores_, kKeys}, rows.count, count, {scores_, kQueries}, lanes_);
+            factor = score.apply(scores_, j, count, lanes_, visible, nullptr);
+            transpose<A>({scores_, kQueries}, count, lanes_, {few_scores_, kKeys}, round_up(count, W));
         }
+        if (args_.dropout) {
+            draw_keep<A>(args_, rows, j, count, lanes_, keep_);
+            transpose<A>({keep_, kQueries}, count, lanes_, {few_keep_, kKeys}, round_up(count, W));
+            softmax_few<true>(rows.count, count, factor);
+        } else {
+            softmax_few<false>(rows.count, count, factor);
+        }
+        const Lanes<const E> v = load_rows_across(key_row<T>(args_.v, sequence, rows.kv_head, j), args_.v.stride[2],
+                                                  count, args_.dv, v_rows_, view.wanted, true);
+        scale_rows(rescale_);
+        gemm_vectors<E>(width_, rows.count, operands<E>(count), v,
+                        {reinterpret_cast<const E*>(few_scores_), kKeys, 1}, {out_, width_}, {true, nullptr},
+                        later(args_.k, rows, j + kKeys, args_.d));
+    }
+
+    // Memory is the limit here, so what is read next is asked for all along: the tile's values while its keys are
+    // turned, the next tile's keys while the values are added.
+    void score_few(const Rows& rows, int64_t count, Lanes<const E> k, const Later& values) {
+        const int64_t depth = operands<E>(args_.d);
+        for (int64_t key = 0; key < count; key += W) {
+            const int64_t some = smaller(W, count - key);
+            for (int64_t r = key; r < key + some; ++r) values.fetch(r);
+            transpose<E>({k.ptr + key * k.ld, k.ld}, some, depth, {turned_ + key, kKeys}, W);
+        }
+        gemm<E>(round_up(count, W), rows.count, depth, {turned_, kKeys}, {q_.ptr, q_.ld, 1}, {few_scores_, kKeys},
+                {false, nullptr});
+    }
+
+    static Later later(const TensorArg& tensor, const Rows& rows, int64_t j, int64_t columns) {
+        constexpr int64_t size = sizeof(T);
+        const T* const row = key_row<T>(tensor, rows.sequence, rows.kv_head, j);
+        return {reinterpret_cast<const char*>(row), smaller(kKeys, rows.sequence.n - j), tensor.stride[2] * size,
+                columns * size};
+    }
+
+    // Weights [query][key] where the scores were. Keys that are not there have a logit of -inf.
+    template <bool Dropout>
+    void softmax_few(int64_t rows, int64_t count, A factor) {
+        constexpr int S = kStep<E>;
+        E* const weights = reinterpret_cast<E*>(few_scores_);
+        const auto logits = [&](int64_t row, int64_t key) {
+            const Vec<A> found = load(few_scores_ + row * kKeys + key) * factor;
+            return first_lanes<A>(count - key) ? found : fill<A>(-static_cast<A>(INFINITY));
+        };
+        Vec<A> square[W];
+        for (int row = 0; row < W; ++row) {
+            square[row] = fill<A>(-static_cast<A>(INFINITY));
+            for (int64_t key = 0; row < rows && key < count; key += W) {
+                square[row] = running_max<A>(square[row], logits(row, key));
+            }
+        }
+        transpose_square<A>(square);
+        const Vec<A> old_max = load(row_max_);
+        Vec<A> top = old_max;
+        for (int row = 0; row < W; ++row) top = running_max<A>(top, square[row]);
+        const Vec<A> shift = top == -static_cast<A>(INFINITY) ? Vec<A>{} : top;
+        const Vec<A> shrink = exp<A>(old_max - shift);
+        for (int row = 0; row < W; ++row) {
+            square[row] = Vec<A>{};
+            for (int64_t key = 0; row < rows && key < count; key += S * W) {
+                Vec<A> p[S] = {};
+#pragma GCC unroll 2
+                for (int s = 0; s < S; ++s) {
+                    const int64_t at = key + s * W;
+                    if (at >= count) break;
+                    p[s] = exp<A>(logits(row, at) - shift[row]);
+                    square[row] += p[s];
+                    if constexpr (Dropout) p[s] *= load(few_keep_ + row * kKeys + at);
+                }
+                if constexpr (S == 1) {
+                    store(weights + row * kKeys + key, p[0]);
+                } else {
+                    store(weights + row * kKeys + key / S, Product<E>::along(p[0], p[1]));
+                }
+            }
+        }
+        transpose_square<A>(square);
+        Vec<A> sum = load(row_sum_) * shrink;
+        for (int row = 0; row < W; ++row) sum += square[row];
+        store(row_max_, top);
+        store(row_sum_, sum);
+        store(rescale_, shrink);
     }
 
     // out *= factor, one factor per query; a factor of 0 also clears a NaN.
@@ -296,24 +358,25 @@ class Forward {
             lse[statistic(args_, rows.sequence, rows.head[lane], rows.query[lane])] =
                 row_max_[lane] + std::log(row_sum_[lane]);
         }
-        for (int64_t lane = 0; lane < lanes_; lane += W) {
-            const Vec<A> sum = load(row_sum_ + lane);
-            store(rescale_ + lane, sum == A(0) ? Vec<A>{} : A(1) / sum);
-        }
-        scale_rows(rescale_);
         const int64_t width = padded<A>(args_.dv);
         if (!few_) transpose<A>({out_, kQueries}, args_.dv, lanes_, {out_rows_, width}, width);
         for (int64_t lane = 0; lane < rows.count; ++lane) {
             T* to = query_row<T>(args_.out, rows.sequence, rows.head[lane], rows.query[lane]);
-            store_row((few_ ? out_ : out_rows_) + lane * width, args_.dv, A(1), to);
+            if (row_sum_[lane] == 0) {
+                std::memset(to, 0, static_cast<size_t>(args_.dv) * sizeof(T));  // not 0 / 0, nor 0 * NaN
+            } else {
+                store_row((few_ ? out_ : out_rows_) + lane * width, args_.dv, A(1) / row_sum_[lane], to);
+            }
         }
     }
 
     const AttentionArgs& args_;
-    E *q_rows_, *q_t_, *k_rows_, *v_rows_;
+    E *q_rows_, *turned_, *k_rows_, *v_rows_;
     A *scores_, *out_, *row_max_, *row_sum_, *rescale_, *out_rows_, *visible_, *extra_rows_, *extra_tile_, *keep_;
+    A *few_scores_, *few_keep_;  // where few_, [query][kKeys]
+    Lanes<const E> q_{};
     int64_t lanes_ = 0, columns_ = 0, width_ = 0;
-    bool few_ = false;  // queries for at most half a vector: scores by dot products, out with its columns in the lanes
+    bool few_ = false;  // queries for at most half a vector: lanes are keys, then columns of values
     uint8_t seen_[kKeys];
 };
 

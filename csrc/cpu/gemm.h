@@ -35,13 +35,27 @@ struct Old {
     const A* factor;  // per lane; null is 1
 };
 
-template <class E, int R, int C>
-PYATTN_INLINE void gemm_kernel(const E* x, int64_t ldx, Broadcast<E> y, int64_t depth,
-                                                              Sum<E>* out, int64_t ldo, bool keep,
-                                                              const Sum<E>* factor) {
+// Rows of memory that are read after the product, one brought in per step of its depth. The default is none.
+struct Later {
+    const char* ptr = nullptr;
+    int64_t rows = 0, stride = 0, bytes = 0;
+
+    void fetch(int64_t row) const {
+        if (row >= rows) return;
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(ptr + row * stride + at);
+    }
+};
+struct Nothing {
+    void fetch(int64_t) const {}
+};
+
+template <class E, int R, int C, class Next>
+PYATTN_INLINE void gemm_kernel(const E* x, int64_t ldx, Broadcast<E> y, int64_t depth, Sum<E>* out, int64_t ldo,
+                               bool keep, const Sum<E>* factor, const Next& next) {
     constexpr int W = kWidth<E>;
     Vec<Sum<E>> acc[C][R] = {};
     for (int64_t t = 0; t < depth; ++t) {
+        next.fetch(t);
         Vec<E> row[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) row[r] = load(x + t * ldx + r * W);
@@ -65,9 +79,9 @@ PYATTN_INLINE void gemm_kernel(const E* x, int64_t ldx, Broadcast<E> y, int64_t 
 }
 
 // One strip of R vectors of lanes: all columns, C at a time, then fewer.
-template <class E, int R, int C>
+template <class E, int R, int C, class Next>
 static inline void gemm_strip(int64_t columns, const E* x, int64_t ldx, Broadcast<E> y, int64_t depth, Sum<E>* out,
-                              int64_t ldo, Old<Sum<E>> old) {
+                              int64_t ldo, Old<Sum<E>> old, const Next& next) {
     int64_t c = 0;
     for (; c + C <= columns; c += C) {
         Broadcast<E> part = y;
@@ -75,33 +89,33 @@ static inline void gemm_strip(int64_t columns, const E* x, int64_t ldx, Broadcas
         // Fixing the stride that is 1 turns the addresses of the other operand's columns into constants.
         if (y.stride_c == 1) {
             part.stride_c = 1;
-            gemm_kernel<E, R, C>(x, ldx, part, depth, out + c * ldo, ldo, old.keep, old.factor);
+            gemm_kernel<E, R, C>(x, ldx, part, depth, out + c * ldo, ldo, old.keep, old.factor, next);
         } else {
             part.stride_t = 1;
-            gemm_kernel<E, R, C>(x, ldx, part, depth, out + c * ldo, ldo, old.keep, old.factor);
+            gemm_kernel<E, R, C>(x, ldx, part, depth, out + c * ldo, ldo, old.keep, old.factor, next);
         }
     }
     if constexpr (C > 1) {
         y.ptr += c * y.stride_c;
         constexpr int fewer = C == 6 ? 4 : C / 2;
-        if (c < columns) gemm_strip<E, R, fewer>(columns - c, x, ldx, y, depth, out + c * ldo, ldo, old);
+        if (c < columns) gemm_strip<E, R, fewer>(columns - c, x, ldx, y, depth, out + c * ldo, ldo, old, next);
     }
 }
 
-template <class E, int R = PYATTN_STRIP_VECTORS>
+template <class E, int R = PYATTN_STRIP_VECTORS, class Next = Nothing>
 static inline void gemm_vectors(int64_t lanes, int64_t columns, int64_t depth, Lanes<const E> x, Broadcast<E> y,
-                                Lanes<Sum<E>> out, Old<Sum<E>> old) {
+                                Lanes<Sum<E>> out, Old<Sum<E>> old, const Next& next = {}) {
     constexpr int strip = R * kWidth<E>;
     int64_t lane = 0;
     for (; lane + strip <= lanes; lane += strip) {
         const Old<Sum<E>> part{old.keep, old.factor ? old.factor + lane : nullptr};
-        gemm_strip<E, R, 6>(columns, x.ptr + lane, x.ld, y, depth, out.ptr + lane, out.ld, part);
+        gemm_strip<E, R, 6>(columns, x.ptr + lane, x.ld, y, depth, out.ptr + lane, out.ld, part, next);
     }
     if constexpr (R > 1) {
         const Old<Sum<E>> rest{old.keep, old.factor ? old.factor + lane : nullptr};
         if (lane < lanes) {
             gemm_vectors<E, R / 2>(lanes - lane, columns, depth, {x.ptr + lane, x.ld}, y, {out.ptr + lane, out.ld},
-                                   rest);
+                                   rest, next);
         }
     }
 }
@@ -143,55 +157,6 @@ static inline void gemm(int64_t lanes, int64_t columns, int64_t depth, Lanes<con
     if constexpr (kStep<E> == 2) return gemm_tiles(lanes, columns, depth, x, y, out, old);
 #endif
     gemm_vectors<E>(lanes, columns, depth, x, y, out, old);
-}
-
-// Rows of memory that are read next, brought in meanwhile.
-struct Soon {
-    const char* ptr;
-    int64_t stride, bytes;
-
-    void fetch(int64_t row) const {
-        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(ptr + row * stride + at);
-    }
-};
-
-// tile[key * ld + row] = q_row . k_key for R rows of q, at most kWidth: for rows too few to fill lanes. Keys are read
-// once, one after the other, as memory likes it. `depth` is a multiple of kWidth. Writes R values per key.
-template <class E, int R>
-static inline void dots(const E* q, int64_t keys, Lanes<const E> k, int64_t depth, Sum<E>* tile, int64_t ld,
-                        const Soon& next, const Soon& after) {
-    // Keys per vector of sums, and vectors at a time: two hide that every sum waits for the one before.
-    constexpr int W = kWidth<E>, G = W / R, U = 2 * R > W / 4 ? 2 : 1, K = U * G;
-    for (int64_t key = 0; key < keys; key += K) {
-        const E* from[K];
-        for (int g = 0; g < K; ++g) {
-            const int64_t row = smaller(key + g, keys - 1);
-            from[g] = k.ptr + row * k.ld;
-            next.fetch(row);
-            after.fetch(row);
-        }
-        Vec<Sum<E>> sums[U][W] = {};
-        for (int64_t t = 0; t < depth; t += W) {
-            Vec<E> query[R];
-#pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) query[r] = load(q + r * depth + t);
-#pragma GCC unroll 16
-            for (int g = 0; g < K; ++g) {
-                const Vec<E> part = load(from[g] + t);
-#pragma GCC unroll 16
-                for (int r = 0; r < R; ++r) {
-                    Vec<Sum<E>>& sum = sums[g / G][g % G * R + r];
-                    sum = Product<E>::add(sum, part, query[r]);
-                }
-            }
-        }
-        Sum<E> found[U][W];
-#pragma GCC unroll 2
-        for (int u = 0; u < U; ++u) store(found[u], sum_each<Sum<E>>(sums[u]));
-        for (int g = 0; g < K && key + g < keys; ++g) {
-            for (int r = 0; r < R; ++r) tile[(key + g) * ld + r] = found[g / G][g % G * R + r];
-        }
-    }
 }
 
 }  // namespace PYATTN_ISA

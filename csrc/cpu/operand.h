@@ -59,13 +59,17 @@ struct Product<Pair> {
                                                0x110001, 0x100000);
         return (Vec<Pair>)_mm512_permutexvar_epi16(order, (__m512i)along(low, high));
     }
-    // The same of `count` numbers that are bfloat16 already, and zeros after them.
-    static Vec<Pair> interleave(const bfloat16* low, const bfloat16* high, int64_t count) {
-        const auto some = static_cast<__mmask16>((1u << count) - 1);
-        const auto widened = [some](const bfloat16* from) {
-            return (Vec<Pair>)_mm512_maskz_cvtepu16_epi32(some, _mm256_maskz_loadu_epi16(some, from));
+    // The same of rows of `count` <= 32 numbers that are bfloat16 already, and zeros after them, to two vectors.
+    static void interleave(const bfloat16* low, const bfloat16* high, int64_t count, Vec<Pair>* to) {
+        const auto some = static_cast<__mmask32>((1ull << count) - 1);
+        const __m512i a = _mm512_maskz_loadu_epi16(some, low), b = _mm512_maskz_loadu_epi16(some, high);
+        const auto lane = [](int64_t first) {
+            constexpr Vec<Pair> pairs = {0x200000, 0x210001, 0x220002, 0x230003, 0x240004, 0x250005, 0x260006, 0x270007,
+                                         0x280008, 0x290009, 0x2a000a, 0x2b000b, 0x2c000c, 0x2d000d, 0x2e000e, 0x2f000f};
+            return (__m512i)(pairs + static_cast<int32_t>(first * 0x10001));
         };
-        return widened(low) | widened(high) << 16;
+        to[0] = (Vec<Pair>)_mm512_permutex2var_epi16(a, lane(0), b);
+        to[1] = (Vec<Pair>)_mm512_permutex2var_epi16(a, lane(16), b);
     }
 };
 #endif

@@ -25,13 +25,17 @@ class Score {
         }
     }
 
+    // Logits are products times a factor.
+    bool plain(const A* visible) const {
+        return softcap_ == 0 && !args_.bias && !args_.alibi_slopes && !visible && scale_ >= 0;
+    }
+
     // Turns products q.k into logits in place; `visible` is null where all of the tile is. With a softcap and a
     // non-null cap_slope, that receives the softcap's derivative. Returns the factor that the logits still lack: a
     // plain tile is left as it is, because its reader multiplies for free. The factor is never negative, so that a
     // maximum stays one.
     A apply(A* tile, int64_t j, int64_t keys, int64_t lanes, const A* visible, A* cap_slope) const {
-        const bool plain = softcap_ == 0 && !args_.bias && !args_.alibi_slopes && !visible;
-        if (plain && scale_ >= 0) return scale_;
+        if (plain(visible)) return scale_;
         if (softcap_ != 0) {
             apply_softcap(tile, keys, lanes, cap_slope);
         } else {

@@ -86,8 +86,11 @@ static inline Lanes<const E> load_rows_across(const T* from, int64_t ld, int64_t
             const T* low = !wanted || wanted[r] ? from + r * ld : zeros;
             const T* high = r + 1 < count && (!wanted || wanted[r + 1]) ? from + (r + 1) * ld : zeros;
             E* to = scratch + r / 2 * width;
-            for (int64_t c = 0; c < columns; c += kWidth<E>) {
-                store(to + c, Product<E>::interleave(low + c, high + c, smaller(kWidth<E>, columns - c)));
+            for (int64_t c = 0; c < columns; c += 2 * kWidth<E>) {
+                Vec<E> pairs[2];
+                Product<E>::interleave(low + c, high + c, smaller(2 * kWidth<E>, columns - c), pairs);
+                store(to + c, pairs[0]);
+                if (c + kWidth<E> < width) store(to + c + kWidth<E>, pairs[1]);
             }
         }
         return {scratch, width};

@@ -51,6 +51,16 @@ PYATTN_INLINE Vec<A> fill(A x) {
     return x - Vec<A>{};  // x - 0 is x, -0 too, so the subtraction folds away; x + 0 would stay
 }
 
+// -1 in the first `count` lanes, else 0.
+template <class A, int... L>
+PYATTN_INLINE Bits<A> first_lanes(int64_t count, std::integer_sequence<int, L...>) {
+    return Bits<A>{L...} < static_cast<std::remove_reference_t<decltype(Bits<A>{}[0])>>(count);
+}
+template <class A>
+PYATTN_INLINE Bits<A> first_lanes(int64_t count) {
+    return first_lanes<A>(count, std::make_integer_sequence<int, kWidth<A>>{});
+}
+
 // A NaN in x is passed over: the exponentials that follow bring it back.
 template <class A>
 PYATTN_INLINE Vec<A> running_max(Vec<A> so_far, Vec<A> x) {
@@ -140,18 +150,6 @@ PYATTN_INLINE void transpose_network(Vec<A>* row) {
 template <class A>
 PYATTN_INLINE void transpose_square(Vec<A>* row) {
     transpose_network<A, kWidth<A> / 2>(row);
-}
-
-// Lane r of the result is the sum of all lanes of row[r]; kWidth rows, which are overwritten.
-template <class A, int S = kWidth<A> / 2>
-PYATTN_INLINE Vec<A> sum_each(Vec<A>* row) {
-#pragma GCC unroll 16
-    for (int r = 0; r < S; ++r) {
-        exchange<A, S>(row[r], row[r + S], std::make_integer_sequence<int, kWidth<A>>{});
-        row[r] += row[r + S];
-    }
-    if constexpr (S > 1) return sum_each<A, S / 2>(row);
-    return row[0];
 }
 
 }  // namespace PYATTN_ISA
