@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -108,31 +109,51 @@ def attention_launches(
     dv: int | None = None,
     heads_inside: bool = False,
     mask: bool = False,
+    bias: str | None = None,
     key_lengths: bool = False,
+    segments: bool = False,
+    alibi: bool = False,
+    sinks: bool = False,
+    packed: int | None = None,
     **call: Any,
 ) -> list[Launch]:
-    """The launches of one forward and backward. Tensors are on the meta device: they have strides but no memory."""
+    """The launches of one forward and backward. Tensors are on the meta device: they have strides but no memory.
+
+    bias: its shape's pattern, as in `pyattn.testing.Case`. packed: how many sequences lie in the one batch entry.
+    """
+    empty = partial(torch.empty, device="meta")
 
     def tensor(heads: int, rows: int, size: int) -> torch.Tensor:
         if heads_inside:
-            return torch.empty(b, rows, heads, size, dtype=dtype, device="meta").transpose(1, 2)
-        return torch.empty(b, heads, rows, size, dtype=dtype, device="meta")
+            return empty(b, rows, heads, size, dtype=dtype).transpose(1, 2)
+        return empty(b, heads, rows, size, dtype=dtype)
 
     dv = dv or d
     q, k, v, out = tensor(h, m, d), tensor(hk, n, d), tensor(hk, n, dv), tensor(h, m, dv)
-    lse = torch.empty(b, h, m, device="meta")
+    lse = empty(b, h, m)
     if mask:
-        call["mask"] = torch.empty(b, 1, m, n, dtype=torch.bool, device="meta")
+        call["mask"] = empty(b, 1, m, n, dtype=torch.bool)
+    if bias:
+        call["bias"] = empty([{"b": b, "h": h, "m": m, "n": n, "1": 1}[name] for name in bias], dtype=dtype)
     if key_lengths:
-        call["key_lengths"] = torch.empty(b, dtype=torch.int32, device="meta")
+        call["key_lengths"] = empty(b, dtype=torch.int32)
+    if segments:
+        call |= {"q_segments": empty(b, m, dtype=torch.int32), "k_segments": empty(b, n, dtype=torch.int32)}
+    if alibi:
+        call["alibi_slopes"] = empty(b if packed is None else packed, h)
+    if sinks:
+        call["sinks"] = empty(h)
+    if packed is not None:
+        call |= {name: empty(packed + 1, dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}
     if "dropout_p" in call:
-        call["seed"] = torch.empty((), dtype=torch.int64, device="meta")
+        call["seed"] = empty((), dtype=torch.int64)
     arguments = Call(**({"scale": d**-0.5, "offset": n - m} | call))
 
     def run() -> None:
         flash_fwd(q, k, v, out, lse, arguments)
-        gradients = (torch.empty_like(t) for t in (q, k, v))
-        flash_bwd(q, k, v, out, lse, torch.empty_like(out), torch.empty_like(lse), *gradients, arguments)
+        d_out, d_lse = torch.empty_like(out), torch.empty_like(lse)
+        gradients = [None if t is None else torch.empty_like(t) for t in (q, k, v, arguments.bias)]
+        flash_bwd(q, k, v, out, lse, d_out, d_lse, *gradients, arguments)
 
     return record(run, architecture)
 

@@ -11,7 +11,8 @@ from pyattn.testing import CASES, Case
 
 BACKEND = BACKENDS["triton"]
 # Half precision differs in the unit of its scores and in rounding, so one case per feature is enough of it.
-HALF = "plain cross odd-head-sizes scale-negative causal window key-lengths mask-full gqa dropout-gqa-causal"
+HALF = """plain cross odd-head-sizes scale-negative causal window key-lengths mask-full gqa dropout-gqa-causal segments
+    bias-per-head softcap-causal-bias alibi-causal sinks packed-gqa-window packed-dropout-alibi-sinks everything"""
 RUNS = [(c, torch.float32) for c in CASES] + [(c, torch.float16) for c in CASES if c.id in HALF.split()]
 
 
@@ -72,6 +73,17 @@ def test_window_wider_than_a_block_is_right_in_full_blocks_too(key_lengths):
     sizes = {"b": 2, "h": 2, "hk": 1, "m": 150, "n": 230, "window": (90, 40)}
     case = Case("wide-window", key_lengths=(230, 170) if key_lengths else None, **sizes)
     results = testing.check_case("triton", case, torch.float32)
+    assert [r for r in results if not r.excess <= 1] == []
+
+
+@pytest.mark.parametrize("ids", ["sorted", "any-order"])
+def test_segments_longer_than_a_block_are_right_in_full_and_skipped_blocks(ids):
+    call = testing.make_inputs(Case("long-segments", m=230, n=260, h=2, hk=1, segments=3), torch.float32)
+    if ids == "any-order":
+        # Blocks of one id that do not lie in a row, so that there is no run of full blocks.
+        block = torch.arange(260).expand(2, 260) // 32 % 2
+        call.options["segment_ids"] = (block[:, :230], block)
+    results = testing.reference(call).compare(testing.evaluate_backend(call, "triton"))
     assert [r for r in results if not r.excess <= 1] == []
 
 

@@ -1,11 +1,12 @@
-"""Fused attention, backward: the gradients of q, k and v, recomputing the probabilities from lse.
+"""Fused attention, backward: the gradients of q, k, v, bias and sinks, recomputing the probabilities from lse.
 
     ds = p * (dp - delta)    dp = d_out v^T    delta_i = out_i . d_out_i - d_lse_i
-    dq = scale * ds k        dk = scale * ds^T q        dv = p^T d_out
+    dq = scale * ds k        dk = scale * ds^T q        dv = p^T d_out        dbias = ds
 
-Source: arXiv:2307.08691, algorithm 2, split in two so that every sum has one fixed order and no atomics. Grid: the dq
-kernel has one program per block of queries and walks over keys; the dk/dv kernel has one program per block of keys of
-one key/value head and walks over the queries of its group's heads. The first also writes delta for the second.
+(and with a softcap, ds times its slope in dq and dk). Source: arXiv:2307.08691, algorithm 2, split so that every sum
+has one fixed order and no atomics. Grid: the dq kernel has one program per block of queries and walks over keys; the
+dk/dv kernel has one program per block of keys of one key/value head and walks over the queries of its group's heads.
+The first also writes delta for the others, and dbias unless the bias broadcasts, which is `flash_bwd_bias`'s.
 """
 
 import torch
@@ -14,20 +15,27 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .mask import visible
+from .flash_bwd_bias import flash_bwd_bias
+from .mask import drop_unseen, visible
 from .philox import dropout_keep
 from .schedule import (
     MASKED_RUN,
     block_start,
     first_run,
+    id_range,
     keys_seen,
+    locate,
+    num_blocks,
     queries_seeing,
     run_length,
+    stages,
     stop_run,
     visited_blocks,
+    within_segments,
 )
+from .score import is_plain, to_logits
 from .softmax import exp_scores, score_unit, subtracted_lse
-from .tiles import head_start, load_tile, store_tile
+from .tiles import head_start, load_tile, score_ptrs, statistics_start, store_tile
 
 
 @triton.jit
@@ -42,6 +50,15 @@ def row_dots(x, y, EXACT: tl.constexpr):
     return tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
 
 
+@triton.jit
+def through_softcap(ds, t, softcap):
+    """From the gradient of the logits to that of scale * q.k; t is the softcap's tanh."""
+    if softcap is not None:
+        # Where a pair is not seen, ds is 0 and t may be anything.
+        ds = tl.where(ds == 0.0, 0.0, ds * (1 - t * t))
+    return ds
+
+
 @triton.jit(do_not_specialize=launch.RUNTIME_VALUES)
 def _flash_bwd_dq_kernel(
     q_ptr,
@@ -51,11 +68,20 @@ def _flash_bwd_dq_kernel(
     do_ptr,
     dq_ptr,
     lse_ptr,  # [b, h, m]
-    dlse_ptr,  # [b, h, m] or None
     delta_ptr,  # [b, h, m], written here
-    mask_ptr,  # uint8 or None
-    lengths_ptr,  # [b] or None
-    seed_ptr,  # [] or None
+    dlse_ptr,  # [b, h, m] or None
+    dbias_ptr,  # [b, h, m, n] of zeros, or None
+    # Absent features are None.
+    mask_ptr,  # uint8
+    bias_ptr,
+    lengths_ptr,  # [b]
+    q_ids_ptr,  # [b, m]
+    k_ids_ptr,  # [b, n]
+    id_ranges_ptr,  # [b, blocks of keys, 2]
+    slopes_ptr,  # [sequences, h]
+    seed_ptr,  # []
+    cu_q_ptr,  # [S + 1]
+    cu_k_ptr,  # [S + 1]
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qm: tl.int64,
@@ -78,15 +104,25 @@ def _flash_bwd_dq_kernel(
     stride_mask_h: tl.int64,
     stride_mask_m: tl.int64,
     stride_mask_n: tl.int64,
+    stride_bias_b: tl.int64,
+    stride_bias_h: tl.int64,
+    stride_bias_m: tl.int64,
+    stride_bias_n: tl.int64,
+    stride_dbias_b: tl.int64,
+    stride_dbias_h: tl.int64,
+    stride_dbias_m: tl.int64,
+    stride_dbias_n: tl.int64,
     H,
     GROUP,
     M,
     N,
+    S,
     offset,
     left,  # or None
     right,  # or None
     scale,
     magnitude,
+    softcap,  # or None
     threshold,
     inv_keep,
     SCALE_SIGN: tl.constexpr,
@@ -100,52 +136,87 @@ def _flash_bwd_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    num_blocks = tl.cdiv(M, BLOCK_M)
-    start_m = (num_blocks - 1 - tl.program_id(0) % num_blocks) * BLOCK_M
-    i_h = tl.program_id(0) // num_blocks % H
-    i_b = tl.program_id(0) // num_blocks // H
-    k_base = head_start(k_ptr, i_b, i_h // GROUP, stride_kb, stride_kh, ALIGN)
-    v_base = head_start(v_ptr, i_b, i_h // GROUP, stride_vb, stride_vh, ALIGN)
-    mask_base = mask_ptr
-    if mask_ptr is not None:
-        mask_base = head_start(mask_ptr, i_b, i_h, stride_mask_b, stride_mask_h, 1)
+    blocks = num_blocks(M, cu_q_ptr, S, BLOCK_M)
+    i_h = tl.program_id(0) // blocks % H
+    i_b = tl.program_id(0) // blocks // H
+    i_s = i_b
+    block = tl.program_id(0) % blocks
+    first_m = None
+    first_n = None
+    n_queries = M
     n_keys = N
+    if cu_q_ptr is not None:
+        i_s, block, first_m, n_queries, first_n, n_keys = locate(block, cu_q_ptr, cu_k_ptr, S, M, N, BLOCK_M)
+        offset = n_keys - n_queries
+    start_m = tl.maximum(tl.cdiv(n_queries, BLOCK_M) - 1 - block, 0) * BLOCK_M
     if lengths_ptr is not None:
         n_keys = tl.minimum(tl.load(lengths_ptr + i_b), N)  # a wrong length must not read past the keys
+    k_base = head_start(k_ptr, i_b, i_h // GROUP, first_n, stride_kb, stride_kh, stride_kn, ALIGN)
+    v_base = head_start(v_ptr, i_b, i_h // GROUP, first_n, stride_vb, stride_vh, stride_vn, ALIGN)
+    mask_base = mask_ptr
+    if mask_ptr is not None:
+        mask_base = head_start(mask_ptr, i_b, i_h, None, stride_mask_b, stride_mask_h, stride_mask_m, 1)
+    bias_base = bias_ptr
+    if bias_ptr is not None:
+        bias_base = head_start(bias_ptr, i_b, i_h, None, stride_bias_b, stride_bias_h, stride_bias_m, 1)
+    dbias_base = dbias_ptr
+    if dbias_ptr is not None:
+        dbias_base = head_start(dbias_ptr, i_b, i_h, None, stride_dbias_b, stride_dbias_h, stride_dbias_m, 1)
+    q_ids_base = q_ids_ptr
+    k_ids_base = k_ids_ptr
+    if q_ids_ptr is not None:
+        q_ids_base = q_ids_ptr + i_b.to(tl.int64) * M
+        k_ids_base = k_ids_ptr + i_b.to(tl.int64) * N
+    slope = slopes_ptr
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + i_s * H + i_h)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
-    unit = score_unit(magnitude, EXACT)
+    PLAIN: tl.constexpr = is_plain(softcap, bias_ptr, slopes_ptr)
+    NATURAL: tl.constexpr = EXACT or not PLAIN
+    HIDES: tl.constexpr = mask_ptr is not None or q_ids_ptr is not None
+    unit = score_unit(magnitude, PLAIN, NATURAL)
 
     rows = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
-    in_m = start_m + rows < M
+    in_m = start_m + rows < n_queries
     # [BLOCK_M, BLOCK_DV]
-    do_base = head_start(do_ptr, i_b, i_h, stride_dob, stride_doh, ALIGN)
+    do_base = head_start(do_ptr, i_b, i_h, first_m, stride_dob, stride_doh, stride_dom, ALIGN)
     do_tile = load_tile(do_base, stride_dom, start_m, in_m, True, HEAD_DIM_V, BLOCK_M, BLOCK_DV, ALIGN, OFFSET)
-    out_base = head_start(out_ptr, i_b, i_h, stride_ob, stride_oh, ALIGN)
+    out_base = head_start(out_ptr, i_b, i_h, first_m, stride_ob, stride_oh, stride_om, ALIGN)
     out_tile = load_tile(out_base, stride_om, start_m, in_m, True, HEAD_DIM_V, BLOCK_M, BLOCK_DV, ALIGN, OFFSET)
     # [BLOCK_M]
-    statistics = (i_b * H + i_h).to(tl.int64) * M + start_m
+    i_m = start_m + rows
     delta = row_dots(do_tile, out_tile, EXACT)
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + statistics + rows, mask=in_m, other=0.0)
-    lse = tl.load(lse_ptr + statistics + rows, mask=in_m, other=float("-inf"))
+        delta -= tl.load(statistics_start(dlse_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=0.0)
+    lse = tl.load(statistics_start(lse_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=float("-inf"))
     delta = tl.where(lse == float("-inf"), 0.0, delta)
-    tl.store(delta_ptr + statistics + rows, delta, mask=in_m)
-    subtracted = subtracted_lse(lse, EXACT)
+    tl.store(statistics_start(delta_ptr, i_b, i_h, H, M, first_m) + i_m, delta, mask=in_m)
+    subtracted = subtracted_lse(lse, NATURAL)
     # [BLOCK_M, BLOCK_D]
-    q_base = head_start(q_ptr, i_b, i_h, stride_qb, stride_qh, ALIGN)
+    q_base = head_start(q_ptr, i_b, i_h, first_m, stride_qb, stride_qh, stride_qm, ALIGN)
     q_tile = load_tile(q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET)
     if SCALE_SIGN != 1:
         q_tile = q_tile * SCALE_SIGN
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
 
-    stop_m = tl.minimum(start_m + BLOCK_M, M)
+    stop_m = tl.minimum(start_m + BLOCK_M, n_queries)
     first, last, first_full, last_full = keys_seen(start_m, stop_m, n_keys, offset, left, right)
     start, full_start, full_stop, stop = visited_blocks(first, last, first_full, last_full, mask_base, BLOCK_N)
+    q_ids = None
+    if q_ids_ptr is not None:
+        q_ids = tl.load(q_ids_base + start_m + rows, mask=in_m, other=0)
+        low, high = id_range(q_ids, in_m)
+        q_ids = q_ids[:, None]
+        ranges_base = id_ranges_ptr + i_b * tl.cdiv(N, BLOCK_N) * 2
+        start, full_start, full_stop, stop = within_segments(
+            start, full_start, full_stop, stop, low, high, ranges_base, mask_base, BLOCK_N
+        )
     for run in tl.static_range(stop_run(mask_ptr)):
-        for step in tl.range(0, run_length(run, start, full_start, full_stop, stop), BLOCK_N):
+        length = run_length(run, start, full_start, full_stop, stop)
+        for step in tl.range(0, length, BLOCK_N, num_stages=stages(run, q_ids_ptr is not None)):
             start_n = block_start(run, step, start, full_start, full_stop, BLOCK_N)
             # A key that no query of the tile sees is not read: its NaN would survive multiplication by a ds of 0.
             wanted = (start_n + cols >= first) & (start_n + cols < last)
@@ -159,23 +230,36 @@ def _flash_bwd_dq_kernel(
             )
             # [BLOCK_M, BLOCK_N]
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            p = exp_scores(s, unit, subtracted[:, None], EXACT)
+            s, t = to_logits(
+                s, start_m, start_n, rows[:, None], cols[None, :], n_queries, n_keys, offset, magnitude, softcap,
+                slope, bias_base, stride_bias_m, stride_bias_n, OFFSET,
+            )  # fmt: skip
+            p = exp_scores(s, unit, subtracted[:, None], NATURAL)
             dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
             if seed_ptr is not None:
-                keep = dropout_keep(seed, threshold, i_b, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N)
+                keep = dropout_keep(seed, threshold, i_s, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N)
                 dp = tl.where(keep, dp * inv_keep, 0.0)
             ds = p * (dp - delta[:, None])
             if run == MASKED_RUN:
+                k_ids = None
+                if q_ids_ptr is not None:
+                    k_ids = tl.load(k_ids_base + start_n + cols, mask=start_n + cols < n_keys, other=0)[None, :]
                 see = visible(
-                    start_m, start_n, rows[:, None], cols[None, :], M, n_keys, offset, left, right,
-                    mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    start_m, start_n, rows[:, None], cols[None, :], n_queries, n_keys, offset, left, right,
+                    q_ids, k_ids, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
                 )  # fmt: skip
                 ds = tl.where(see, ds, 0.0)
-            if mask_ptr is not None:
-                k_tile = tl.where((tl.max(see.to(tl.int32), 0) > 0)[:, None], k_tile, 0.0)
+                k_tile = drop_unseen(k_tile, see, HIDES)
+            if dbias_ptr is not None:
+                dbias_ptrs = score_ptrs(
+                    dbias_base, start_m, start_n, rows[:, None], cols[None, :], stride_dbias_m, stride_dbias_n, OFFSET
+                )
+                inside = in_m[:, None] & (start_n + cols < n_keys)[None, :]
+                tl.store(dbias_ptrs, ds.to(dbias_ptr.dtype.element_ty), mask=inside)
+            ds = through_softcap(ds, t, softcap)
             dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
 
-    dq_base = head_start(dq_ptr, i_b, i_h, stride_dqb, stride_dqh, ALIGN)
+    dq_base = head_start(dq_ptr, i_b, i_h, first_m, stride_dqb, stride_dqh, stride_dqm, ALIGN)
     store_tile(dq_base, stride_dqm, start_m, in_m, dq * scale, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET)
 
 
@@ -189,9 +273,17 @@ def _flash_bwd_dkdv_kernel(
     dv_ptr,
     lse_ptr,  # [b, h, m]
     delta_ptr,  # [b, h, m]
-    mask_ptr,  # uint8 or None
-    lengths_ptr,  # [b] or None
-    seed_ptr,  # [] or None
+    # Absent features are None.
+    mask_ptr,  # uint8
+    bias_ptr,
+    lengths_ptr,  # [b]
+    q_ids_ptr,  # [b, m]
+    k_ids_ptr,  # [b, n]
+    id_ranges_ptr,  # [b, blocks of queries, 2]
+    slopes_ptr,  # [sequences, h]
+    seed_ptr,  # []
+    cu_q_ptr,  # [S + 1]
+    cu_k_ptr,  # [S + 1]
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qm: tl.int64,
@@ -214,15 +306,21 @@ def _flash_bwd_dkdv_kernel(
     stride_mask_h: tl.int64,
     stride_mask_m: tl.int64,
     stride_mask_n: tl.int64,
+    stride_bias_b: tl.int64,
+    stride_bias_h: tl.int64,
+    stride_bias_m: tl.int64,
+    stride_bias_n: tl.int64,
     H,
     GROUP,
     M,
     N,
+    S,
     offset,
     left,  # or None
     right,  # or None
     scale,
     magnitude,
+    softcap,  # or None
     threshold,
     inv_keep,
     SCALE_SIGN: tl.constexpr,
@@ -237,90 +335,130 @@ def _flash_bwd_dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    num_blocks = tl.cdiv(N, BLOCK_N)
+    blocks = num_blocks(N, cu_k_ptr, S, BLOCK_N)
     num_kv_heads = H // GROUP
-    start_n = tl.program_id(0) % num_blocks * BLOCK_N
-    i_kv = tl.program_id(0) // num_blocks % num_kv_heads
-    i_b = tl.program_id(0) // num_blocks // num_kv_heads
-    n_keys = N
+    i_kv = tl.program_id(0) // blocks % num_kv_heads
+    i_b = tl.program_id(0) // blocks // num_kv_heads
+    i_s = i_b
+    block = tl.program_id(0) % blocks
+    first_m = None
+    first_n = None
+    n_queries = M
+    all_keys = N
+    if cu_k_ptr is not None:
+        i_s, block, first_n, all_keys, first_m, n_queries = locate(block, cu_k_ptr, cu_q_ptr, S, N, M, BLOCK_N)
+        offset = all_keys - n_queries
+    start_n = block * BLOCK_N
+    n_keys = all_keys
     if lengths_ptr is not None:
         n_keys = tl.minimum(tl.load(lengths_ptr + i_b), N)  # a wrong length must not read past the keys
+    q_ids_base = q_ids_ptr
+    k_ids_base = k_ids_ptr
+    if q_ids_ptr is not None:
+        q_ids_base = q_ids_ptr + i_b.to(tl.int64) * M
+        k_ids_base = k_ids_ptr + i_b.to(tl.int64) * N
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
-    unit = score_unit(magnitude, EXACT)
+    PLAIN: tl.constexpr = is_plain(softcap, bias_ptr, slopes_ptr)
+    NATURAL: tl.constexpr = EXACT or not PLAIN
+    unit = score_unit(magnitude, PLAIN, NATURAL)
 
     rows = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     in_keys = start_n + cols < n_keys
     # [BLOCK_N, BLOCK_D]
-    k_base = head_start(k_ptr, i_b, i_kv, stride_kb, stride_kh, ALIGN)
+    k_base = head_start(k_ptr, i_b, i_kv, first_n, stride_kb, stride_kh, stride_kn, ALIGN)
     k_tile = load_tile(k_base, stride_kn, start_n, in_keys, True, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN, OFFSET)
     if SCALE_SIGN != 1:
         k_tile = k_tile * SCALE_SIGN
     # [BLOCK_N, BLOCK_DV]
-    v_base = head_start(v_ptr, i_b, i_kv, stride_vb, stride_vh, ALIGN)
+    v_base = head_start(v_ptr, i_b, i_kv, first_n, stride_vb, stride_vh, stride_vn, ALIGN)
     v_tile = load_tile(v_base, stride_vn, start_n, in_keys, True, HEAD_DIM_V, BLOCK_N, BLOCK_DV, ALIGN, OFFSET)
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
 
     stop_n = tl.minimum(start_n + BLOCK_N, n_keys)
     first, last, first_full, last_full = queries_seeing(
-        start_n, stop_n, tl.cdiv(M, BLOCK_M) * BLOCK_M, offset, left, right
+        start_n, stop_n, tl.cdiv(n_queries, BLOCK_M) * BLOCK_M, offset, left, right
     )
     start, full_start, full_stop, stop = visited_blocks(first, last, first_full, last_full, mask_ptr, BLOCK_M)
-    HAS_MASKED: tl.constexpr = left is not None or right is not None or mask_ptr is not None
+    k_ids = None
+    if q_ids_ptr is not None:
+        k_ids = tl.load(k_ids_base + start_n + cols, mask=in_keys, other=0)
+        low, high = id_range(k_ids, in_keys)
+        k_ids = k_ids[:, None]
+        ranges_base = id_ranges_ptr + i_b * tl.cdiv(M, BLOCK_M) * 2
+        start, full_start, full_stop, stop = within_segments(
+            start, full_start, full_stop, stop, low, high, ranges_base, mask_ptr, BLOCK_M
+        )
+    HIDES: tl.constexpr = mask_ptr is not None or q_ids_ptr is not None
+    HAS_MASKED: tl.constexpr = left is not None or right is not None or HIDES
     # The query heads of the group follow one another in one loop, so that its pipeline never drains between them.
     for run in tl.static_range(first_run(HAS_MASKED), stop_run(mask_ptr)):
         length = run_length(run, start, full_start, full_stop, stop)
-        for step in tl.range(0, length * GROUP, BLOCK_M):
+        for step in tl.range(0, length * GROUP, BLOCK_M, num_stages=stages(run, q_ids_ptr is not None)):
             i_h = i_kv
             if GROUPED:
                 i_h = i_kv * GROUP + step // length
                 step = step % length
             start_m = block_start(run, step, start, full_start, full_stop, BLOCK_M)
-            in_m = start_m + rows < M
-            statistics = (i_b * H + i_h).to(tl.int64) * M + start_m
+            in_m = start_m + rows < n_queries
+            i_m = start_m + rows
             # [BLOCK_M, BLOCK_D]
-            q_base = head_start(q_ptr, i_b, i_h, stride_qb, stride_qh, ALIGN)
+            q_base = head_start(q_ptr, i_b, i_h, first_m, stride_qb, stride_qh, stride_qm, ALIGN)
             q_tile = load_tile(q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET)
             # [BLOCK_M, BLOCK_DV]
-            do_base = head_start(do_ptr, i_b, i_h, stride_dob, stride_doh, ALIGN)
+            do_base = head_start(do_ptr, i_b, i_h, first_m, stride_dob, stride_doh, stride_dom, ALIGN)
             do_tile = load_tile(do_base, stride_dom, start_m, in_m, True, HEAD_DIM_V, BLOCK_M, BLOCK_DV, ALIGN, OFFSET)
             # [BLOCK_M]
-            lse = tl.load(lse_ptr + statistics + rows, mask=in_m, other=float("-inf"))
-            delta = tl.load(delta_ptr + statistics + rows, mask=in_m, other=0.0)
+            lse = tl.load(statistics_start(lse_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=float("-inf"))
+            delta = tl.load(statistics_start(delta_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=0.0)
+            bias_base = bias_ptr
+            if bias_ptr is not None:
+                bias_base = head_start(bias_ptr, i_b, i_h, None, stride_bias_b, stride_bias_h, stride_bias_m, 1)
+            slope = slopes_ptr
+            if slopes_ptr is not None:
+                slope = tl.load(slopes_ptr + i_s * H + i_h)
             # [BLOCK_N, BLOCK_M]
             s_t = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-            p_t = exp_scores(s_t, unit, subtracted_lse(lse, EXACT)[None, :], EXACT)
+            s_t, t_t = to_logits(
+                s_t, start_m, start_n, rows[None, :], cols[:, None], n_queries, n_keys, offset, magnitude, softcap,
+                slope, bias_base, stride_bias_m, stride_bias_n, OFFSET,
+            )  # fmt: skip
+            p_t = exp_scores(s_t, unit, subtracted_lse(lse, NATURAL)[None, :], NATURAL)
             dp_t = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
             if run == MASKED_RUN:
                 mask_base = mask_ptr
                 if mask_ptr is not None:
-                    mask_base = head_start(mask_ptr, i_b, i_h, stride_mask_b, stride_mask_h, 1)
+                    mask_base = head_start(mask_ptr, i_b, i_h, None, stride_mask_b, stride_mask_h, stride_mask_m, 1)
+                q_ids = None
+                if q_ids_ptr is not None:
+                    q_ids = tl.load(q_ids_base + i_m, mask=in_m, other=0)[None, :]
                 see = visible(
-                    start_m, start_n, rows[None, :], cols[:, None], M, n_keys, offset, left, right,
-                    mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    start_m, start_n, rows[None, :], cols[:, None], n_queries, n_keys, offset, left, right,
+                    q_ids, k_ids, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
                 )  # fmt: skip
                 p_t = tl.where(see, p_t, 0.0)
             p_kept = p_t
             if seed_ptr is not None:
-                keep = tl.trans(dropout_keep(seed, threshold, i_b, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N))
+                keep = tl.trans(dropout_keep(seed, threshold, i_s, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N))
                 p_kept = tl.where(keep, p_t * inv_keep, 0.0)
                 dp_t = tl.where(keep, dp_t * inv_keep, 0.0)
             dv = tl.dot(p_kept.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
             ds_t = p_t * (dp_t - delta[None, :])
             if run == MASKED_RUN:
                 ds_t = tl.where(see, ds_t, 0.0)
+            ds_t = through_softcap(ds_t, t_t, softcap)
             dk = tl.dot(ds_t.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
 
     # Keys past the length were never masked above, only their own rows of dk and dv are wrong.
-    in_n = start_n + cols < N
+    in_n = start_n + cols < all_keys
     dk = tl.where(in_keys[:, None], dk * scale, 0.0)
     dv = tl.where(in_keys[:, None], dv, 0.0)
-    dk_base = head_start(dk_ptr, i_b, i_kv, stride_dkb, stride_dkh, ALIGN)
+    dk_base = head_start(dk_ptr, i_b, i_kv, first_n, stride_dkb, stride_dkh, stride_dkn, ALIGN)
     store_tile(dk_base, stride_dkn, start_n, in_n, dk, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN, OFFSET)
-    dv_base = head_start(dv_ptr, i_b, i_kv, stride_dvb, stride_dvh, ALIGN)
+    dv_base = head_start(dv_ptr, i_b, i_kv, first_n, stride_dvb, stride_dvh, stride_dvn, ALIGN)
     store_tile(dv_base, stride_dvn, start_n, in_n, dv, HEAD_DIM_V, BLOCK_N, BLOCK_DV, ALIGN, OFFSET)
 
 
@@ -335,26 +473,36 @@ def flash_bwd(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    dbias: Tensor | None,
     call: launch.Call,
-) -> None:
-    """Writes the gradients dq, dk and dv. Every tensor [b, heads, rows, size] has a last stride of 1.
+) -> Tensor:
+    """Writes the gradients dq, dk, dv and dbias, whose zeros need not be written. Returns delta [b, h, m].
 
-    lse and d_lse: float32 [b, h, m], contiguous.
+    Every tensor [b, heads, rows, size] has a last stride of 1. lse and d_lse: float32 [b, h, m], contiguous.
     """
     (b, h, m, _), (hk, n) = q.shape, k.shape[1:3]
     delta = torch.empty_like(lse)
-    common = call.arguments(q, k, v) | launch.layout(q, k, v, out, d_out, dq, dk, dv, mask=call.mask)
+    common = call.arguments(q, k, v) | launch.layout(
+        q, k, v, out, d_out, dq, dk, dv, scores=(call.mask, call.bias, dbias)
+    )
     common["scale"] = call.scale
+    owned = dbias is not None and dbias.shape == (b, h, m, n)
     with launch.on_device_of(q):
         sizes = launch.sizes("dq", q, v, call)
         if b * m > 0:
-            _flash_bwd_dq_kernel[(triton.cdiv(m, sizes.block_m) * h * b,)](
-                q, k, v, out, d_out, dq, lse, d_lse, delta,
+            _flash_bwd_dq_kernel[(call.blocks(m, sizes.block_m) * h * b,)](
+                q, k, v, out, d_out, dq, lse, delta, d_lse,
                 **launch.strides(q=q, k=k, v=v, o=out, do=d_out, dq=dq), **common, **sizes.arguments(),
+                **launch.score_tensor("dbias", dbias if owned else None, b, h, m, n),
+                id_ranges_ptr=launch.id_ranges(call.k_segments, sizes.block_n),
             )  # fmt: skip
         sizes = launch.sizes("dkdv", q, v, call)
         if b * n > 0:
-            _flash_bwd_dkdv_kernel[(triton.cdiv(n, sizes.block_n) * hk * b,)](
+            _flash_bwd_dkdv_kernel[(call.blocks(n, sizes.block_n) * hk * b,)](
                 q, k, v, d_out, dk, dv, lse, delta,
-                **launch.strides(q=q, k=k, v=v, do=d_out, dk=dk, dv=dv), **common, **sizes.arguments(), GROUPED=h != hk,
+                **launch.strides(q=q, k=k, v=v, do=d_out, dk=dk, dv=dv), **common, **sizes.arguments(),
+                GROUPED=h != hk, id_ranges_ptr=launch.id_ranges(call.q_segments, sizes.block_m),
             )  # fmt: skip
+        if dbias is not None and not owned and b * m * n > 0:
+            flash_bwd_bias(q, k, v, lse, delta, d_out, dbias, call)
+    return delta

@@ -1,4 +1,4 @@
-"""Fused attention, forward: out = softmax(scale * q k^T over the visible keys) v and the log of its denominator.
+"""Fused attention, forward: out = softmax(logits over the visible keys) v and the log of its denominator.
 
 Source: arXiv:2307.08691 (FlashAttention-2), algorithm 1. Grid: one program per block of BLOCK_M queries of one head,
 the last block first, because under a causal mask it has the most work.
@@ -9,11 +9,24 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .mask import visible
+from .mask import drop_unseen, visible
 from .philox import dropout_keep
-from .schedule import MASKED_RUN, block_start, keys_seen, run_length, stop_run, visited_blocks
-from .softmax import log_sum_exp, score_unit, softmax_step
-from .tiles import head_start, load_tile, store_tile
+from .schedule import (
+    MASKED_RUN,
+    block_start,
+    id_range,
+    keys_seen,
+    locate,
+    num_blocks,
+    run_length,
+    stages,
+    stop_run,
+    visited_blocks,
+    within_segments,
+)
+from .score import is_plain, to_logits
+from .softmax import first_statistics, log_sum_exp, score_unit, softmax_step
+from .tiles import head_start, load_tile, statistics_start, store_tile
 
 
 @triton.jit(do_not_specialize=launch.RUNTIME_VALUES)
@@ -23,9 +36,18 @@ def _flash_fwd_kernel(
     v_ptr,
     out_ptr,
     lse_ptr,  # [b, h, m]
-    mask_ptr,  # uint8 or None
-    lengths_ptr,  # [b] or None
-    seed_ptr,  # [] or None
+    # Absent features are None.
+    mask_ptr,  # uint8
+    bias_ptr,
+    lengths_ptr,  # [b]
+    q_ids_ptr,  # [b, m]
+    k_ids_ptr,  # [b, n]
+    id_ranges_ptr,  # [b, blocks of keys, 2]
+    slopes_ptr,  # [sequences, h]
+    sinks_ptr,  # [h]
+    seed_ptr,  # []
+    cu_q_ptr,  # [S + 1]
+    cu_k_ptr,  # [S + 1]
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qm: tl.int64,
@@ -42,14 +64,20 @@ def _flash_fwd_kernel(
     stride_mask_h: tl.int64,
     stride_mask_m: tl.int64,
     stride_mask_n: tl.int64,
+    stride_bias_b: tl.int64,
+    stride_bias_h: tl.int64,
+    stride_bias_m: tl.int64,
+    stride_bias_n: tl.int64,
     H,
     GROUP,
     M,
     N,
+    S,
     offset,
     left,  # or None
     right,  # or None
     magnitude,
+    softcap,  # or None
     threshold,
     inv_keep,
     SCALE_SIGN: tl.constexpr,
@@ -63,41 +91,71 @@ def _flash_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    num_blocks = tl.cdiv(M, BLOCK_M)
-    start_m = (num_blocks - 1 - tl.program_id(0) % num_blocks) * BLOCK_M
-    i_h = tl.program_id(0) // num_blocks % H
-    i_b = tl.program_id(0) // num_blocks // H
-    k_base = head_start(k_ptr, i_b, i_h // GROUP, stride_kb, stride_kh, ALIGN)
-    v_base = head_start(v_ptr, i_b, i_h // GROUP, stride_vb, stride_vh, ALIGN)
-    mask_base = mask_ptr
-    if mask_ptr is not None:
-        mask_base = head_start(mask_ptr, i_b, i_h, stride_mask_b, stride_mask_h, 1)
+    blocks = num_blocks(M, cu_q_ptr, S, BLOCK_M)
+    i_h = tl.program_id(0) // blocks % H
+    i_b = tl.program_id(0) // blocks // H
+    i_s = i_b
+    block = tl.program_id(0) % blocks
+    first_m = None
+    first_n = None
+    n_queries = M
     n_keys = N
+    if cu_q_ptr is not None:
+        i_s, block, first_m, n_queries, first_n, n_keys = locate(block, cu_q_ptr, cu_k_ptr, S, M, N, BLOCK_M)
+        offset = n_keys - n_queries
+    start_m = tl.maximum(tl.cdiv(n_queries, BLOCK_M) - 1 - block, 0) * BLOCK_M
     if lengths_ptr is not None:
         n_keys = tl.minimum(tl.load(lengths_ptr + i_b), N)  # a wrong length must not read past the keys
+    k_base = head_start(k_ptr, i_b, i_h // GROUP, first_n, stride_kb, stride_kh, stride_kn, ALIGN)
+    v_base = head_start(v_ptr, i_b, i_h // GROUP, first_n, stride_vb, stride_vh, stride_vn, ALIGN)
+    mask_base = mask_ptr
+    if mask_ptr is not None:
+        mask_base = head_start(mask_ptr, i_b, i_h, None, stride_mask_b, stride_mask_h, stride_mask_m, 1)
+    bias_base = bias_ptr
+    if bias_ptr is not None:
+        bias_base = head_start(bias_ptr, i_b, i_h, None, stride_bias_b, stride_bias_h, stride_bias_m, 1)
+    q_ids_base = q_ids_ptr
+    k_ids_base = k_ids_ptr
+    if q_ids_ptr is not None:
+        q_ids_base = q_ids_ptr + i_b.to(tl.int64) * M
+        k_ids_base = k_ids_ptr + i_b.to(tl.int64) * N
+    slope = slopes_ptr
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + i_s * H + i_h)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
-    unit = score_unit(magnitude, EXACT)
+    PLAIN: tl.constexpr = is_plain(softcap, bias_ptr, slopes_ptr)
+    NATURAL: tl.constexpr = q_ptr.dtype.element_ty == tl.float32 or not PLAIN
+    HIDES: tl.constexpr = mask_ptr is not None or q_ids_ptr is not None
+    unit = score_unit(magnitude, PLAIN, NATURAL)
 
     rows = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
-    in_m = start_m + rows < M
+    in_m = start_m + rows < n_queries
     # [BLOCK_M, BLOCK_D]
-    q_base = head_start(q_ptr, i_b, i_h, stride_qb, stride_qh, ALIGN)
+    q_base = head_start(q_ptr, i_b, i_h, first_m, stride_qb, stride_qh, stride_qm, ALIGN)
     q_tile = load_tile(q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET)
     if SCALE_SIGN != 1:
         q_tile = q_tile * SCALE_SIGN
     # [BLOCK_M, BLOCK_DV]
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    row_max, row_sum = first_statistics(sinks_ptr, i_h, BLOCK_M, NATURAL)
 
-    stop_m = tl.minimum(start_m + BLOCK_M, M)
+    stop_m = tl.minimum(start_m + BLOCK_M, n_queries)
     first, last, first_full, last_full = keys_seen(start_m, stop_m, n_keys, offset, left, right)
     start, full_start, full_stop, stop = visited_blocks(first, last, first_full, last_full, mask_base, BLOCK_N)
+    q_ids = None
+    if q_ids_ptr is not None:
+        q_ids = tl.load(q_ids_base + start_m + rows, mask=in_m, other=0)
+        low, high = id_range(q_ids, in_m)
+        q_ids = q_ids[:, None]
+        ranges_base = id_ranges_ptr + i_b * tl.cdiv(N, BLOCK_N) * 2
+        start, full_start, full_stop, stop = within_segments(
+            start, full_start, full_stop, stop, low, high, ranges_base, mask_base, BLOCK_N
+        )
     for run in tl.static_range(stop_run(mask_ptr)):
-        for step in tl.range(0, run_length(run, start, full_start, full_stop, stop), BLOCK_N):
+        length = run_length(run, start, full_start, full_stop, stop)
+        for step in tl.range(0, length, BLOCK_N, num_stages=stages(run, q_ids_ptr is not None)):
             start_n = block_start(run, step, start, full_start, full_stop, BLOCK_N)
             # A key that no query of the tile sees is not read: its NaN would survive multiplication by a weight of 0.
             wanted = (start_n + cols >= first) & (start_n + cols < last)
@@ -107,39 +165,50 @@ def _flash_fwd_kernel(
             )
             # [BLOCK_M, BLOCK_N]
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            s, _ = to_logits(
+                s, start_m, start_n, rows[:, None], cols[None, :], n_queries, n_keys, offset, magnitude, softcap,
+                slope, bias_base, stride_bias_m, stride_bias_n, OFFSET,
+            )  # fmt: skip
             if run == MASKED_RUN:
+                k_ids = None
+                if q_ids_ptr is not None:
+                    k_ids = tl.load(k_ids_base + start_n + cols, mask=start_n + cols < n_keys, other=0)[None, :]
                 see = visible(
-                    start_m, start_n, rows[:, None], cols[None, :], M, n_keys, offset, left, right,
-                    mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    start_m, start_n, rows[:, None], cols[None, :], n_queries, n_keys, offset, left, right,
+                    q_ids, k_ids, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
                 )  # fmt: skip
                 s = tl.where(see, s, float("-inf"))
-            p, row_max, row_sum, rescale = softmax_step(s, row_max, row_sum, unit, EXACT)
+            p, row_max, row_sum, rescale = softmax_step(s, row_max, row_sum, unit, NATURAL)
             if seed_ptr is not None:
-                keep = dropout_keep(seed, threshold, i_b, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N)
+                keep = dropout_keep(seed, threshold, i_s, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
             # [BLOCK_N, BLOCK_DV]
             v_tile = load_tile(
                 v_base, stride_vn, start_n, wanted, run == MASKED_RUN, HEAD_DIM_V, BLOCK_N, BLOCK_DV, ALIGN, OFFSET
             )
-            if mask_ptr is not None:
-                v_tile = tl.where((tl.max(see.to(tl.int32), 0) > 0)[:, None], v_tile, 0.0)
+            if run == MASKED_RUN:
+                v_tile = drop_unseen(v_tile, see, HIDES)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
 
     acc = acc * (inv_keep / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
-    out_base = head_start(out_ptr, i_b, i_h, stride_ob, stride_oh, ALIGN)
+    out_base = head_start(out_ptr, i_b, i_h, first_m, stride_ob, stride_oh, stride_om, ALIGN)
     store_tile(out_base, stride_om, start_m, in_m, acc, HEAD_DIM_V, BLOCK_M, BLOCK_DV, ALIGN, OFFSET)
-    lse_base = lse_ptr + (i_b * H + i_h).to(tl.int64) * M + start_m
-    tl.store(lse_base + rows, log_sum_exp(row_max, row_sum, EXACT), mask=in_m)
+    lse_base = statistics_start(lse_ptr, i_b, i_h, H, M, first_m)
+    tl.store(lse_base + start_m + rows, log_sum_exp(row_max, row_sum, NATURAL), mask=in_m)
 
 
 def flash_fwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: launch.Call) -> None:
-    """Writes out [b, h, m, dv] and lse [b, h, m] (float32, contiguous). q, k, v and out have a last stride of 1."""
+    """Writes out [b, h, m, dv] and lse [b, h, m] (float32, contiguous). q, k, v and out have a last stride of 1.
+
+    Packed sequences are a batch of one, whose rows `call.cu_seqlens_q` and `cu_seqlens_k` part.
+    """
     b, h, m, _ = q.shape
     if b * m == 0:
         return
-    common = call.arguments(q, k, v) | launch.layout(q, k, v, out, mask=call.mask)
+    common = call.arguments(q, k, v) | launch.layout(q, k, v, out, scores=(call.mask, call.bias))
     sizes = launch.sizes("forward", q, v, call)
     with launch.on_device_of(q):
-        _flash_fwd_kernel[(triton.cdiv(m, sizes.block_m) * h * b,)](
-            q, k, v, out, lse, **launch.strides(q=q, k=k, v=v, o=out), **common, **sizes.arguments()
-        )
+        _flash_fwd_kernel[(call.blocks(m, sizes.block_m) * h * b,)](
+            q, k, v, out, lse, **launch.strides(q=q, k=k, v=v, o=out), **common,
+            sinks_ptr=call.sinks, id_ranges_ptr=launch.id_ranges(call.k_segments, sizes.block_n), **sizes.arguments(),
+        )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,9 @@ from . import config
 RUNTIME_VALUES = (
     *(f"stride_{tensor}{axis}" for tensor in ("q", "o", "do", "dq") for axis in "bhm"),
     *(f"stride_{tensor}{axis}" for tensor in ("k", "v", "dk", "dv") for axis in "bhn"),
-    *(f"stride_mask_{axis}" for axis in "bhmn"),
-    *("H", "GROUP", "M", "N", "offset", "left", "right", "magnitude", "scale", "threshold", "inv_keep"),
+    *(f"stride_{tensor}_{axis}" for tensor in ("mask", "bias", "dbias") for axis in "bhmn"),
+    *("H", "GROUP", "M", "N", "S", "offset", "left", "right"),
+    *("magnitude", "scale", "softcap", "threshold", "inv_keep", "B"),
 )
 
 # From this stride on (in elements), an offset inside a tile of 128 rows may not fit 32 bits.
@@ -34,10 +36,27 @@ class Call:
     offset: int
     left: int | None = None
     right: int | None = None
-    mask: Tensor | None = None  # bool, broadcastable to [b, h, m, n]
-    key_lengths: Tensor | None = None  # int32 [b]
+    softcap: float | None = None
     dropout_p: float = 0.0
+    mask: Tensor | None = None  # bool, broadcastable to [b, h, m, n]
+    bias: Tensor | None = None  # floating, broadcastable to [b, h, m, n]
+    key_lengths: Tensor | None = None  # int32 [b]
+    q_segments: Tensor | None = None  # int32 [b, m]
+    k_segments: Tensor | None = None  # int32 [b, n]
+    alibi_slopes: Tensor | None = None  # float32 [sequences, h]
+    sinks: Tensor | None = None  # float32 [h]
     seed: Tensor | None = None  # int64 []
+    cu_seqlens_q: Tensor | None = None  # int32 [sequences + 1]; then b is 1, and offset without meaning
+    cu_seqlens_k: Tensor | None = None  # int32 [sequences + 1]
+
+    @property
+    def packed(self) -> int:
+        """How many sequences are packed."""
+        return 0 if self.cu_seqlens_q is None else len(self.cu_seqlens_q) - 1
+
+    def blocks(self, rows: int, block: int) -> int:
+        """As `schedule.num_blocks`."""
+        return triton.cdiv(rows, block) if self.cu_seqlens_q is None else rows // block + self.packed
 
     def arguments(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
         """The keyword arguments that the forward and backward kernels have in common."""
@@ -45,13 +64,21 @@ class Call:
         reach = m + n  # a window wider than this hides nothing; it keeps positions within 32 bits
         dropped = int(self.dropout_p * 2**32)
         return {
-            **self._mask_arguments(q.shape[0], h, m, n),
-            "lengths_ptr": None if self.key_lengths is None else self.key_lengths.contiguous(),
+            **(mask := score_tensor("mask", self.mask, q.shape[0], h, m, n)),
+            "MASK_CONTIGUOUS": mask["stride_mask_n"] == 1,
+            **score_tensor("bias", self.bias, q.shape[0], h, m, n),
+            "lengths_ptr": _contiguous(self.key_lengths),
+            "q_ids_ptr": _contiguous(self.q_segments),
+            "k_ids_ptr": _contiguous(self.k_segments),
+            "slopes_ptr": _contiguous(self.alibi_slopes),
             "seed_ptr": self.seed if self.dropout_p > 0 else None,
+            "cu_q_ptr": self.cu_seqlens_q,
+            "cu_k_ptr": self.cu_seqlens_k,
             "H": h,
             "GROUP": h // hk,
             "M": m,
             "N": n,
+            "S": self.packed,
             "offset": self.offset,
             "left": None if self.left is None else min(self.left, reach),
             "right": None if self.right is None else min(self.right, reach),
@@ -59,6 +86,7 @@ class Call:
             # taken before scaling. For scale 0 the scores are 0 because q is made 0.
             "magnitude": abs(self.scale) or 1.0,
             "SCALE_SIGN": (self.scale > 0) - (self.scale < 0),
+            "softcap": self.softcap,
             "threshold": dropped - 2**32 if dropped >= 2**31 else dropped,
             "inv_keep": 1 / (1 - self.dropout_p),
             "HEAD_DIM": d,
@@ -67,21 +95,41 @@ class Call:
             "BLOCK_DV": padded_head_dim(dv),
         }
 
-    def _mask_arguments(self, b: int, h: int, m: int, n: int) -> dict[str, Any]:
-        names = ("stride_mask_b", "stride_mask_h", "stride_mask_m", "stride_mask_n")
-        if self.mask is None:
-            return {"mask_ptr": None, **dict.fromkeys(names, 0), "MASK_CONTIGUOUS": False}
-        mask = self.mask.view(torch.uint8).expand(b, h, m, n)
-        strides = dict(zip(names, mask.stride(), strict=True))
-        return {"mask_ptr": mask, **strides, "MASK_CONTIGUOUS": mask.stride(3) == 1}
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
 
 
-def layout(*tensors: Tensor, mask: Tensor | None) -> dict[str, Any]:
-    """ALIGN and OFFSET of `tiles`: what holds for the strides of all tensors [b, heads, rows, size]."""
+def score_tensor(name: str, t: Tensor | None, b: int, h: int, m: int, n: int) -> dict[str, Any]:
+    """NAME_ptr and its strides over [b, h, m, n], 0 where it broadcasts."""
+    names = [f"stride_{name}_{axis}" for axis in "bhmn"]
+    if t is None:
+        return {f"{name}_ptr": None, **dict.fromkeys(names, 0)}
+    t = (t.view(torch.uint8) if t.dtype is torch.bool else t).expand(b, h, m, n)
+    return {f"{name}_ptr": t, **dict(zip(names, t.stride(), strict=True))}
+
+
+def id_ranges(ids: Tensor | None, block: int) -> Tensor | None:
+    """The least and greatest of every block of segment ids [b, rows]: int32 [b, blocks, 2]."""
+    if ids is None:
+        return None
+    b, rows = ids.shape
+    blocks = triton.cdiv(rows, block)
+    whole = ids.new_empty(b, blocks * block)
+    whole[:, :rows] = ids
+    whole[:, rows:] = ids[:, -1:]
+    return torch.stack(whole.view(b, blocks, block).aminmax(dim=-1), -1)
+
+
+def layout(*tensors: Tensor, scores: Iterable[Tensor | None]) -> dict[str, Any]:
+    """ALIGN and OFFSET of `tiles`: what holds for the strides of all tensors [b, heads, rows, size].
+
+    scores: tensors that broadcast to [b, h, m, n].
+    """
     width = 16 // tensors[0].element_size()  # elements of one 16-byte load
     aligned = all(stride % width == 0 for t in tensors for stride in t.stride()[:3])
-    widest = max(max(t.stride(2) for t in tensors), 0 if mask is None else max(mask.stride()[2:]))
-    return {"ALIGN": width if aligned else 1, "OFFSET": tl.int64 if widest >= WIDE_STRIDE else tl.int32}
+    inside_a_tile = [t.stride(2) for t in tensors] + [max(t.stride()[2:]) for t in scores if t is not None]
+    return {"ALIGN": width if aligned else 1, "OFFSET": tl.int64 if max(inside_a_tile) >= WIDE_STRIDE else tl.int32}
 
 
 def strides(**tensors: Tensor) -> dict[str, int]:
@@ -96,7 +144,7 @@ def strides(**tensors: Tensor) -> dict[str, int]:
 def sizes(kernel: str, q: Tensor, v: Tensor, call: Call) -> config.Config:
     """The launch sizes of `kernel` for this call."""
     head_dim = padded_head_dim(max(q.shape[3], v.shape[3]))
-    heavy = call.mask is not None or call.dropout_p > 0
+    heavy = any(t is not None for t in (call.mask, call.bias, call.q_segments)) or call.dropout_p > 0
     return config.choose(kernel, config.architecture_of(q.device), 8 * q.element_size(), head_dim, heavy)
 
 

@@ -15,6 +15,8 @@ def visible(
     offset,
     left,
     right,
+    q_ids,
+    k_ids,
     mask_base,
     stride_mask_m,
     stride_mask_n,
@@ -23,8 +25,8 @@ def visible(
 ):
     """Which keys `start_n + cols` the queries `start_m + rows` see; rows and cols broadcast, in either orientation.
 
-    `left`, `right` and `mask_base` are None where the call has no such limit. Only elements that the other limits leave
-    visible are read from the mask.
+    `left`, `right`, `mask_base` and the rows' and columns' segment ids, which broadcast as they do, are None where the
+    call has no such limit. Only elements that the other limits leave visible are read from the mask.
     """
     i_m = start_m + rows
     j_n = start_n + cols
@@ -33,6 +35,8 @@ def visible(
         see = see & (j_n >= i_m + (offset - left))
     if right is not None:
         see = see & (j_n <= i_m + (offset + right))
+    if q_ids is not None:
+        see = see & (q_ids == k_ids)
     if mask_base is not None:
         first = mask_base + (start_m.to(tl.int64) * stride_mask_m + start_n.to(tl.int64) * stride_mask_n)
         inner_n = cols.to(OFFSET)
@@ -41,3 +45,14 @@ def visible(
         inner = rows.to(OFFSET) * stride_mask_m.to(OFFSET) + inner_n
         see = see & (tl.load(first + inner, mask=see, other=0) != 0)
     return see
+
+
+@triton.jit
+def drop_unseen(tile, see, HIDES: tl.constexpr):
+    """Rows of keys or values that no query of the tile sees as 0: a NaN there would survive a weight of 0.
+
+    Only needed where a mask or segments may hide keys in the middle; what lies outside the band is not even loaded.
+    """
+    if HIDES:
+        tile = tl.where((tl.max(see.to(tl.int32), 0) > 0)[:, None], tile, 0.0)
+    return tile

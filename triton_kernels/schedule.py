@@ -4,7 +4,13 @@ The keys a block of queries sees form one range [first, last); the keys that *al
 Blocks outside the first are skipped, blocks inside the second run without any mask arithmetic, and the blocks between
 the two, at either end, are masked. The queries that see a block of keys are found the same way.
 
+Segment ids narrow both, by the least and greatest id of every block: exactly where ids are sorted, as they are where
+documents follow one another, and never wrongly where they are not.
+
 A kernel visits its blocks in two runs, each a loop compiled on its own: run 0 the masked ones, run 1 the full ones.
+
+Packed sequences have blocks of their own. A sequence of `length` rows from row `first` on owns the programs from
+first // BLOCK + its number on: as many as it can need, wherever it begins, so that the host need not know its length.
 """
 
 import triton
@@ -22,6 +28,15 @@ def first_run(has_masked):
 def stop_run(mask_base):
     """A boolean mask may hide anything, so with one there are no full blocks."""
     return 2 if mask_base is None else 1
+
+
+@triton.constexpr_function
+def stages(run, has_ids):
+    """num_stages of a run's loop; None is the launch's.
+
+    With segment ids that is 1, because the masked run needs the registers; the full run, next to nothing.
+    """
+    return 2 if run == 1 and has_ids else None
 
 
 @triton.jit
@@ -74,6 +89,85 @@ def visited_blocks(first, last, first_full, last_full, mask_base, BLOCK: tl.cons
     full_start = tl.minimum(tl.cdiv(first_full, BLOCK) * BLOCK, stop)
     full_stop = tl.maximum(tl.maximum(last_full, 0) // BLOCK * BLOCK, full_start)
     return start, full_start, full_stop, stop
+
+
+@triton.jit
+def id_range(ids, inside):
+    """The least and the greatest of the segment ids that are `inside`."""
+    return tl.min(tl.where(inside, ids, 0x7FFFFFFF), 0), tl.max(tl.where(inside, ids, -0x80000000), 0)
+
+
+@triton.jit
+def within_segments(start, full_start, full_stop, stop, low, high, ranges_base, mask_base, BLOCK: tl.constexpr):
+    """`visited_blocks`, narrowed to those that share a segment with rows whose ids lie in [low, high].
+
+    ranges_base: the (least, greatest) id of each block, int32 [blocks, 2]. Full are blocks of one id only, the rows'.
+    """
+    SCAN: tl.constexpr = 128
+    first_met = stop // BLOCK
+    last_met = start // BLOCK - 1
+    first_same = first_met
+    last_same = last_met
+    same_blocks = 0
+    for scan in tl.range(start // BLOCK, stop // BLOCK, SCAN):
+        block = scan + tl.arange(0, SCAN)
+        exists = block < stop // BLOCK
+        least = tl.load(ranges_base + 2 * block, mask=exists, other=0)
+        greatest = tl.load(ranges_base + 2 * block + 1, mask=exists, other=0)
+        met = exists & (least <= high) & (greatest >= low)
+        same = exists & (least == high) & (greatest == low)
+        first_met = tl.minimum(first_met, tl.min(tl.where(met, block, stop // BLOCK), 0))
+        last_met = tl.maximum(last_met, tl.max(tl.where(met, block, -1), 0))
+        first_same = tl.minimum(first_same, tl.min(tl.where(same, block, stop // BLOCK), 0))
+        last_same = tl.maximum(last_same, tl.max(tl.where(same, block, -1), 0))
+        same_blocks += tl.sum(same.to(tl.int32), 0)
+    stop = tl.maximum((last_met + 1) * BLOCK, start)
+    start = tl.minimum(first_met * BLOCK, stop)
+    in_a_row = last_same - first_same + 1 == same_blocks
+    full_start = tl.minimum(tl.maximum(full_start, first_same * BLOCK), stop)
+    full_stop = tl.minimum(full_stop, tl.where(in_a_row, (last_same + 1) * BLOCK, 0))
+    return start, full_start, tl.maximum(full_stop, full_start), stop
+
+
+@triton.jit
+def num_blocks(TOTAL, cu_ptr, S, BLOCK: tl.constexpr):
+    """Programs per head along an axis of TOTAL rows that is cut into blocks; S packed sequences lie on it."""
+    blocks = tl.cdiv(TOTAL, BLOCK)
+    if cu_ptr is not None:
+        blocks = TOTAL // BLOCK + S
+    return blocks
+
+
+@triton.jit
+def sequence_rows(cu_ptr, i_s, TOTAL):
+    """(first, length) of a packed sequence. Wrong bounds must not read past the tensor."""
+    first = tl.minimum(tl.maximum(tl.load(cu_ptr + i_s), 0), TOTAL)
+    stop = tl.minimum(tl.load(cu_ptr + i_s + 1), TOTAL)
+    return first, tl.maximum(stop - first, 0)
+
+
+@triton.jit
+def locate(number, cu_ptr, other_cu_ptr, S, TOTAL, OTHER_TOTAL, BLOCK: tl.constexpr):
+    """Which rows of packed sequences the block `number` of an axis is, and which rows of the other axis it meets.
+
+    Returns (i_s, block, first, length, other_first, other_length): the sequence, the block's number in it, and the
+    sequence's rows on both axes. A program whose sequence has no such block has both lengths 0.
+    """
+    SCAN: tl.constexpr = 128
+    i_s = -1
+    for scan in tl.range(0, S, SCAN):
+        sequence = scan + tl.arange(0, SCAN)
+        exists = sequence < S
+        owned_from = tl.load(cu_ptr + sequence, mask=exists, other=0) // BLOCK + sequence
+        i_s += tl.sum((exists & (owned_from <= number)).to(tl.int32), 0)
+    i_s = tl.maximum(i_s, 0)
+    first, length = sequence_rows(cu_ptr, i_s, TOTAL)
+    other_first, other_length = sequence_rows(other_cu_ptr, i_s, OTHER_TOTAL)
+    block = number - (first // BLOCK + i_s)
+    inside = (block >= 0) & (block < tl.cdiv(length, BLOCK))
+    length = tl.where(inside, length, 0)
+    other_length = tl.where(inside, other_length, 0)
+    return i_s, tl.where(inside, block, 0), first, length, other_first, other_length
 
 
 @triton.jit

@@ -10,9 +10,21 @@ import triton.language as tl
 
 
 @triton.jit
-def head_start(ptr, i_b, i_h, stride_b, stride_h, ALIGN: tl.constexpr):
-    """Pointer to the matrix of one batch entry and head."""
-    return ptr + tl.multiple_of(i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h, ALIGN)
+def head_start(ptr, i_b, i_h, row, stride_b, stride_h, stride_row, ALIGN: tl.constexpr):
+    """Pointer to the matrix of one batch entry and head, from `row` on, where it is not None."""
+    start = i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
+    if row is not None:  # adding 0 would lose the hint: the addition folds away, and the hint with it
+        start += row * stride_row
+    return ptr + tl.multiple_of(start, ALIGN)
+
+
+@triton.jit
+def statistics_start(ptr, i_b, i_h, H, M, row):
+    """Pointer to the statistics [b, H, M] of one batch entry and head, from `row` on, where it is not None."""
+    start = (i_b * H + i_h).to(tl.int64) * M
+    if row is not None:
+        start += row
+    return ptr + start
 
 
 @triton.jit
@@ -72,3 +84,10 @@ def store_tile(
     if HEAD_DIM != BLOCK_D:
         inside = inside & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
     tl.store(ptrs, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def score_ptrs(base, start_m, start_n, rows, cols, stride_m, stride_n, OFFSET: tl.constexpr):
+    """Pointers into a tensor of the scores' shape: queries `start_m + rows`, keys `start_n + cols`, which broadcast."""
+    first = base + (start_m.to(tl.int64) * stride_m + start_n.to(tl.int64) * stride_n)
+    return first + (rows.to(OFFSET) * stride_m.to(OFFSET) + cols.to(OFFSET) * stride_n.to(OFFSET))

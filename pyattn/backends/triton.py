@@ -19,7 +19,10 @@ class TritonBackend(Backend):
     name = "triton"
     devices = frozenset({"cuda"})
     dtypes = frozenset({torch.float16, torch.bfloat16, torch.float32})
-    features = frozenset({"causal", "window", "key_lengths", "mask", "dropout", "gqa", "dv"})
+    features = frozenset({
+        "causal", "window", "key_lengths", "segment_ids", "mask", "bias", "softcap", "alibi", "sinks", "dropout", "gqa",
+        "dv", "packed",
+    })  # fmt: skip
     max_head_dim = 256
 
     def unavailable(self) -> str | None:
@@ -47,13 +50,17 @@ class TritonBackend(Backend):
     ) -> Grads:
         from pyattn.triton_kernels.flash_bwd import flash_bwd
 
-        grads = Grads(torch.empty_like(x.q), torch.empty_like(x.k), torch.empty_like(x.v))
+        grads = Grads(
+            torch.empty_like(x.q), torch.empty_like(x.k), torch.empty_like(x.v),
+            None if x.bias is None else torch.zeros_like(x.bias),
+        )  # fmt: skip
         d_out = unit_stride(d_out)
         d_lse = None if d_lse is None else d_lse.float().contiguous()
-        flash_bwd(
-            x.q, x.k, x.v, out, lse.contiguous(), d_out, d_lse, grads.q, grads.k, grads.v, _call(spec, x)
+        lse = lse.contiguous()
+        delta = flash_bwd(
+            x.q, x.k, x.v, out, lse, d_out, d_lse, grads.q, grads.k, grads.v, grads.bias, _call(spec, x)
         )  # fmt: skip
-        return grads
+        return grads if x.sinks is None else grads._replace(sinks=_sink_gradient(x.sinks, lse, delta))
 
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
         # delta, one float32 per query; and d_out once more where it comes with strides the kernels do not take.
@@ -61,11 +68,19 @@ class TritonBackend(Backend):
         return 0, rows * (4 + spec.dv * spec.dtype.itemsize)
 
 
+def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """A sink is one more key, with a value of 0: its ds is p (0 - delta), which sums over the head's rows."""
+    p = torch.where(lse == -torch.inf, 0.0, (sinks[:, None] - lse).exp())
+    return -(p * delta).sum((0, 2))
+
+
 def _call(spec: AttentionSpec, x: Inputs) -> Call:
     from pyattn.triton_kernels.launch import Call
 
     return Call(
-        spec.scale, spec.offset, spec.left, spec.right, x.mask, x.key_lengths, spec.dropout_p, x.seed
+        spec.scale, spec.offset, spec.left, spec.right, spec.softcap, spec.dropout_p,
+        x.mask, x.bias, x.key_lengths, x.q_segments, x.k_segments, x.alibi_slopes, x.sinks, x.seed,
+        x.cu_seqlens_q, x.cu_seqlens_k,
     )  # fmt: skip
 
 

@@ -1,0 +1,193 @@
+"""The gradient of a bias that broadcasts: the sum of ds over all that one element of the bias is added to.
+
+Grid: one program per block of the bias's own shape, which visits every block of scores that broadcasting spreads it
+over, always in the same order. What `flash_bwd` computes of ds is computed again.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .mask import visible
+from .philox import dropout_keep
+from .schedule import keys_seen
+from .score import to_logits
+from .softmax import exp_scores, score_unit, subtracted_lse
+from .tiles import head_start, load_tile, score_ptrs, statistics_start
+
+
+@triton.jit(do_not_specialize=launch.RUNTIME_VALUES)
+def _flash_bwd_dbias_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    dbias_ptr,
+    lse_ptr,  # [b, h, m]
+    delta_ptr,  # [b, h, m]
+    bias_ptr,
+    # Absent features are None.
+    mask_ptr,  # uint8
+    lengths_ptr,  # [b]
+    q_ids_ptr,  # [b, m]
+    k_ids_ptr,  # [b, n]
+    slopes_ptr,  # [sequences, h]
+    seed_ptr,  # []
+    stride_qb: tl.int64,
+    stride_qh: tl.int64,
+    stride_qm: tl.int64,
+    stride_kb: tl.int64,
+    stride_kh: tl.int64,
+    stride_kn: tl.int64,
+    stride_vb: tl.int64,
+    stride_vh: tl.int64,
+    stride_vn: tl.int64,
+    stride_dob: tl.int64,
+    stride_doh: tl.int64,
+    stride_dom: tl.int64,
+    stride_mask_b: tl.int64,
+    stride_mask_h: tl.int64,
+    stride_mask_m: tl.int64,
+    stride_mask_n: tl.int64,
+    stride_bias_b: tl.int64,
+    stride_bias_h: tl.int64,
+    stride_bias_m: tl.int64,
+    stride_bias_n: tl.int64,
+    stride_dbias_b: tl.int64,
+    stride_dbias_h: tl.int64,
+    stride_dbias_m: tl.int64,
+    stride_dbias_n: tl.int64,
+    H,
+    GROUP,
+    M,
+    N,
+    B,
+    offset,
+    left,  # or None
+    right,  # or None
+    magnitude,
+    softcap,  # or None
+    threshold,
+    inv_keep,
+    SCALE_SIGN: tl.constexpr,
+    ONE_B: tl.constexpr,  # the bias broadcasts over the batch
+    ONE_H: tl.constexpr,
+    ONE_M: tl.constexpr,
+    ONE_N: tl.constexpr,
+    MASK_CONTIGUOUS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    OFFSET: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    # What this program's block of the bias is spread over, by axis: how many, and where they begin.
+    each_n = blocks_n if ONE_N else 1
+    each_m = blocks_m if ONE_M else 1
+    each_h = H if ONE_H else 1
+    each_b = B if ONE_B else 1
+    own_n = tl.program_id(0) % (blocks_n // each_n)
+    rest = tl.program_id(0) // (blocks_n // each_n)
+    own_m = rest % (blocks_m // each_m)
+    rest = rest // (blocks_m // each_m)
+    own_h = rest % (H // each_h)
+    own_b = rest // (H // each_h)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    unit = score_unit(magnitude, False, True)
+
+    rows = tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for step in tl.range(0, each_n * each_m * each_h * each_b):
+        start_n = (own_n + step % each_n) * BLOCK_N
+        start_m = (own_m + step // each_n % each_m) * BLOCK_M
+        i_h = own_h + step // (each_n * each_m) % each_h
+        i_b = own_b + step // (each_n * each_m * each_h)
+        n_keys = N
+        if lengths_ptr is not None:
+            n_keys = tl.minimum(tl.load(lengths_ptr + i_b), N)  # a wrong length must not read past the keys
+        mask_base = mask_ptr
+        if mask_ptr is not None:
+            mask_base = head_start(mask_ptr, i_b, i_h, None, stride_mask_b, stride_mask_h, stride_mask_m, 1)
+        bias_base = head_start(bias_ptr, i_b, i_h, None, stride_bias_b, stride_bias_h, stride_bias_m, 1)
+        slope = slopes_ptr
+        if slopes_ptr is not None:
+            slope = tl.load(slopes_ptr + i_b * H + i_h)
+        in_m = start_m + rows < M
+        stop_m = tl.minimum(start_m + BLOCK_M, M)
+        first, last, _, _ = keys_seen(start_m, stop_m, n_keys, offset, left, right)
+        wanted = (start_n + cols >= first) & (start_n + cols < last)
+        i_m = start_m + rows
+        lse = tl.load(statistics_start(lse_ptr, i_b, i_h, H, M, None) + i_m, mask=in_m, other=float("-inf"))
+        delta = tl.load(statistics_start(delta_ptr, i_b, i_h, H, M, None) + i_m, mask=in_m, other=0.0)
+        q_base = head_start(q_ptr, i_b, i_h, None, stride_qb, stride_qh, stride_qm, ALIGN)
+        q_tile = load_tile(q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET)
+        if SCALE_SIGN != 1:
+            q_tile = q_tile * SCALE_SIGN
+        k_base = head_start(k_ptr, i_b, i_h // GROUP, None, stride_kb, stride_kh, stride_kn, ALIGN)
+        k_tile = load_tile(k_base, stride_kn, start_n, wanted, True, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN, OFFSET)
+        do_base = head_start(do_ptr, i_b, i_h, None, stride_dob, stride_doh, stride_dom, ALIGN)
+        do_tile = load_tile(do_base, stride_dom, start_m, in_m, True, HEAD_DIM_V, BLOCK_M, BLOCK_DV, ALIGN, OFFSET)
+        v_base = head_start(v_ptr, i_b, i_h // GROUP, None, stride_vb, stride_vh, stride_vn, ALIGN)
+        v_tile = load_tile(v_base, stride_vn, start_n, wanted, True, HEAD_DIM_V, BLOCK_N, BLOCK_DV, ALIGN, OFFSET)
+        # [BLOCK_M, BLOCK_N]
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        s, _ = to_logits(
+            s, start_m, start_n, rows[:, None], cols[None, :], M, n_keys, offset, magnitude, softcap,
+            slope, bias_base, stride_bias_m, stride_bias_n, OFFSET,
+        )  # fmt: skip
+        p = exp_scores(s, unit, subtracted_lse(lse, True)[:, None], True)
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
+        if seed_ptr is not None:
+            keep = dropout_keep(seed, threshold, i_b, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N)
+            dp = tl.where(keep, dp * inv_keep, 0.0)
+        q_ids = None
+        k_ids = None
+        if q_ids_ptr is not None:
+            q_ids = tl.load(q_ids_ptr + i_b.to(tl.int64) * M + i_m, mask=in_m, other=0)[:, None]
+            j_n = start_n + cols
+            k_ids = tl.load(k_ids_ptr + i_b.to(tl.int64) * N + j_n, mask=j_n < n_keys, other=0)[None, :]
+        see = visible(
+            start_m, start_n, rows[:, None], cols[None, :], M, n_keys, offset, left, right,
+            q_ids, k_ids, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+        )  # fmt: skip
+        acc += tl.where(see, p * (dp - delta[:, None]), 0.0)
+
+    if ONE_M:
+        acc = tl.where(rows[:, None] == 0, tl.sum(acc, 0)[None, :], 0.0)
+    if ONE_N:
+        acc = tl.where(cols[None, :] == 0, tl.sum(acc, 1)[:, None], 0.0)
+    in_m = own_m * BLOCK_M + rows < (1 if ONE_M else M)
+    in_n = own_n * BLOCK_N + cols < (1 if ONE_N else N)
+    dbias_base = head_start(dbias_ptr, own_b, own_h, None, stride_dbias_b, stride_dbias_h, stride_dbias_m, 1)
+    dbias_ptrs = score_ptrs(
+        dbias_base, own_m * BLOCK_M, own_n * BLOCK_N, rows[:, None], cols[None, :], stride_dbias_m, stride_dbias_n,
+        OFFSET,
+    )  # fmt: skip
+    tl.store(dbias_ptrs, acc.to(dbias_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+
+
+def flash_bwd_bias(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, d_out: Tensor, dbias: Tensor, call: launch.Call
+) -> None:
+    """Writes dbias, in the bias's shape. The other tensors as `flash_bwd` has them when it has written delta."""
+    (b, h, m, _), n = q.shape, k.shape[2]
+    sizes = launch.sizes("dq", q, v, call)
+    one_b, one_h, one_m, one_n = (size == 1 for size in dbias.shape)
+    blocks_m, blocks_n = triton.cdiv(m, sizes.block_m), triton.cdiv(n, sizes.block_n)
+    programs = (1 if one_b else b) * (1 if one_h else h) * (1 if one_m else blocks_m) * (1 if one_n else blocks_n)
+    common = call.arguments(q, k, v) | launch.layout(q, k, v, d_out, scores=(call.mask, call.bias, dbias))
+    for of_packed in ("S", "cu_q_ptr", "cu_k_ptr"):
+        del common[of_packed]
+    _flash_bwd_dbias_kernel[(programs,)](
+        q, k, v, d_out, dbias, lse, delta, **launch.strides(q=q, k=k, v=v, do=d_out),
+        **dict(zip((f"stride_dbias_{axis}" for axis in "bhmn"), dbias.stride(), strict=True)),
+        **common, **sizes.arguments(), B=b, ONE_B=one_b, ONE_H=one_h, ONE_M=one_m, ONE_N=one_n,
+    )  # fmt: skip

@@ -1,0 +1,63 @@
+"""From the products q.k of a tile to its logits: scale, softcap, bias, ALiBi."""
+
+import triton
+import triton.language as tl
+
+from .softmax import LOG2_E
+from .tiles import score_ptrs
+
+
+@triton.constexpr_function
+def is_plain(softcap, bias_base, slopes_ptr):
+    """Whether logits are products times the scale, which then is left to the exponential."""
+    return softcap is None and bias_base is None and slopes_ptr is None
+
+
+@triton.jit
+def _tanh(x):
+    """After Cephes: a rational function near 0, where 1 - 2 / (e^2x + 1) would cancel, and that elsewhere."""
+    z = x * x
+    top = (z * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * z - 1.61468768441708447952e3
+    bottom = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3
+    small = x + x * z * top / bottom
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
+    large = (1 - e) / (1 + e)
+    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def to_logits(
+    s,
+    start_m,
+    start_n,
+    rows,
+    cols,
+    M,
+    N,
+    offset,
+    magnitude,
+    softcap,
+    slope,
+    bias_base,
+    stride_bias_m,
+    stride_bias_n,
+    OFFSET: tl.constexpr,
+):
+    """Products s of the queries `start_m + rows` and keys `start_n + cols`, which broadcast, in either orientation.
+
+    `softcap`, `slope` and `bias_base` are None where the call has none. Returns the logits, in natural units, or s
+    itself if it has none of the three; and the softcap's tanh, or s.
+    """
+    t = s
+    if softcap is not None:
+        t = _tanh(s * (magnitude / softcap))
+        s = t * softcap
+    elif bias_base is not None or slope is not None:
+        s = s * magnitude
+    if bias_base is not None:
+        ptrs = score_ptrs(bias_base, start_m, start_n, rows, cols, stride_bias_m, stride_bias_n, OFFSET)
+        inside = (start_m + rows < M) & (start_n + cols < N)
+        s += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+    if slope is not None:
+        s -= slope * tl.abs(start_m + rows + offset - (start_n + cols)).to(tl.float32)
+    return s, t
