@@ -29,6 +29,9 @@ ALIBI = {"alibi": True, "right": 0}
 SINKS = {"sinks": True, "right": 0, "left": 128, "hk": 1}
 PACKED = {"packed": 5, "b": 1, "right": 0}
 
+DECODING = {"decoding": True, "m": 1, "h": 8, "hk": 1, "left": 4095, "right": 0, "key_lengths": True}
+DECODING_ALL = DECODING | {"m": 2, "mask": True, "bias": "1hmn", "softcap": 30.0, "alibi": True, "sinks": True}
+
 FEATURES = (CAUSAL, WINDOW, MASK, DROPOUT, SEGMENTS, BIAS, SHARED_BIAS, SOFTCAP, ALIBI, SINKS, PACKED)
 
 JOBS = [
@@ -39,12 +42,15 @@ JOBS = [
     *(Job(chip, torch.float16, {"d": 64} | CAUSAL) for chip in CHIPS),
     *(Job(chip, torch.float32, {"d": 64} | WINDOW) for chip in CHIPS),
     *(Job("sm_90", torch.float32, {"d": d} | CAUSAL) for d in (128, 256)),
+    *(Job(chip, torch.bfloat16, {"d": d} | DECODING) for chip in CHIPS for d in (64, 128, 256)),
+    *(Job(chip, torch.bfloat16, {"d": 128} | DECODING_ALL) for chip in CHIPS),
+    *(Job("sm_90", torch.float32, {"d": d} | DECODING) for d in (64, 256)),
 ]
 
 # Where a kernel takes all 255 registers, ptxas parks a few values in local memory: this many bytes per thread are let
 # pass (the most there is: 72 by Triton 3.6, 72 by 3.7). A padded head size needs more, as a column mask lives beside
-# the addresses (168); so do d_k and d_v of head size 128 on Hopper with ALiBi, or with grouped heads and a window, whose
-# two sums fill half the registers (136).
+# the addresses (168); so do d_k and d_v of head size 128 on Hopper with ALiBi, or with grouped heads and a window: two
+# sums fill half the registers (136).
 SPILLED = 80
 SPILLED_PADDED = 176
 SPILLED_CROWDED = 144
@@ -80,7 +86,8 @@ def _jit_functions() -> dict[str, JITFunction]:
 
 
 def test_every_kernel_is_among_those_compiled():
-    launched = {launch.kernel.__name__ for launch in attention_launches("hopper", bias="1hmn")}
+    launches = [*attention_launches("hopper", bias="1hmn"), *attention_launches("hopper", **DECODING)]
+    launched = {launch.kernel.__name__ for launch in launches}
     assert launched == {name for name in _jit_functions() if name.endswith("_kernel")}
 
 
@@ -110,6 +117,12 @@ def test_new_lengths_and_batch_sizes_do_not_recompile(d, features, heads_inside)
 def test_new_lengths_and_batch_sizes_do_not_recompile_the_gradient_of_a_bias(bias):
     keys = [_keys(b=b, m=m, n=n, bias=bias, alibi=True) for b, m, n in [(2, 1024, 1024), (3, 513, 16), (4, 100, 37)]]
     assert len(keys[0]) == 4
+    assert all(key == keys[0] for key in keys)
+
+
+def test_new_lengths_and_batch_sizes_do_not_recompile_decoding():
+    keys = [_keys(b=b, n=n, **DECODING) for b, n in [(1, 1), (16, 1024), (3, 70001)]]
+    assert len(keys[0]) == 2
     assert all(key == keys[0] for key in keys)
 
 

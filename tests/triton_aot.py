@@ -19,6 +19,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from pyattn.triton_kernels import config
+from pyattn.triton_kernels.decode import decode
 from pyattn.triton_kernels.flash_bwd import flash_bwd
 from pyattn.triton_kernels.flash_fwd import flash_fwd
 from pyattn.triton_kernels.launch import Call
@@ -115,9 +116,11 @@ def attention_launches(
     alibi: bool = False,
     sinks: bool = False,
     packed: int | None = None,
+    decoding: bool = False,
     **call: Any,
 ) -> list[Launch]:
-    """The launches of one forward and backward. Tensors are on the meta device: they have strides but no memory.
+    """The launches of one forward and backward, or of one decoding step. Tensors are on the meta device: they have
+    strides but no memory.
 
     bias: its shape's pattern, as in `pyattn.testing.Case`. packed: how many sequences lie in the one batch entry.
     """
@@ -150,6 +153,8 @@ def attention_launches(
     arguments = Call(**({"scale": d**-0.5, "offset": n - m} | call))
 
     def run() -> None:
+        if decoding:
+            return decode(q, k, v, out, lse, arguments)
         flash_fwd(q, k, v, out, lse, arguments)
         d_out, d_lse = torch.empty_like(out), torch.empty_like(lse)
         gradients = [None if t is None else torch.empty_like(t) for t in (q, k, v, arguments.bias)]

@@ -1,5 +1,7 @@
 """The Triton kernels in Triton's interpreter. Run by test_triton_interpreter.py, in a process of its own."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -8,12 +10,32 @@ from pyattn.backends.reference import definition, dropout_keep
 from pyattn.registry import BACKENDS
 from pyattn.spec import AttentionSpec, Inputs
 from pyattn.testing import CASES, Case
+from pyattn.triton_kernels import decode
+from pyattn.triton_kernels.launch import Call
 
 BACKEND = BACKENDS["triton"]
 # Half precision differs in the unit of its scores and in rounding, so one case per feature is enough of it.
 HALF = """plain cross odd-head-sizes scale-negative causal window key-lengths mask-full gqa dropout-gqa-causal segments
     bias-per-head softcap-causal-bias alibi-causal sinks packed-gqa-window packed-dropout-alibi-sinks everything"""
 RUNS = [(c, torch.float32) for c in CASES] + [(c, torch.float16) for c in CASES if c.id in HALF.split()]
+
+
+# Few queries over many keys, which the decoding kernels take.
+FEW = {"b": 2, "h": 4, "hk": 2, "m": 1, "n": 300}
+DECODING = [
+    Case("decode", **FEW),
+    Case("decode-causal", **FEW | {"m": 5}, causal=True),
+    Case("decode-window", **FEW | {"m": 3}, window=(100, 0)),
+    Case("decode-window-of-one-chunk", **FEW, window=(5, 0)),
+    Case("decode-top-left", **FEW | {"m": 3}, causal=True, top_left=True),
+    Case("decode-key-lengths", **FEW, key_lengths=(0, 133), unseen_nan=True),
+    Case("decode-mask", **FEW | {"m": 2}, mask="bhmn", unseen_nan=True),
+    Case("decode-bias", **FEW | {"m": 2}, bias="1hmn"),
+    Case("decode-heads-alone", **FEW | {"b": 1, "hk": 4}, d=17, dv=40, layout="bmhd", scale=-0.4),
+    Case("decode-whole-group", **FEW | {"h": 16, "hk": 1, "m": 3}, sinks=True, key_lengths=(300, 0)),
+    Case("decode-everything", **FEW | {"m": 7}, causal=True, key_lengths=(290, 150), mask="b1mn", bias="b11n",
+         softcap=3.0, alibi=True, sinks=True),
+]  # fmt: skip
 
 
 def _id(value: object) -> str:
@@ -29,6 +51,24 @@ def test_case_is_as_accurate_as_plain_pytorch_or_refused_as_declared(case, dtype
     if reason is None:
         results = testing.check_case("triton", case, dtype)
         assert [r for r in results if not r.excess <= 1] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=_id)
+@pytest.mark.parametrize("case", DECODING, ids=_id)
+def test_decoding_is_as_accurate_as_plain_pytorch(case, dtype):
+    called = []
+    with mock.patch.object(decode, "decode", lambda *given, real=decode.decode: called.append(real(*given))):
+        results = testing.check_case("triton", case, dtype)
+    assert len(called) == 1
+    assert [r for r in results if not r.excess <= 1] == []
+
+
+@pytest.mark.parametrize(("left", "right", "expected"), [
+    (None, None, (0, 128, 8)), (None, 0, (0, 128, 8)), (95, 0, (896, 32, 4)), (None, -1000, (0, 32, 1))
+])  # fmt: skip
+def test_keys_are_split_where_the_band_lets_them_be_seen(left, right, expected):
+    call = Call(scale=1.0, offset=999, left=left, right=right)
+    assert decode.split(2, 1, 1000, call, 32, 8) == expected
 
 
 def test_bfloat16_in_the_interpreter_is_refused_by_name():

@@ -71,26 +71,32 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
     ("forward", "any", 32): {64: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)},
     ("dq", "any", 32): {128: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)},
     ("dkdv", "any", 32): {128: Config(32, 32, 8, 1), 256: Config(16, 16, 4, 1)},
-    # Dropout or a boolean mask, any GPU: Philox's words and the mask's addresses need the registers of larger tiles.
+    # Dropout, a bias, a boolean mask or segment ids, any GPU: Philox's words, addresses and unseen values need the
+    # registers of larger tiles.
     ("forward", "heavy", 16): {64: Config(64, 64, 8, 1), 128: Config(64, 32, 8, 1), 256: Config(32, 32, 8, 1)},
     ("dq", "heavy", 16): {128: Config(64, 32, 8, 1), 256: Config(32, 32, 8, 1)},
     ("dkdv", "heavy", 16): {128: Config(32, 64, 8, 1), 256: Config(32, 32, 8, 1)},
+    ("decode", "heavy", 16): {64: Config(16, 64, 4, 1), 128: Config(16, 32, 4, 1), 256: Config(16, 16, 4, 1)},
+    # Decoding, any GPU: block_m follows the rows, of which there are few; what counts is bytes in flight.
+    ("decode", "any", 16): {64: Config(16, 128, 4, 3), 128: Config(16, 64, 4, 3), 256: Config(16, 32, 4, 2)},
+    ("decode", "any", 32): {64: Config(16, 32, 4, 2), 256: Config(16, 16, 4, 2)},
     # Small, so that small tests have several blocks in each direction.
     ("forward", "interpreter", 16): {256: Config(32, 32, 4, 1)},
     ("dq", "interpreter", 16): {256: Config(32, 32, 4, 1)},
     ("dkdv", "interpreter", 16): {256: Config(32, 32, 4, 1)},
+    ("decode", "interpreter", 16): {256: Config(16, 32, 4, 1)},
 }
 
 
 def choose(kernel: str, architecture: str, bits: int, head_dim: int, heavy: bool) -> Config:
-    """The row for a kernel ("forward", "dq" or "dkdv") and the larger of the two padded head sizes.
+    """The row for a kernel ("forward", "dq", "dkdv" or "decode") and the larger of the two padded head sizes.
 
-    heavy: the call has dropout or a boolean mask.
+    heavy: the call has dropout, a bias, a boolean mask or segment ids.
     """
     if bits == 32:
         architecture = "any"
-    elif heavy and architecture != "interpreter":
-        architecture = "heavy"
+    elif architecture != "interpreter" and (heavy or kernel == "decode"):
+        architecture = "heavy" if heavy else "any"
     rows = TABLE[kernel, architecture, bits]
     return rows[min(size for size in rows if size >= head_dim)]
 
@@ -98,6 +104,11 @@ def choose(kernel: str, architecture: str, bits: int, head_dim: int, heavy: bool
 def architecture_of(device: torch.device) -> str:
     """The table's name for a device; tensors on the CPU are the interpreter's."""
     return "interpreter" if device.type == "cpu" else _gpu_architecture(device)
+
+
+def processors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has; elsewhere as many as let small tests split their keys."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
 
 @cache

@@ -21,7 +21,8 @@ RUNTIME_VALUES = (
     *(f"stride_{tensor}{axis}" for tensor in ("k", "v", "dk", "dv") for axis in "bhn"),
     *(f"stride_{tensor}_{axis}" for tensor in ("mask", "bias", "dbias") for axis in "bhmn"),
     *("H", "GROUP", "M", "N", "S", "offset", "left", "right"),
-    *("magnitude", "scale", "softcap", "threshold", "inv_keep", "B"),
+    *("magnitude", "scale", "softcap", "threshold", "inv_keep"),
+    *("B", "CHUNKS", "first_chunk", "chunk"),
 )
 
 # From this stride on (in elements), an offset inside a tile of 128 rows may not fit 32 bits.

@@ -38,7 +38,7 @@ def visible(
     if q_ids is not None:
         see = see & (q_ids == k_ids)
     if mask_base is not None:
-        first = mask_base + (start_m.to(tl.int64) * stride_mask_m + start_n.to(tl.int64) * stride_mask_n)
+        first = mask_base + (start_m * stride_mask_m + start_n * stride_mask_n)
         inner_n = cols.to(OFFSET)
         if not MASK_CONTIGUOUS:
             inner_n = inner_n * stride_mask_n.to(OFFSET)

@@ -89,5 +89,5 @@ def store_tile(
 @triton.jit
 def score_ptrs(base, start_m, start_n, rows, cols, stride_m, stride_n, OFFSET: tl.constexpr):
     """Pointers into a tensor of the scores' shape: queries `start_m + rows`, keys `start_n + cols`, which broadcast."""
-    first = base + (start_m.to(tl.int64) * stride_m + start_n.to(tl.int64) * stride_n)
+    first = base + (start_m * stride_m + start_n * stride_n)
     return first + (rows.to(OFFSET) * stride_m.to(OFFSET) + cols.to(OFFSET) * stride_n.to(OFFSET))

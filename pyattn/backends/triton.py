@@ -38,11 +38,13 @@ class TritonBackend(Backend):
         return super().refusal(spec)
 
     def forward(self, spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
+        from pyattn.triton_kernels.decode import decode, suits
         from pyattn.triton_kernels.flash_fwd import flash_fwd
 
         out = empty_output(x.q, spec.dv)
         lse = x.q.new_empty(spec.b, spec.h, spec.m, dtype=torch.float32)
-        flash_fwd(x.q, x.k, x.v, out, lse, _call(spec, x))
+        call = _call(spec, x)
+        (decode if suits(x.q, x.k, call) else flash_fwd)(x.q, x.k, x.v, out, lse, call)
         return out, lse
 
     def backward(
@@ -63,9 +65,11 @@ class TritonBackend(Backend):
         return grads if x.sinks is None else grads._replace(sinks=_sink_gradient(x.sinks, lse, delta))
 
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
-        # delta, one float32 per query; and d_out once more where it comes with strides the kernels do not take.
+        # Forward: the chunks of a decoding step, at most 64. Backward: delta, one float32 per query; and d_out once
+        # more where it comes with strides the kernels do not take.
         rows = spec.b * spec.h * spec.m
-        return 0, rows * (4 + spec.dv * spec.dtype.itemsize)
+        decoding = spec.h // spec.hk * spec.m <= 64
+        return 64 * rows * (spec.dv + 1) * 4 if decoding else 0, rows * (4 + spec.dv * spec.dtype.itemsize)
 
 
 def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
