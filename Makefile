@@ -1,4 +1,5 @@
 # make run: everything a new user wants to see.  make test: everything that must hold.
+# make test-compile: the Triton kernels compiled by every Triton that pyattn knows: 2.1 GB of downloads and disk.
 # make sanitize: the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; needs GCC.
 # All set themselves up in .venv inside this folder and touch nothing outside it.
 
@@ -7,7 +8,7 @@ BIN := .venv/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: run test sanitize clean
+.PHONY: run test test-compile sanitize clean
 
 run: .venv/tools
 	$(BIN)/pyattn info
@@ -43,6 +44,16 @@ sanitize: .venv/sanitize
 	$(SANITIZED) -c 'import torch, pyattn._C as c; assert "/sanitize/" in c.__file__, c.__file__; print(c.isas())'
 	$(SANITIZED) -m pytest $(SANITIZED_TESTS) -k 'not reference and not memory and not median' --numprocesses 2 \
 	  || { cat $(SANITIZE)/report.*; exit 1; }
+
+# Beside the installed one, each in a folder of its own. 3.6 pairs with torch 2.11, 3.7 with 2.13; the last is the newest.
+TRITONS := 3.6.0 3.7.0 3.9.0
+
+test-compile: $(TRITONS:%=test-compile-%)
+
+test-compile-%: .venv/test
+	test -d build/triton-$*/triton || $(BIN)/python -m pip install --quiet --no-deps --target build/triton-$* triton==$*
+	PYTHONPATH=build/triton-$* $(BIN)/python -c 'import triton; assert triton.__version__ == "$*", triton.__version__'
+	PYTHONPATH=build/triton-$* $(BIN)/python -m pytest tests/test_triton_compile.py -o cache_dir=build/triton-$*/cache
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pyattn needs Python 3.10 or newer; choose one with make PYTHON=...")'

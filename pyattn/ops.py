@@ -18,7 +18,7 @@ from torch._C._autograd import _profiler_enabled
 
 from pyattn import autograd, registry
 from pyattn.check import check_values
-from pyattn.spec import AttentionSpec, Grads, Inputs, Numbers, empty_output
+from pyattn.spec import AttentionSpec, Grads, Inputs, Numbers, empty_gradient, empty_output
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? key_lengths, Tensor? q_segments, "
@@ -90,7 +90,7 @@ def _attention_fake(*args) -> tuple[Tensor, Tensor]:
 def _attention_backward_fake(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, *args) -> list[Tensor]:
     x = Inputs(*args[:_N_TENSORS])
     present = (getattr(x, name) for name in Grads._fields)
-    return [torch.empty_like(t) for t in present if t is not None]
+    return [empty_gradient(t) for t in present if t is not None]
 
 
 def _unpack(args: tuple) -> tuple[Inputs, AttentionSpec, str]:

@@ -185,6 +185,12 @@ def empty_output(q: Tensor, dv: int) -> Tensor:
     return q.new_empty(b, h, m, dv)
 
 
+def empty_gradient(t: Tensor) -> Tensor:
+    """Uninitialised, laid out as t is, where torch can do that with a last stride of 1; not for overlapping rows."""
+    like = torch.empty_like(t)
+    return like if like.stride()[-1:] == t.stride()[-1:] else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+
 def as_batch(packed: Tensor) -> Tensor:
     """Packed sequences [total length, heads, size] as the view [1, heads, total length, size]."""
     return packed.transpose(0, 1).unsqueeze(0)

@@ -127,6 +127,32 @@ def test_segments_longer_than_a_block_are_right_in_full_and_skipped_blocks(ids):
     assert [r for r in results if not r.excess <= 1] == []
 
 
+@pytest.mark.parametrize(
+    "sinks", [torch.arange(8.0)[::2], torch.tensor([0.5]).expand(4)], ids=["every-other", "expanded"]
+)
+def test_sinks_of_any_stride(sinks):
+    spec, x = _spec_and_inputs(h=4, sinks=sinks)
+    _close_to_definition(spec, x)
+
+
+def test_gradient_of_overlapping_rows_is_that_of_a_copy():
+    storage = torch.randn(1, 1, 60, generator=torch.Generator().manual_seed(0))
+    rows = storage.unfold(2, 33, 1)  # last stride 1, which torch.empty_like does not keep
+    spec, x = _with_spec(rows[:, :, :8], rows, rows)
+    out, lse = BACKEND.forward(spec, x)
+    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    copies = x._replace(q=x.q.contiguous(), k=x.k.contiguous(), v=x.v.contiguous())
+    found, expected = (BACKEND.backward(spec, given, out, lse, d_out, None) for given in (x, copies))
+    for name, a, b in zip("qkv", found, expected, strict=False):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_softcap_far_below_the_scale_leaves_padded_rows_out():
+    call = testing.make_inputs(Case("steep", m=33, n=40, scale=1e10, softcap=1e-30), torch.float32)
+    found = testing.evaluate_backend(call, "triton")
+    assert all(t.isfinite().all() for t in found.values())
+
+
 def test_mask_of_any_strides_is_read_in_place():
     spec, x = _spec_and_inputs(mask=torch.rand(70, 40, generator=torch.Generator().manual_seed(1)).T < 0.5)
     assert x.mask.stride(-1) != 1

@@ -47,6 +47,11 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
         128: Config(64, 128, 8, 2),  # FlexAttention's with one stage less
         256: Config(32, 32, 8, 1),  # both sums of 64 keys would fill a warpgroup's registers
     },
+    ("dkdv", "hopper crowded", 16): {
+        64: Config(64, 128, 8, 2),
+        128: Config(32, 128, 8, 2),  # 64 queries would spill up to 240 bytes with a softcap
+        256: Config(32, 32, 8, 1),
+    },
     # 99 KB of shared memory, so that one row serves compute capability 8.0 to 8.9 and 12.0.
     ("forward", "ampere", 16): {
         64: Config(128, 64, 4, 3),  # FlexAttention's
@@ -62,6 +67,11 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
         64: Config(64, 64, 4, 2),  # FlexAttention's
         128: Config(64, 64, 8, 2),  # FlexAttention's with 8 warps: 4 would spill
         256: Config(32, 32, 8, 1),  # 64 keys would exceed the shared memory
+    },
+    ("dq", "ampere crowded", 16): {
+        64: Config(64, 64, 4, 2),
+        128: Config(64, 64, 8, 2),  # 4 warps would spill up to 240 bytes with a padded head size
+        256: Config(64, 32, 8, 1),
     },
     # 64 KB of shared memory and 512 registers. AMD CDNA.
     ("forward", "cdna", 16): {128: Config(128, 64, 4, 1), 256: Config(64, 32, 4, 1)},
@@ -88,15 +98,18 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
 }
 
 
-def choose(kernel: str, architecture: str, bits: int, head_dim: int, heavy: bool) -> Config:
+def choose(kernel: str, architecture: str, bits: int, head_dim: int, load: str) -> Config:
     """The row for a kernel ("forward", "dq", "dkdv" or "decode") and the larger of the two padded head sizes.
 
-    heavy: the call has dropout, a bias, a boolean mask or segment ids.
+    load: "heavy" for a call with dropout, a bias, a boolean mask or segment ids; "crowded" for one with another feature
+    that takes registers, or a padded head size; else "light".
     """
     if bits == 32:
         architecture = "any"
-    elif architecture != "interpreter" and (heavy or kernel == "decode"):
-        architecture = "heavy" if heavy else "any"
+    elif architecture != "interpreter" and (load == "heavy" or kernel == "decode"):
+        architecture = "heavy" if load == "heavy" else "any"
+    elif load == "crowded" and (kernel, f"{architecture} crowded", bits) in TABLE:
+        architecture = f"{architecture} crowded"
     rows = TABLE[kernel, architecture, bits]
     return rows[min(size for size in rows if size >= head_dim)]
 

@@ -217,7 +217,7 @@ def suits(q: Tensor, k: Tensor, call: launch.Call) -> bool:
 def decode(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: launch.Call) -> None:
     """As `flash_fwd`, for calls that `suits`."""
     (b, h, m, _), (hk, n, dv) = q.shape, v.shape[1:]
-    sizes = launch.sizes("decode", q, v, call)
+    sizes = launch.sizes("decode", q, k, v, call)
     first, chunk, chunks = split(b * hk, m, n, call, sizes.block_n, config.processors(q.device))
     part = q.new_empty(chunks, b, h, m, dv, dtype=torch.float32)
     part_lse = lse.new_empty(chunks, b, h, m)
@@ -231,8 +231,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: laun
             B=b, CHUNKS=chunks, first_chunk=first, chunk=chunk,
         )  # fmt: skip
         _decode_join_kernel[(b * h * m,)](
-            part, part_lse, out, lse, call.sinks, **launch.strides(o=out), B=b, H=h, M=m, CHUNKS=chunks,
-            HEAD_DIM_V=dv, BLOCK_DV=common["BLOCK_DV"],
+            part, part_lse, out, lse, launch.contiguous(call.sinks), **launch.strides(o=out),
+            B=b, H=h, M=m, CHUNKS=chunks, HEAD_DIM_V=dv, BLOCK_DV=common["BLOCK_DV"],
         )  # fmt: skip
 
 

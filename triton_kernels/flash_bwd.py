@@ -488,7 +488,7 @@ def flash_bwd(
     common["scale"] = call.scale
     owned = dbias is not None and dbias.shape == (b, h, m, n)
     with launch.on_device_of(q):
-        sizes = launch.sizes("dq", q, v, call)
+        sizes = launch.sizes("dq", q, k, v, call)
         if b * m > 0:
             _flash_bwd_dq_kernel[(call.blocks(m, sizes.block_m) * h * b,)](
                 q, k, v, out, d_out, dq, lse, delta, d_lse,
@@ -496,7 +496,7 @@ def flash_bwd(
                 **launch.score_tensor("dbias", dbias if owned else None, b, h, m, n),
                 id_ranges_ptr=launch.id_ranges(call.k_segments, sizes.block_n),
             )  # fmt: skip
-        sizes = launch.sizes("dkdv", q, v, call)
+        sizes = launch.sizes("dkdv", q, k, v, call)
         if b * n > 0:
             _flash_bwd_dkdv_kernel[(call.blocks(n, sizes.block_n) * hk * b,)](
                 q, k, v, d_out, dk, dv, lse, delta,

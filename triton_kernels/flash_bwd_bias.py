@@ -179,7 +179,7 @@ def flash_bwd_bias(
 ) -> None:
     """Writes dbias, in the bias's shape. The other tensors as `flash_bwd` has them when it has written delta."""
     (b, h, m, _), n = q.shape, k.shape[2]
-    sizes = launch.sizes("dq", q, v, call)
+    sizes = launch.sizes("dq", q, k, v, call)
     one_b, one_h, one_m, one_n = (size == 1 for size in dbias.shape)
     blocks_m, blocks_n = triton.cdiv(m, sizes.block_m), triton.cdiv(n, sizes.block_n)
     programs = (1 if one_b else b) * (1 if one_h else h) * (1 if one_m else blocks_m) * (1 if one_n else blocks_n)

@@ -206,9 +206,9 @@ def flash_fwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: l
     if b * m == 0:
         return
     common = call.arguments(q, k, v) | launch.layout(q, k, v, out, scores=(call.mask, call.bias))
-    sizes = launch.sizes("forward", q, v, call)
+    sizes = launch.sizes("forward", q, k, v, call)
     with launch.on_device_of(q):
         _flash_fwd_kernel[(call.blocks(m, sizes.block_m) * h * b,)](
-            q, k, v, out, lse, **launch.strides(q=q, k=k, v=v, o=out), **common,
-            sinks_ptr=call.sinks, id_ranges_ptr=launch.id_ranges(call.k_segments, sizes.block_n), **sizes.arguments(),
+            q, k, v, out, lse, **launch.strides(q=q, k=k, v=v, o=out), **common, **sizes.arguments(),
+            sinks_ptr=launch.contiguous(call.sinks), id_ranges_ptr=launch.id_ranges(call.k_segments, sizes.block_n),
         )  # fmt: skip

@@ -29,6 +29,9 @@ RUNTIME_VALUES = (
 WIDE_STRIDE = 1 << 23
 
 
+_LARGEST = torch.finfo(torch.float32).max
+
+
 @dataclass(frozen=True)
 class Call:
     """One attention call beyond its main tensors, in the terms of `pyattn.spec`; None where a limit is absent."""
@@ -68,10 +71,10 @@ class Call:
             **(mask := score_tensor("mask", self.mask, q.shape[0], h, m, n)),
             "MASK_CONTIGUOUS": mask["stride_mask_n"] == 1,
             **score_tensor("bias", self.bias, q.shape[0], h, m, n),
-            "lengths_ptr": _contiguous(self.key_lengths),
-            "q_ids_ptr": _contiguous(self.q_segments),
-            "k_ids_ptr": _contiguous(self.k_segments),
-            "slopes_ptr": _contiguous(self.alibi_slopes),
+            "lengths_ptr": contiguous(self.key_lengths),
+            "q_ids_ptr": contiguous(self.q_segments),
+            "k_ids_ptr": contiguous(self.k_segments),
+            "slopes_ptr": contiguous(self.alibi_slopes),
             "seed_ptr": self.seed if self.dropout_p > 0 else None,
             "cu_q_ptr": self.cu_seqlens_q,
             "cu_k_ptr": self.cu_seqlens_k,
@@ -84,8 +87,9 @@ class Call:
             "left": None if self.left is None else min(self.left, reach),
             "right": None if self.right is None else min(self.right, reach),
             # The kernels scale by a positive number and carry the sign in q, or in k: with it a row's maximum can be
-            # taken before scaling. For scale 0 the scores are 0 because q is made 0.
-            "magnitude": abs(self.scale) or 1.0,
+            # taken before scaling. For scale 0 the scores are 0 because q is made 0. With a softcap it is the scale
+            # over it, and finite: infinity times a product of 0 would be NaN.
+            "magnitude": min((abs(self.scale) or 1.0) / (self.softcap or 1.0), _LARGEST),
             "SCALE_SIGN": (self.scale > 0) - (self.scale < 0),
             "softcap": self.softcap,
             "threshold": dropped - 2**32 if dropped >= 2**31 else dropped,
@@ -97,7 +101,7 @@ class Call:
         }
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
+def contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
@@ -142,11 +146,21 @@ def strides(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def sizes(kernel: str, q: Tensor, v: Tensor, call: Call) -> config.Config:
+def sizes(kernel: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> config.Config:
     """The launch sizes of `kernel` for this call."""
     head_dim = padded_head_dim(max(q.shape[3], v.shape[3]))
-    heavy = any(t is not None for t in (call.mask, call.bias, call.q_segments)) or call.dropout_p > 0
-    return config.choose(kernel, config.architecture_of(q.device), 8 * q.element_size(), head_dim, heavy)
+    architecture, bits = config.architecture_of(q.device), 8 * q.element_size()
+    return config.choose(kernel, architecture, bits, head_dim, _load(q, k, v, call))
+
+
+def _load(q: Tensor, k: Tensor, v: Tensor, call: Call) -> str:
+    """How much a call keeps in registers beside its tiles, in the words of `config.choose`."""
+    if any(t is not None for t in (call.mask, call.bias, call.q_segments)) or call.dropout_p > 0:
+        return "heavy"
+    padded = any(padded_head_dim(t.shape[3]) != t.shape[3] for t in (q, v))
+    grouped_window = call.left is not None and q.shape[1] != k.shape[1]
+    logits = call.softcap is not None or call.alibi_slopes is not None
+    return "crowded" if padded or grouped_window or logits or call.packed else "light"
 
 
 def padded_head_dim(d: int) -> int:

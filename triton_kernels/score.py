@@ -50,7 +50,7 @@ def to_logits(
     """
     t = s
     if softcap is not None:
-        t = _tanh(s * (magnitude / softcap))
+        t = _tanh(s * magnitude)
         s = t * softcap
     elif bias_base is not None or slope is not None:
         s = s * magnitude

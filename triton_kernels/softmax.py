@@ -49,7 +49,8 @@ def first_statistics(sinks_ptr, i_h, BLOCK_M: tl.constexpr, NATURAL: tl.constexp
     """row_max and row_sum [BLOCK_M] before any key: the sink's, whose weight goes to no value, or nothing's."""
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     if sinks_ptr is not None:
-        row_max = tl.zeros([BLOCK_M], dtype=tl.float32) + tl.load(sinks_ptr + i_h) * (1.0 if NATURAL else LOG2_E)
+        sink = tl.minimum(tl.load(sinks_ptr + i_h) * (1.0 if NATURAL else LOG2_E), 3.4e38)  # inf - inf would be NaN
+        row_max = tl.zeros([BLOCK_M], dtype=tl.float32) + sink
     return row_max, tl.where(row_max == float("-inf"), 0.0, 1.0)
 
 

@@ -11,7 +11,7 @@ import torch  # before pyattn._C, so that both share torch's OpenMP runtime
 from torch import Tensor
 
 from pyattn.backends import Backend
-from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, empty_output, unit_stride
+from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, empty_gradient, empty_output, unit_stride
 
 _DTYPE_NAMES = {
     torch.float32: "float32",
@@ -53,7 +53,7 @@ class CpuBackend(Backend):
     def backward(
         self, spec: AttentionSpec, x: Inputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
     ) -> Grads:
-        grads = Grads._make(None if t is None else _empty_like(t) for t in (x.q, x.k, x.v, x.bias, x.sinks))
+        grads = Grads._make(None if t is None else empty_gradient(t) for t in (x.q, x.k, x.v, x.bias, x.sinks))
         self._run(
             "backward", spec, x,
             out=out, lse=lse.contiguous(), d_out=unit_stride(d_out),
@@ -87,12 +87,6 @@ class CpuBackend(Backend):
         forward = (threads * tiles + parts) * item
         delta = spec.b * spec.h * spec.m
         return forward, (threads * (_TOGETHER * 2 * tiles + spec.n * columns) + delta) * item
-
-
-def _empty_like(t: Tensor) -> Tensor:
-    """Uninitialised, laid out as t is, where torch can do that with a last stride of 1; not for overlapping rows."""
-    like = torch.empty_like(t)
-    return like if like.stride()[-1:] == t.stride()[-1:] else torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
 
 def _described(t: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], int, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyattn.backends import Backend
-from pyattn.spec import AttentionSpec, Grads, Inputs, empty_output, unit_stride
+from pyattn.spec import AttentionSpec, Grads, Inputs, empty_gradient, empty_output, unit_stride
 
 if TYPE_CHECKING:
     from pyattn.triton_kernels.launch import Call
@@ -53,8 +53,8 @@ class TritonBackend(Backend):
         from pyattn.triton_kernels.flash_bwd import flash_bwd
 
         grads = Grads(
-            torch.empty_like(x.q), torch.empty_like(x.k), torch.empty_like(x.v),
-            None if x.bias is None else torch.zeros_like(x.bias),
+            empty_gradient(x.q), empty_gradient(x.k), empty_gradient(x.v),
+            None if x.bias is None else empty_gradient(x.bias).zero_(),
         )  # fmt: skip
         d_out = unit_stride(d_out)
         d_lse = None if d_lse is None else d_lse.float().contiguous()
