@@ -77,6 +77,7 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
     ("forward", "cdna", 16): {128: Config(128, 64, 4, 1), 256: Config(64, 32, 4, 1)},
     ("dq", "cdna", 16): {128: Config(64, 64, 4, 1), 256: Config(64, 32, 4, 1)},
     ("dkdv", "cdna", 16): {64: Config(64, 64, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(32, 32, 4, 1)},
+    ("dkdv", "cdna heavy", 16): {64: Config(32, 64, 8, 1), 128: Config(32, 32, 4, 1), 256: Config(32, 32, 8, 1)},
     # Exact float32 products run outside the matrix units on NVIDIA, unrolled: larger tiles spill and compile for long.
     ("forward", "any", 32): {64: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)},
     ("dq", "any", 32): {128: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)},
@@ -106,10 +107,10 @@ def choose(kernel: str, architecture: str, bits: int, head_dim: int, load: str) 
     """
     if bits == 32:
         architecture = "any"
+    elif (kernel, f"{architecture} {load}", bits) in TABLE:
+        architecture = f"{architecture} {load}"
     elif architecture != "interpreter" and (load == "heavy" or kernel == "decode"):
         architecture = "heavy" if load == "heavy" else "any"
-    elif load == "crowded" and (kernel, f"{architecture} crowded", bits) in TABLE:
-        architecture = f"{architecture} crowded"
     rows = TABLE[kernel, architecture, bits]
     return rows[min(size for size in rows if size >= head_dim)]
 
