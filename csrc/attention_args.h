@@ -49,7 +49,7 @@ struct AttentionArgs {
 
     // Backward only.
     TensorArg d_out, d_q, d_k, d_v;  // last stride 1
-    TensorArg d_bias;                // in the bias's shape and dtype
+    TensorArg d_bias;                // in the bias's shape and dtype, where its gradient is wanted
     const void* d_lse = nullptr;     // [b, h, m] contiguous, in the accumulator's dtype
     void* delta = nullptr;           // [b, h, m] scratch, in the accumulator's dtype
     void* d_sinks = nullptr;         // [h], in the accumulator's dtype

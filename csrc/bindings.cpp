@@ -253,8 +253,9 @@ void backward(const std::string& isa, const std::string& dtype, const std::strin
               const py::tuple& numbers, const py::dict& tensors, int threads) {
     const AttentionArgs args = arguments(dtype, bias_dtype, sizes, numbers, tensors, threads);
     REQUIRE(args.d_out && args.d_q && args.d_k && args.d_v && args.delta, "d_out, d_q, d_k, d_v, delta: expected all");
-    REQUIRE(!args.d_bias == !args.bias && !args.d_sinks == !args.sinks, "d_bias, d_sinks: expected with bias, sinks");
-    for (int axis = 0; axis < 4; ++axis) {
+    REQUIRE(!args.d_bias || args.bias, "d_bias: there is no bias");
+    REQUIRE(!args.d_sinks == !args.sinks, "d_sinks: expected with sinks, and only with them");
+    for (int axis = 0; args.d_bias && axis < 4; ++axis) {
         REQUIRE(args.d_bias.size[axis] == args.bias.size[axis], "d_bias: expected the sizes of bias");
     }
     const Isa& chosen = isa_of(isa);

@@ -9,6 +9,7 @@ from pyattn.check import UnsupportedError
 from pyattn.spec import Grads, Inputs
 
 _N_TENSORS = len(Inputs._fields)
+_BIAS = Inputs._fields.index("bias")
 _DIFFERENTIABLE = tuple(map(Inputs._fields.index, Grads._fields))  # positions in the operator's schema
 
 
@@ -22,10 +23,11 @@ def backward(ctx, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | 
     *tensors, out, lse = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(out)
-    found = iter(torch.ops.pyattn.attention_backward(d_out, d_lse, out, lse, *tensors, *ctx.options))
+    bias_gradient = ctx.needs_input_grad[_BIAS]
+    found = iter(torch.ops.pyattn.attention_backward(d_out, d_lse, out, lse, bias_gradient, *tensors, *ctx.options))
     grads: list[Tensor | None] = [None] * (_N_TENSORS + len(ctx.options))
     for place in _DIFFERENTIABLE:
-        if tensors[place] is not None:
+        if tensors[place] is not None and (bias_gradient or place != _BIAS):
             grads[place] = next(found)
     return tuple(grads)
 

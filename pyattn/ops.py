@@ -18,7 +18,7 @@ from torch._C._autograd import _profiler_enabled
 
 from pyattn import autograd, registry
 from pyattn.check import check_values
-from pyattn.spec import AttentionSpec, Grads, Inputs, Numbers, empty_gradient, empty_output
+from pyattn.spec import AttentionSpec, Inputs, Numbers, empty_gradients, empty_output
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? key_lengths, Tensor? q_segments, "
@@ -33,7 +33,8 @@ _NO_MODE = DispatchKeySet(DispatchKey.BackendSelect).add(DispatchKey.ADInplaceOr
 _library = torch.library.Library("pyattn", "DEF")
 _library.define(f"attention({_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor)")
 _library.define(
-    f"attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, {_TENSORS}, {_NUMBERS}) -> Tensor[]"
+    "attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, bool bias_gradient, "
+    f"{_TENSORS}, {_NUMBERS}) -> Tensor[]"
 )
 
 
@@ -74,9 +75,11 @@ def _forward(x: Inputs, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tens
     return registry.choose(spec, backend).forward(spec, x)
 
 
-def _attention_backward(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, *args) -> list[Tensor]:
+def _attention_backward(
+    d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, bias_gradient: bool, *args
+) -> list[Tensor]:
     x, spec, backend = _unpack(args)
-    grads = registry.choose(spec, backend).backward(spec, x, out, lse, d_out, d_lse)
+    grads = registry.choose(spec, backend).backward(spec, x, out, lse, d_out, d_lse, bias_gradient)
     return [g for g in grads if g is not None]
 
 
@@ -87,10 +90,11 @@ def _attention_fake(*args) -> tuple[Tensor, Tensor]:
     return out, x.q.new_empty(x.q.shape[:3], dtype=accumulator)
 
 
-def _attention_backward_fake(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, *args) -> list[Tensor]:
-    x = Inputs(*args[:_N_TENSORS])
-    present = (getattr(x, name) for name in Grads._fields)
-    return [empty_gradient(t) for t in present if t is not None]
+def _attention_backward_fake(
+    d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, bias_gradient: bool, *args
+) -> list[Tensor]:
+    grads = empty_gradients(Inputs(*args[:_N_TENSORS]), bias_gradient)
+    return [g for g in grads if g is not None]
 
 
 def _unpack(args: tuple) -> tuple[Inputs, AttentionSpec, str]:

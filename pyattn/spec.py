@@ -86,7 +86,7 @@ class Numbers(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients in the dtype and shape of their inputs; bias and sinks are None where the input was."""
+    """Gradients in the dtype and shape of their inputs; of bias and sinks None where there is none to have."""
 
     q: Tensor
     k: Tensor
@@ -189,6 +189,12 @@ def empty_gradient(t: Tensor) -> Tensor:
     """Uninitialised, laid out as t is, where torch can do that with a last stride of 1; not for overlapping rows."""
     like = torch.empty_like(t)
     return like if like.stride()[-1:] == t.stride()[-1:] else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+
+def empty_gradients(x: Inputs, bias_gradient: bool) -> Grads:
+    """`empty_gradient` of every input that has one; of the bias only where it is wanted."""
+    bias = x.bias if bias_gradient else None
+    return Grads._make(None if t is None else empty_gradient(t) for t in (x.q, x.k, x.v, bias, x.sinks))
 
 
 def as_batch(packed: Tensor) -> Tensor:

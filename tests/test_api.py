@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyattn
 from pyattn import ops
+from pyattn.backends.cpu import CpuBackend
 from pyattn.spec import Inputs
 
 
@@ -90,6 +91,23 @@ def test_lse_alone_is_differentiable():
     (d_q,) = torch.autograd.grad(lse.sum(), q, retain_graph=True)
     scores = (q @ k.transpose(-1, -2) / 4).logsumexp(-1)
     torch.testing.assert_close(d_q, torch.autograd.grad(scores.sum(), q)[0])
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("learned", [False, True], ids=["constant", "learned"])
+def test_gradient_of_a_bias_is_computed_where_it_is_wanted(monkeypatch, learned, compiled):
+    wanted, run = [], CpuBackend.backward
+
+    def backward(*given):
+        wanted.append(given[-1])
+        return run(*given)
+
+    monkeypatch.setattr(CpuBackend, "backward", backward)
+    function = torch.compile(pyattn.attention, fullgraph=True, backend="aot_eager") if compiled else pyattn.attention
+    bias = torch.randn(33, 33, requires_grad=learned)
+    function(*_qkv(requires_grad=True), bias=bias).sum().backward()
+    assert wanted == [learned]
+    assert (bias.grad is not None) == learned
 
 
 def test_gradient_checkpointing_repeats_the_dropout_mask():

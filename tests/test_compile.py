@@ -175,5 +175,6 @@ def test_operators_pass_torch_opcheck(case) -> None:
 
     out, lse = (t.detach() for t in ops.attention(x, numbers, "auto"))
     arguments = tuple(t.detach() if isinstance(t, Tensor) else t for t in arguments)
-    backward = (torch.ones_like(out), torch.ones_like(lse), out, lse, *arguments)
-    torch.library.opcheck(torch.ops.pyattn.attention_backward.default, backward)
+    for bias_gradient in (True, False):
+        backward = (torch.ones_like(out), torch.ones_like(lse), out, lse, bias_gradient, *arguments)
+        torch.library.opcheck(torch.ops.pyattn.attention_backward.default, backward)

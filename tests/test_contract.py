@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pyattn import registry, testing
-from pyattn.spec import dtype_name
+from pyattn import api, registry, testing
+from pyattn.spec import AttentionSpec, dtype_name
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -65,6 +65,20 @@ def test_contract_nan_that_is_seen_shows(backend: str, device: str):
     out = testing.evaluate_backend(call, backend)["out"]
     assert out[0, 0, :, 1].isnan().all()
     assert out[1].isfinite().all()
+
+
+@pytest.mark.parametrize(("backend", "device"), _backends())
+@pytest.mark.parametrize("bias", ["bhmn", "1h1n"])
+def test_contract_constant_bias_costs_no_gradient_and_changes_none(backend: str, device: str, bias: str):
+    call = testing.make_inputs(testing.Case("bias", m=20, n=70, bias=bias), torch.float32, device)
+    if testing.refusal(backend, call.case, torch.float32, device):
+        return
+    x, numbers = api._prepare(**call.tensors, **call.options)
+    runs, spec = registry.BACKENDS[backend], AttentionSpec.of(x, numbers)
+    forward = runs.forward(spec, x)
+    constant, learned = (runs.backward(spec, x, *forward, call.d_out, call.d_lse, wanted) for wanted in (False, True))
+    assert constant.bias is None
+    assert all(map(torch.equal, constant[:3], learned[:3]))
 
 
 @pytest.mark.parametrize(("backend", "device"), _backends())

@@ -60,7 +60,7 @@ def _exp(x: np.ndarray, isa: str) -> np.ndarray:
     zero, k = torch.zeros_like(one), torch.from_numpy(x).view(1, 1, -1, 1)
     inputs = Inputs(one, k, torch.zeros_like(k))
     spec = AttentionSpec.of(inputs, Numbers(1.0, len(x) - 1, None, None, None, 0.0))
-    return cpu.CpuBackend(isa).backward(spec, inputs, zero, zero[..., 0], one, None).v.view(-1).numpy()
+    return cpu.CpuBackend(isa).backward(spec, inputs, zero, zero[..., 0], one, None, False).v.view(-1).numpy()
 
 
 @pytest.mark.parametrize(("dtype", "wider"), [(np.float32, np.float64), (np.float64, np.longdouble)])

@@ -142,7 +142,7 @@ def test_gradient_of_overlapping_rows_is_that_of_a_copy():
     out, lse = BACKEND.forward(spec, x)
     d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     copies = x._replace(q=x.q.contiguous(), k=x.k.contiguous(), v=x.v.contiguous())
-    found, expected = (BACKEND.backward(spec, given, out, lse, d_out, None) for given in (x, copies))
+    found, expected = (BACKEND.backward(spec, given, out, lse, d_out, None, False) for given in (x, copies))
     for name, a, b in zip("qkv", found, expected, strict=False):
         torch.testing.assert_close(a, b, msg=name)
 
@@ -185,6 +185,6 @@ def test_gradient_of_broadcast_output_needs_no_strides(lse_matters):
     spec, x = _spec_and_inputs()
     out, lse = BACKEND.forward(spec, x)
     d_lse = torch.ones(1).expand(lse.shape) if lse_matters else None
-    expanded = BACKEND.backward(spec, x, out, lse, torch.ones(()).expand(out.shape), d_lse)
-    dense = BACKEND.backward(spec, x, out, lse, torch.ones(out.shape), d_lse)
+    expanded = BACKEND.backward(spec, x, out, lse, torch.ones(()).expand(out.shape), d_lse, False)
+    dense = BACKEND.backward(spec, x, out, lse, torch.ones(out.shape), d_lse, False)
     assert all(torch.equal(a, b) for a, b in zip(expanded[:3], dense[:3], strict=True))

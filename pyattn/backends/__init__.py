@@ -39,9 +39,19 @@ class Backend(ABC):
 
     @abstractmethod
     def backward(
-        self, spec: AttentionSpec, x: Inputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+        self,
+        spec: AttentionSpec,
+        x: Inputs,
+        out: Tensor,
+        lse: Tensor,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        bias_gradient: bool,
     ) -> Grads:
-        """Gradients of sum(out * d_out) + sum(lse * d_lse). `d_out` may have any strides, zero ones included."""
+        """Gradients of sum(out * d_out) + sum(lse * d_lse). `d_out` may have any strides, zero ones included.
+
+        bias_gradient: False for a bias that is a constant, such as an additive mask; its gradient is then None.
+        """
 
     @abstractmethod
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:

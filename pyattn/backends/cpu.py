@@ -11,7 +11,7 @@ import torch  # before pyattn._C, so that both share torch's OpenMP runtime
 from torch import Tensor
 
 from pyattn.backends import Backend
-from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, empty_gradient, empty_output, unit_stride
+from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, empty_gradients, empty_output, unit_stride
 
 _DTYPE_NAMES = {
     torch.float32: "float32",
@@ -51,9 +51,16 @@ class CpuBackend(Backend):
         return out, lse
 
     def backward(
-        self, spec: AttentionSpec, x: Inputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+        self,
+        spec: AttentionSpec,
+        x: Inputs,
+        out: Tensor,
+        lse: Tensor,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        bias_gradient: bool,
     ) -> Grads:
-        grads = Grads._make(None if t is None else empty_gradient(t) for t in (x.q, x.k, x.v, x.bias, x.sinks))
+        grads = empty_gradients(x, bias_gradient)
         self._run(
             "backward", spec, x,
             out=out, lse=lse.contiguous(), d_out=unit_stride(d_out),

@@ -31,9 +31,17 @@ class ReferenceBackend(Backend):
         return out.to(spec.dtype), lse.to(spec.accumulator)
 
     def backward(
-        self, spec: AttentionSpec, x: Inputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+        self,
+        spec: AttentionSpec,
+        x: Inputs,
+        out: Tensor,
+        lse: Tensor,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        bias_gradient: bool,
     ) -> Grads:
-        return gradients(spec, cast(x, torch.float64), d_out, d_lse, like=x)
+        grads = gradients(spec, cast(x, torch.float64), d_out, d_lse, like=x)
+        return grads if bias_gradient else grads._replace(bias=None)
 
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
         # Scores, visibility, probabilities and their dropped copy in float64; the backward doubles them.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyattn.backends import Backend
-from pyattn.spec import AttentionSpec, Grads, Inputs, empty_gradient, empty_output, unit_stride
+from pyattn.spec import AttentionSpec, Grads, Inputs, empty_gradients, empty_output, unit_stride
 
 if TYPE_CHECKING:
     from pyattn.triton_kernels.launch import Call
@@ -48,14 +48,20 @@ class TritonBackend(Backend):
         return out, lse
 
     def backward(
-        self, spec: AttentionSpec, x: Inputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+        self,
+        spec: AttentionSpec,
+        x: Inputs,
+        out: Tensor,
+        lse: Tensor,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        bias_gradient: bool,
     ) -> Grads:
         from pyattn.triton_kernels.flash_bwd import flash_bwd
 
-        grads = Grads(
-            empty_gradient(x.q), empty_gradient(x.k), empty_gradient(x.v),
-            None if x.bias is None else empty_gradient(x.bias).zero_(),
-        )  # fmt: skip
+        grads = empty_gradients(x, bias_gradient)
+        if grads.bias is not None:
+            grads.bias.zero_()
         d_out = unit_stride(d_out)
         d_lse = None if d_lse is None else d_lse.float().contiguous()
         lse = lse.contiguous()
