@@ -30,12 +30,16 @@ struct AttentionArgs {
     double scale = 1;
     double softcap = 0;  // 0: none
     int64_t offset = 0, left = kUnlimited, right = kUnlimited;
+    bool cached = false;  // the offset is key_lengths[b] - m, and nothing is read behind key_lengths[b]
     bool dropout = false;
     uint32_t dropout_threshold = 0;  // a weight is kept when its Philox word is at least this
     double keep_scale = 1;           // 1 / (1 - dropout_p)
     uint64_t seed = 0;
 
     TensorArg q, k, v, out;             // [b, h, m, d], [b, hk, n, d], [b, hk, n, dv], [b, h, m, dv]; last stride 1
+    // Key j is row j % page of k and v [pages, hk, page, d] at page block_table[b][j / page]. Null where not paged.
+    const int32_t* block_table = nullptr;  // [b, n / page] contiguous
+    int64_t pages = 0, page = 0;
     TensorArg mask, bias;               // [1|b, 1|h, 1|m, 1|n]; a broadcast dimension has stride 0
     void* lse = nullptr;                // [b, h, m] contiguous, in the accumulator's dtype
     // [sequences + 1]: sequence t has rows [cu[t], cu[t + 1]) of q. Null where sequences are not packed.

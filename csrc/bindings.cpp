@@ -122,7 +122,7 @@ void fill_sizes(AttentionArgs& args, const py::tuple& sizes) {
     REQUIRE(args.dv >= 1 && args.dv <= pyattn::kMaxHeadDim, "dv: expected 1 to 512, got " + std::to_string(args.dv));
 }
 
-// numbers: (scale, offset, left, right, softcap, dropout_p, seed), None where pyattn/spec.py has None
+// numbers: (scale, offset, left, right, softcap, dropout_p, seed), None where pyattn/spec.py has None.
 void fill_numbers(AttentionArgs& args, const py::tuple& numbers) {
     REQUIRE(numbers.size() == 7, "numbers: expected (scale, offset, left, right, softcap, dropout_p, seed)");
     const auto side = [](const py::handle& given) {
@@ -130,7 +130,8 @@ void fill_numbers(AttentionArgs& args, const py::tuple& numbers) {
         return std::min(std::max(number(given), -pyattn::kUnlimited), pyattn::kUnlimited);
     };
     args.scale = numbers[0].cast<double>();
-    args.offset = number(numbers[1]);
+    args.cached = numbers[1].is_none();
+    args.offset = args.cached ? 0 : number(numbers[1]);
     args.left = side(numbers[2]);
     args.right = side(numbers[3]);
     args.softcap = numbers[4].is_none() ? 0 : numbers[4].cast<double>();
@@ -148,13 +149,26 @@ void point(Element*& field, const TensorArg& tensor) {
     field = static_cast<Element*>(tensor.ptr);
 }
 
+// The first and third size of k and v: [b, hk, n, *], or [pages, hk, page, *] where there is a block table.
+std::pair<int64_t, int64_t> cache_sizes(AttentionArgs& args, const py::dict& tensors) {
+    if (!tensors.contains("block_table")) return {args.b, args.n};
+    REQUIRE(tensors.contains("k"), "block_table: there is no k");
+    const py::tuple given = tensors["k"], size = given[1];
+    REQUIRE(size.size() == 4, "k: expected 4 dimensions");
+    args.pages = number(size[0]);
+    args.page = number(size[2]);
+    REQUIRE(args.page > 0 && args.n % args.page == 0, "block_table: n is not a multiple of the page size");
+    return {args.pages, args.page};
+}
+
 // tensors: {name: (pointer, shape, strides, storage's pointer, storage's bytes)}, those that the call has.
 void fill_tensors(AttentionArgs& args, const py::dict& tensors) {
     const int64_t item = size_of(args.dtype), sum = args.dtype == Dtype::float64 ? 8 : 4;
     const int64_t bias = size_of(args.bias_dtype), ends = args.sequences + 1;
+    const auto [entries, rows] = cache_sizes(args, tensors);
     const Form q{4, {args.b, args.h, args.m, args.d}, item, false, false};
-    const Form k{4, {args.b, args.hk, args.n, args.d}, item, false, false};
-    const Form v{4, {args.b, args.hk, args.n, args.dv}, item, false, false};
+    const Form k{4, {entries, args.hk, rows, args.d}, item, false, false};
+    const Form v{4, {entries, args.hk, rows, args.dv}, item, false, false};
     const Form out{4, {args.b, args.h, args.m, args.dv}, item, false, false};
     const Form row{3, {args.b, args.h, args.m, 1}, sum, false, true};
     const auto score = [&](int64_t element) {
@@ -175,6 +189,7 @@ void fill_tensors(AttentionArgs& args, const py::dict& tensors) {
         else if (name == "mask") args.mask = given(score(1));
         else if (name == "bias") args.bias = given(score(bias));
         else if (name == "key_lengths") point(args.key_lengths, given(list(args.b, 4)));
+        else if (name == "block_table") point(args.block_table, given(table(args.b, args.n / args.page)));
         else if (name == "q_segments") point(args.q_segments, given(table(args.b, args.m)));
         else if (name == "k_segments") point(args.k_segments, given(table(args.b, args.n)));
         else if (name == "cu_seqlens_q") point(args.cu_seqlens_q, given(list(ends, 4)));
@@ -207,6 +222,8 @@ void check_values(const AttentionArgs& args) {
     REQUIRE(args.cu_seqlens_q ? args.b == 1 : args.sequences == args.b, "sequences: not the batch size");
     REQUIRE(!args.cu_seqlens_q || !(args.mask || args.bias || args.key_lengths || args.q_segments),
             "cu_seqlens_q: excludes mask, bias, key_lengths and segments");
+    REQUIRE(!args.cached || (args.key_lengths && !args.cu_seqlens_q), "offset: expected a number, without key_lengths");
+    REQUIRE(!args.block_table || args.cached, "block_table: expected no offset");
     REQUIRE(!args.q_segments == !args.k_segments, "q_segments, k_segments: expected both or neither");
     if (args.cu_seqlens_q) {
         check_ends("cu_seqlens_q", args.cu_seqlens_q, args.sequences, args.m);
@@ -215,6 +232,11 @@ void check_values(const AttentionArgs& args) {
     for (int64_t batch = 0; args.key_lengths && batch < args.b; ++batch) {
         const int32_t length = args.key_lengths[batch];
         REQUIRE(length >= 0 && length <= args.n, "key_lengths: expected 0 to n, got " + std::to_string(length));
+        for (int64_t j = 0; args.block_table && j < length; j += args.page) {
+            const int32_t page = args.block_table[(batch * args.n + j) / args.page];
+            REQUIRE(page >= 0 && page < args.pages, "block_table: expected 0 to " + std::to_string(args.pages - 1) +
+                                                        ", got " + std::to_string(page));
+        }
     }
 }
 
@@ -252,6 +274,7 @@ void forward(const std::string& isa, const std::string& dtype, const std::string
 void backward(const std::string& isa, const std::string& dtype, const std::string& bias_dtype, const py::tuple& sizes,
               const py::tuple& numbers, const py::dict& tensors, int threads) {
     const AttentionArgs args = arguments(dtype, bias_dtype, sizes, numbers, tensors, threads);
+    REQUIRE(!args.block_table, "block_table: pages have no gradient");
     REQUIRE(args.d_out && args.d_q && args.d_k && args.d_v && args.delta, "d_out, d_q, d_k, d_v, delta: expected all");
     REQUIRE(!args.d_bias || args.bias, "d_bias: there is no bias");
     REQUIRE(!args.d_sinks == !args.sinks, "d_sinks: expected with sinks, and only with them");

@@ -1,7 +1,7 @@
 """Fused attention for PyTorch: import it in place of PyTorch's own."""
 
 from pyattn import testing
-from pyattn.api import attention, attention_varlen, explain
+from pyattn.api import attention, attention_kvcache, attention_varlen, explain
 from pyattn.check import DeviceError, DtypeError, PyattnError, RangeError, ShapeError, UnsupportedError
 from pyattn.compat.torch import scaled_dot_product_attention
 from pyattn.nn.multihead_attention import MultiheadAttention
@@ -18,6 +18,7 @@ __all__ = [
     "ShapeError",
     "UnsupportedError",
     "attention",
+    "attention_kvcache",
     "attention_varlen",
     "backends",
     "explain",

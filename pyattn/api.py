@@ -132,10 +132,67 @@ def attention_varlen(
     return (out, lse) if return_lse else out
 
 
+def attention_kvcache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    causal: bool = False,
+    window: Sequence[int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of new queries over a key/value cache that is filled up to `key_lengths`, their own keys included.
+
+    The last query stands at the last key of its batch element, whatever room the cache has behind it. Nothing there is
+    read. For decoding: there are no gradients.
+
+    Args:
+        q: [b, h, m, d] float16, bfloat16, float32 or float64.
+        k: [b, hk, n, d] in q's dtype; hk divides h. With a block table [pages, hk, page size, d].
+        v: [b, hk, n, dv] in q's dtype. With a block table [pages, hk, page size, dv].
+        key_lengths: integer [b], how many keys each batch element has.
+        block_table: integer [b, n / page size]; key j of batch element b is row j % page size of page
+            block_table[b, j // page size]. Pages may be shared. Entries behind key_lengths[b] are without meaning.
+        causal: query i sees keys j <= i + key_lengths[b] - m. Without meaning for one query.
+        window: (left, right), the number of keys besides one's own that a query sees around i + key_lengths[b] - m;
+            None on a side is unlimited.
+        alibi_slopes: [h] or [b, h]; adds -slope * |i + key_lengths[b] - m - j| (Press et al. 2022).
+        scale, softcap, sinks, return_lse, backend: as for `attention`.
+
+    Returns:
+        As `attention`.
+
+    Raises:
+        As `attention`; UnsupportedError where a gradient would be recorded. The values of key_lengths and block_table
+        are checked on the CPU; reading a GPU's would stall it.
+
+    Source: Kwon et al. 2023, arXiv:2309.06180 (paged attention).
+    """
+    check.check_dense("key_lengths", key_lengths)  # without them nothing says how much of the cache is filled
+    x, numbers = _prepare(
+        q, k, v, key_lengths=key_lengths, block_table=block_table, causal=causal, window=window, scale=scale,
+        softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, cached=True,
+    )  # fmt: skip
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x.q, x.k, x.v)):
+        raise check.UnsupportedError(
+            "attention_kvcache: expected tensors without gradient, or torch.no_grad() around the call: a cache has none"
+        )
+    out, lse = _run(x, numbers, backend)
+    return (out, lse) if return_lse else out
+
+
 def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options: Any) -> None:
     """Prints which backend would run this call, why each other would not, and the memory it takes.
 
-    Takes the arguments of `attention` or, all but q, k and v by name, of `attention_varlen`. Runs nothing.
+    Takes the arguments of `attention` or, all but q, k and v by name, of `attention_varlen`, or with `cached=True` of
+    `attention_kvcache`. Runs nothing.
     """
     options.pop("return_lse", None)
     spec = AttentionSpec.of(*_prepare(q, k, v, **options))
@@ -155,7 +212,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options: Any) -> tuple[Tensor, Tensor]:
-    """`attention` for the other faces, which may be top-left (`top_left`) or packed (`cu_seqlens_*`)."""
+    """`attention` for the other faces, which may be top-left (`top_left`), packed (`cu_seqlens_*`) or `cached`."""
     return _run(*_prepare(q, k, v, **options), backend)
 
 
@@ -196,7 +253,9 @@ def _prepare(
     seed: int | Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
     top_left: bool = False,
+    cached: bool = False,
 ) -> tuple[Inputs, Numbers]:
     """The checked arguments of one call, in the form backends take."""
     if torch._C._is_any_autocast_enabled():
@@ -206,9 +265,10 @@ def _prepare(
     x = check.check_inputs(
         q, k, v, mask=mask, bias=bias, key_lengths=key_lengths, segment_ids=segment_ids, alibi_slopes=alibi_slopes,
         sinks=sinks, seed=seed, dropout_p=dropout_p, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        block_table=block_table,
     )  # fmt: skip
     _, _, m, d = x.q.shape
-    offset = 0 if top_left or x.cu_seqlens_q is not None else x.k.shape[2] - m
+    offset = None if cached else 0 if top_left or x.cu_seqlens_q is not None else x.k.shape[2] - m
     scale, softcap = check.check_scale(scale, d), check.check_softcap(softcap)
     return x, Numbers(scale, offset, left, right, softcap, dropout_p)
 

@@ -60,10 +60,13 @@ def check_inputs(
     dropout_p: float,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
 ) -> Inputs:
     """Checks every tensor by its metadata alone and returns them in the form `Inputs` promises."""
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    q, k, v = _check_qkv(q, k, v, packed)
+    q, k, v = _check_qkv(q, k, v, packed, block_table is not None)
+    if block_table is not None:
+        block_table = _check_block_table(block_table, q, k)
     q_segments = k_segments = None
     if mask is not None:
         mask = _broadcastable("mask", mask, (torch.bool,), q, k)
@@ -82,6 +85,7 @@ def check_inputs(
     return Inputs(
         unit_stride(q), unit_stride(k), unit_stride(v), mask, bias, key_lengths, q_segments, k_segments, alibi_slopes,
         sinks, _check_seed(seed, q.device) if dropout_p > 0 else None, cu_seqlens_q, cu_seqlens_k,
+        block_table,
     )  # fmt: skip
 
 
@@ -145,16 +149,30 @@ def check_band(causal: bool, window: Sequence[int | None] | None) -> tuple[int |
 
 def check_values(x: Inputs) -> None:
     """Checks what only the values can tell. For tensors on the CPU; reading a GPU's values would stall it."""
-    lengths, n = x.key_lengths, x.k.shape[2]
+    lengths, n = x.key_lengths, x.n
     if lengths is not None and lengths.numel() > 0 and lengths.device.type == "cpu":
         low, high = (int(t) for t in torch.aminmax(lengths))
         if low < 0 or high > n:
             wrong = low if low < 0 else high
-            raise RangeError(f"key_lengths: expected values in [0, n={n}], got {wrong}: k has {n} keys")
+            raise RangeError(f"key_lengths: expected values in [0, n={n}], got {wrong}: there are {n} keys")
+    if x.block_table is not None and lengths is not None and lengths.device.type == "cpu":
+        _check_pages(x.block_table, lengths, *x.k.shape[::2])
     cu_q, cu_k = x.cu_seqlens_q, x.cu_seqlens_k
     if cu_q is not None and cu_k is not None and cu_q.device.type == "cpu":
         _check_starts("cu_seqlens_q", cu_q.tolist(), x.q.shape[2])
         _check_starts("cu_seqlens_k", cu_k.tolist(), x.k.shape[2])
+
+
+def _check_pages(block_table: Tensor, lengths: Tensor, pages: int, page_size: int) -> None:
+    """Whether the table's entries up to each length are pages."""
+    used = torch.arange(block_table.shape[1]) * page_size < lengths[:, None]
+    wrong = (used & ((block_table < 0) | (block_table >= pages))).nonzero()
+    if len(wrong) > 0:
+        b, place = wrong[0].tolist()
+        raise RangeError(
+            f"block_table: expected pages in [0, {pages}) up to key_lengths, got {int(block_table[b, place])} at "
+            f"[{b}, {place}]: key_lengths[{b}] is {int(lengths[b])} and a page has {page_size} keys"
+        )
 
 
 def _check_starts(name: str, starts: list[int], rows: int) -> None:
@@ -173,8 +191,8 @@ def _check_starts(name: str, starts: list[int], rows: int) -> None:
         )
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as 4-D; packed ones are [total length, heads, head size]."""
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool, paged: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as 4-D; packed ones are [total length, heads, head size], paged k and v [pages, heads, page size, *]."""
     rank = 3 if packed else 4
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_dense(name, t)
@@ -195,12 +213,12 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> tuple[Tensor, T
     b, h, _, d = q.shape
     k_b, hk, n, k_d = k.shape
     v_b, v_hk, v_n, dv = v.shape
-    if k_b != b or k_d != d:
-        form = f"total_k, hk, d={d}" if packed else f"b={b}, hk, n, d={d}"
-        why = f"b is {b} in q" if k_b != b else f"d is {d} in q"
+    if (k_b != b and not paged) or k_d != d:
+        form = f"total_k, hk, d={d}" if packed else f"pages, hk, page size, d={d}" if paged else f"b={b}, hk, n, d={d}"
+        why = f"d is {d} in q" if k_d != d else f"b is {b} in q"
         raise ShapeError(f"k: expected [{form}], got {_shape(given_k)}: {why}")
-    if v_b != b or v_hk != hk or v_n != n:
-        form = f"total_k={n}, hk={hk}, dv" if packed else f"b={b}, hk={hk}, n={n}, dv"
+    if v_b != k_b or v_hk != hk or v_n != n:
+        form = f"total_k={n}, hk={hk}, dv" if packed else f"{'pages' if paged else 'b'}={k_b}, hk={hk}, n={n}, dv"
         raise ShapeError(f"v: expected [{form}], got {_shape(given_v)}: k is {_shape(given_k)}")
     if h == 0 or hk == 0:
         raise ShapeError(f"q, k: expected at least 1 head, got h={h}, hk={hk}")
@@ -221,6 +239,17 @@ def _broadcastable(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], q: Ten
         b, h, m, n = shape
         raise ShapeError(f"{name}: expected a shape that broadcasts to [b={b}, h={h}, m={m}, n={n}], got {_shape(t)}")
     return padded
+
+
+def _check_block_table(block_table: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    _tensor_of("block_table", block_table, _INTEGERS, q)
+    if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
+        raise ShapeError(
+            f"block_table: expected [b={q.shape[0]}, pages of one batch element], got {_shape(block_table)}"
+        )
+    if k.shape[2] == 0:
+        raise ShapeError(f"k: expected pages of at least 1 key, got {_shape(k)}")
+    return _integers("block_table", block_table, tuple(block_table.shape), q).contiguous()
 
 
 def _check_cu_seqlens(cu_seqlens_q: Any, cu_seqlens_k: Any, q: Tensor) -> tuple[Tensor, Tensor]:

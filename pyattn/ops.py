@@ -22,9 +22,10 @@ from pyattn.spec import AttentionSpec, Inputs, Numbers, empty_gradients, empty_o
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? key_lengths, Tensor? q_segments, "
-    "Tensor? k_segments, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+    "Tensor? k_segments, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? block_table"
 )
-_NUMBERS = "float scale, SymInt offset, SymInt? left, SymInt? right, float? softcap, float dropout_p, str backend"
+_NUMBERS = "float scale, SymInt? offset, SymInt? left, SymInt? right, float? softcap, float dropout_p, str backend"
 _N_TENSORS = len(Inputs._fields)
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)

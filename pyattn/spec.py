@@ -22,6 +22,10 @@ Packed sequences lie one after the other on one axis, `b = 1`: sequence `t` is t
 `cu_seqlens_q[t + 1]` and the keys `cu_seqlens_k[t]` to `cu_seqlens_k[t + 1]`. Each is attention of its own: `i` and `j`
 count inside the sequence, `offset` is its own `n - m`, and `t` stands in the place of the batch index `b`.
 
+A cache of keys and values is filled up to `key_lengths[b]`, and its last query stands at the last key of that:
+`offset = key_lengths[b] - m`. Where it is paged, k is pages [pages, hk, page size, d], v is [pages, hk, page size, dv],
+and key `j` of batch element `b` is row `j % page size` of page `block_table[b, j // page size]`.
+
 A row that sees nothing has out 0, lse -inf and zero gradients. Softmax and sums accumulate in float32 (float64 for
 float64 inputs). `keep` is bit-exact on every backend: Philox-4x32-10 (Salmon et al. 2011) with the key `seed`
 (low word, high word) and the counter `(j // 4, i, h, b)` gives four words; key `j` takes word `j % 4` and is kept when
@@ -50,6 +54,8 @@ FEATURES = {
     "gqa": "grouped key/value heads",
     "dv": "value head size other than d",
     "packed": "packed sequences (varlen)",
+    "cached": "key/value cache",
+    "paged": "paged key/value cache",
 }
 
 
@@ -60,8 +66,8 @@ class Inputs(NamedTuple):
     """
 
     q: Tensor  # [b, h, m, d]
-    k: Tensor  # [b, hk, n, d]
-    v: Tensor  # [b, hk, n, dv]
+    k: Tensor  # [b, hk, n, d], or with a block table [pages, hk, page size, d]
+    v: Tensor  # [b, hk, n, dv], or with a block table [pages, hk, page size, dv]
     mask: Tensor | None = None  # bool [1|b, 1|h, 1|m, 1|n], any strides
     bias: Tensor | None = None  # float [1|b, 1|h, 1|m, 1|n], any strides
     key_lengths: Tensor | None = None  # int32 [b], each in [0, n]
@@ -72,13 +78,19 @@ class Inputs(NamedTuple):
     seed: Tensor | None = None  # int64 [], on q's device
     cu_seqlens_q: Tensor | None = None  # int32 [s + 1], contiguous: the start of each packed sequence, and the end
     cu_seqlens_k: Tensor | None = None  # int32 [s + 1], contiguous
+    block_table: Tensor | None = None  # int32 [b, n / page size], contiguous
+
+    @property
+    def n(self) -> int:
+        """How many keys a batch element has, or has room for."""
+        return self.k.shape[2] * (1 if self.block_table is None else self.block_table.shape[1])
 
 
 class Numbers(NamedTuple):
     """What a call sets besides its tensors, checked."""
 
     scale: float
-    offset: int  # 0 and without meaning for packed sequences, which have one each
+    offset: int | None  # None is key_lengths[b] - m; 0 and without meaning for packed sequences, which have one each
     left: int | None
     right: int | None
     softcap: float | None
@@ -111,7 +123,7 @@ class AttentionSpec(NamedTuple):
     dtype: torch.dtype
     device: str  # torch device type: "cpu", "cuda", ...
     scale: float
-    offset: int
+    offset: int | None
     left: int | None
     right: int | None
     softcap: float | None
@@ -123,17 +135,20 @@ class AttentionSpec(NamedTuple):
     alibi: bool = False
     sinks: bool = False
     sequences: int | None = None  # how many are packed; None when they are not
+    page_size: int | None = None  # keys per page; None when the cache is not paged
 
     @classmethod
     def of(cls, x: Inputs, numbers: Numbers) -> AttentionSpec:
         """The spec of a call whose tensors are already checked."""
-        q, _, v, mask, bias, key_lengths, q_segments, _, alibi_slopes, sinks, _, cu_seqlens_q, _ = x
+        q, _, v, mask, bias, key_lengths, q_segments, _, alibi_slopes, sinks, _, cu_seqlens_q, _, block_table = x
         b, h, m, d = q.shape
         _, hk, n, dv = v.shape
         return cls(
-            b, h, hk, m, n, d, dv, q.dtype, "cpu" if q.is_cpu else q.device.type, *numbers,
+            b, h, hk, m, n if block_table is None else x.n, d, dv, q.dtype,
+            "cpu" if q.is_cpu else q.device.type, *numbers,
             mask is not None, bias is not None, key_lengths is not None, q_segments is not None,
             alibi_slopes is not None, sinks is not None, None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+            None if block_table is None else n,
         )  # fmt: skip
 
     @property
@@ -154,6 +169,8 @@ class AttentionSpec(NamedTuple):
             "gqa": self.h != self.hk,
             "dv": self.d != self.dv,
             "packed": self.sequences is not None,
+            "cached": self.offset is None,
+            "paged": self.page_size is not None,
         }
         return frozenset(name for name, is_used in used.items() if is_used)
 

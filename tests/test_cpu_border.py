@@ -205,6 +205,45 @@ def test_border_sizes_whose_product_overflows_are_refused():
         border.assert_refused(r"^\w+: (sizes and strides overflow 63 bits|expected size)")
 
 
+def paged() -> Border:
+    """Pages [2 B, HK, 4, *], two to a batch element, which so has room for 8 keys and holds 7, 3 and 0."""
+    border = Border("forward")
+    for name in ("mask", "bias", "q_segments", "k_segments"):
+        border.drop(name)
+    border.set_number("offset", None)
+    border.arguments["sizes"][4] = 8
+    border.tensors |= {"k": torch.randn(2 * B, HK, 4, D), "v": torch.randn(2 * B, HK, 4, DV)}
+    border.tensors["block_table"] = torch.arange(2 * B, dtype=torch.int32).view(B, 2)
+    border.given |= {name: list(cpu._described(border.tensors[name])) for name in ("k", "v", "block_table")}
+    return border
+
+
+def test_border_pages_are_taken():
+    paged().run()
+
+
+WRONG_PAGES: dict[str, tuple[Callable[[Border], object], str]] = {
+    "page beyond the last": (
+        lambda x: x.tensors["block_table"][1].fill_(2 * B),
+        "^block_table: expected 0 to 5, got 6",
+    ),
+    "page before the first": (lambda x: x.tensors["block_table"][0].fill_(-1), "^block_table: expected 0 to 5, got -1"),
+    "pages that do not divide n": (lambda x: x.arguments["sizes"].__setitem__(4, 9), "^block_table: n is not a"),
+    "pages of no keys": (lambda x: x.resize("k", 2, -4), "^block_table: n is not a"),
+    "v with pages of another size": (lambda x: x.resize("v", 2, -1), "^v: expected size 4"),
+    "an offset": (lambda x: x.set_number("offset", 0), "^block_table: expected no offset"),
+    "no lengths": (lambda x: x.drop("key_lengths"), "^offset: expected a number, without key_lengths"),
+    "no k": (lambda x: x.drop("k"), "^block_table: there is no k"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_PAGES.values(), ids=WRONG_PAGES)
+def test_border_wrong_pages_are_refused(change, message):
+    border = paged()
+    change(border)
+    border.assert_refused(message)
+
+
 MISSING = "q", "k", "v", "out", "lse", "d_out", "d_q", "d_k", "d_v", "delta"
 
 

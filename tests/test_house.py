@@ -111,7 +111,7 @@ def test_house_every_feature_has_a_case():
     from pyattn import api, testing
     from pyattn.spec import AttentionSpec
 
-    used = set()
+    used = {"cached", "paged"}  # without gradients, so with cases of their own, in test_kvcache.py
     for case in testing.CASES:
         call = testing.make_inputs(case, testing.torch.float32)
         used |= AttentionSpec.of(*api._prepare(**call.tensors, **call.options)).features

@@ -30,6 +30,8 @@ SINKS = {"sinks": True, "right": 0, "left": 128, "hk": 1}
 PACKED = {"packed": 5, "b": 1, "right": 0}
 
 DECODING = {"decoding": True, "m": 1, "h": 8, "hk": 1, "left": 4095, "right": 0, "key_lengths": True}
+PAGED = DECODING | {"m": 512, "page_size": 16}
+CACHED = DECODING | {"m": 512, "offset": None}
 DECODING_ALL = DECODING | {"m": 2, "mask": True, "bias": "1hmn", "softcap": 30.0, "alibi": True, "sinks": True}
 
 FEATURES = (CAUSAL, WINDOW, MASK, DROPOUT, SEGMENTS, BIAS, SHARED_BIAS, SOFTCAP, ALIBI, SINKS, PACKED)
@@ -44,6 +46,7 @@ JOBS = [
     *(Job("sm_90", torch.float32, {"d": d} | CAUSAL) for d in (128, 256)),
     *(Job(chip, torch.bfloat16, {"d": d} | DECODING) for chip in CHIPS for d in (64, 128, 256)),
     *(Job(chip, torch.bfloat16, {"d": 128} | DECODING_ALL) for chip in CHIPS),
+    *(Job(chip, torch.bfloat16, {"d": d} | f) for chip in CHIPS for d in (64, 128, 256) for f in (CACHED, PAGED)),
     *(Job("sm_90", torch.float32, {"d": d} | DECODING) for d in (64, 256)),
 ]
 
@@ -67,6 +70,16 @@ def test_kernels_fit_the_chip(job, compiled):
         print(usage)
         assert usage.shared <= CHIPS[job.chip].shared, usage
         assert usage.spilled <= (SPILLED_PADDED if "dv" in job.options else SPILLED), usage
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job.reads_whole_rows], ids=lambda job: job.id)
+def test_rows_are_read_16_bytes_at_a_time_and_multiplied_as_the_chip_does_it_best(job, compiled):
+    for usage in compiled[job.id].result():
+        assert usage.narrow_loads == 0, usage
+        # Two rows of 256 columns that are summed up leave room for 32 keys, half of what a warpgroup multiplies.
+        too_wide = usage.kernel == "_flash_bwd_dkdv_kernel" and job.options["d"] == 256
+        if job.chip == "sm_90" and usage.kernel.startswith("_flash") and not too_wide:
+            assert usage.wgmma > 0, usage
 
 
 def _jit_functions() -> dict[str, JITFunction]:
@@ -112,6 +125,13 @@ def test_new_lengths_and_batch_sizes_do_not_recompile_the_gradient_of_a_bias(bia
 
 def test_new_lengths_and_batch_sizes_do_not_recompile_decoding():
     keys = [_keys(b=b, n=n, **DECODING) for b, n in [(1, 1), (16, 1024), (3, 70001)]]
+    assert len(keys[0]) == 2
+    assert all(key == keys[0] for key in keys)
+
+
+def test_new_lengths_batch_and_page_sizes_do_not_recompile_a_paged_cache():
+    given = [(1, 8, 1, 16), (16, 33, 1024, 256), (3, 99, 70001, 1)]
+    keys = [_keys(b=b, **PAGED | {"m": m, "n": n, "page_size": page_size}) for b, m, n, page_size in given]
     assert len(keys[0]) == 2
     assert all(key == keys[0] for key in keys)
 

@@ -74,6 +74,11 @@ class Job:
         options = (name if value is True else f"{name}{value}" for name, value in self.options.items())
         return "-".join([self.chip, str(self.dtype).removeprefix("torch."), *options])
 
+    @property
+    def reads_whole_rows(self) -> bool:
+        """Whether all it reads of half-precision tensors is rows whose length is a multiple of 16 bytes."""
+        return self.dtype.itemsize == 2 and not {"dv", "bias"} & self.options.keys()
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -83,6 +88,8 @@ class Usage:
     registers: int
     spilled: int  # bytes on NVIDIA, registers on AMD
     shared: int  # bytes
+    narrow_loads: int  # instructions that read 2 bytes of global memory per thread
+    wgmma: int  # instructions that multiply matrices from shared memory, a warpgroup at a time: Hopper's
 
 
 def record(run: Callable[[], None], architecture: str) -> list[Launch]:
@@ -117,12 +124,14 @@ def attention_launches(
     sinks: bool = False,
     packed: int | None = None,
     decoding: bool = False,
+    page_size: int | None = None,
     **call: Any,
 ) -> list[Launch]:
     """The launches of one forward and backward, or of one decoding step. Tensors are on the meta device: they have
     strides but no memory.
 
     bias: its shape's pattern, as in `pyattn.testing.Case`. packed: how many sequences lie in the one batch entry.
+    page_size: of a paged cache, which is a decoding step's.
     """
     empty = partial(torch.empty, device="meta")
 
@@ -148,6 +157,10 @@ def attention_launches(
         call["sinks"] = empty(h)
     if packed is not None:
         call |= {name: empty(packed + 1, dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    if page_size is not None:
+        pages = triton.cdiv(n, page_size)
+        k, v = (empty(b * pages, page_size, hk, size, dtype=dtype).transpose(1, 2) for size in (d, dv))
+        call |= {"block_table": empty(b, pages, dtype=torch.int32), "offset": None}
     if "dropout_p" in call:
         call["seed"] = empty((), dtype=torch.int64)
     arguments = Call(**({"scale": d**-0.5, "offset": n - m} | call))
@@ -180,11 +193,11 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Usage:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=target, options=options.__dict__)
     read = _nvidia_usage if target.backend == "cuda" else _amd_usage
-    registers, spilled = read(compiled.asm)
-    return Usage(launch.kernel.__name__, registers, spilled, compiled.metadata.shared)
+    registers, spilled, narrow_loads, wgmma = read(compiled.asm)
+    return Usage(launch.kernel.__name__, registers, spilled, compiled.metadata.shared, narrow_loads, wgmma)
 
 
-def _nvidia_usage(assembly: dict[str, Any]) -> tuple[int, int]:
+def _nvidia_usage(assembly: dict[str, Any]) -> tuple[int, int, int, int]:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(assembly["cubin"])
@@ -192,10 +205,12 @@ def _nvidia_usage(assembly: dict[str, Any]) -> tuple[int, int]:
         report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
     text = report.stdout + report.stderr
     stack, local = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("STACK", "LOCAL"))
-    return int(re.search(r"REG:(\d+)", text)[1]), stack + local
+    narrow = len(re.findall(r"ld\.global\S*\.[bu]16 ", assembly["ptx"]))
+    return int(re.search(r"REG:(\d+)", text)[1]), stack + local, narrow, assembly["ptx"].count("wgmma.mma_async")
 
 
-def _amd_usage(assembly: dict[str, Any]) -> tuple[int, int]:
+def _amd_usage(assembly: dict[str, Any]) -> tuple[int, int, int, int]:
     text = assembly["amdgcn"]
     spilled = sum(int(re.search(rf"\.{kind}gpr_spill_count: +(\d+)", text)[1]) for kind in "v")
-    return int(re.search(r"\.vgpr_count: +(\d+)", text)[1]), spilled
+    narrow = len(re.findall(r"(?:global|buffer)_load_(?:u?short|short_d16)", text))
+    return int(re.search(r"\.vgpr_count: +(\d+)", text)[1]), spilled, narrow, 0

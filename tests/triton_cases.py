@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+from test_kvcache import OPTIONS, cache, held_against_definition
 
 from pyattn import api, testing
 from pyattn.backends.reference import definition, dropout_keep
@@ -63,9 +64,24 @@ def test_decoding_is_as_accurate_as_plain_pytorch(case, dtype):
     assert [r for r in results if not r.excess <= 1] == []
 
 
-@pytest.mark.parametrize(("left", "right", "expected"), [
-    (None, None, (0, 128, 8)), (None, 0, (0, 128, 8)), (95, 0, (896, 32, 4)), (None, -1000, (0, 32, 1))
-])  # fmt: skip
+CACHES = [(0, 16, torch.float32), (1, None, torch.float32), (5, 7, torch.float32), (5, 64, torch.float16),
+          (24, 16, torch.float32)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("m", "page_size", "dtype"), CACHES, ids=_id)
+def test_cache_is_as_accurate_as_plain_pytorch(m, page_size, dtype):
+    for name, options in OPTIONS.items():
+        x, numbers = api._prepare(**cache(m, page_size, dtype), **options, cached=True)
+        assert [r for r in held_against_definition(BACKEND, x, numbers) if not r.excess <= 1] == [], name
+
+
+def test_page_out_of_range_is_not_read_on_a_device_whose_values_are_not_checked():
+    x, numbers = api._prepare(**cache(1, 16, torch.float32), cached=True)
+    wild = x._replace(block_table=torch.where(x.block_table < 0, x.block_table, x.block_table + 2**30))
+    BACKEND.forward(AttentionSpec.of(wild, numbers), wild)
+
+
+@pytest.mark.parametrize(("left", "right", "expected"), [(None, None, 8), (None, 0, 8), (95, 0, 3), (0, 0, 1)])
 def test_keys_are_split_where_the_band_lets_them_be_seen(left, right, expected):
     call = Call(scale=1.0, offset=999, left=left, right=right)
     assert decode.split(2, 1, 1000, call, 32, 8) == expected

@@ -90,6 +90,7 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
     ("decode", "heavy", 16): {64: Config(16, 64, 4, 1), 128: Config(16, 32, 4, 1), 256: Config(16, 16, 4, 1)},
     # Decoding, any GPU: block_m follows the rows, of which there are few; what counts is bytes in flight.
     ("decode", "any", 16): {64: Config(16, 128, 4, 3), 128: Config(16, 64, 4, 3), 256: Config(16, 32, 4, 2)},
+    ("decode", "cdna", 16): {64: Config(16, 128, 4, 2), 128: Config(16, 64, 4, 2), 256: Config(16, 32, 4, 2)},
     ("decode", "any", 32): {64: Config(16, 32, 4, 2), 256: Config(16, 16, 4, 2)},
     # Small, so that small tests have several blocks in each direction.
     ("forward", "interpreter", 16): {256: Config(32, 32, 4, 1)},
@@ -109,8 +110,10 @@ def choose(kernel: str, architecture: str, bits: int, head_dim: int, load: str) 
         architecture = "any"
     elif (kernel, f"{architecture} {load}", bits) in TABLE:
         architecture = f"{architecture} {load}"
-    elif architecture != "interpreter" and (load == "heavy" or kernel == "decode"):
-        architecture = "heavy" if load == "heavy" else "any"
+    elif architecture != "interpreter" and load == "heavy":
+        architecture = "heavy"
+    elif (kernel, architecture, bits) not in TABLE:
+        architecture = "any"
     rows = TABLE[kernel, architecture, bits]
     return rows[min(size for size in rows if size >= head_dim)]
 

@@ -1,8 +1,9 @@
-"""Attention of few queries over many keys, split over the keys so that a batch of one fills the GPU.
+"""Attention of few queries over many keys, and over caches of keys, paged ones too.
 
-The query heads of a group share one tile, so that their keys and values are read once. Grid of the first kernel: one
-program per chunk of keys of one key/value head; each leaves a normalised output and its lse. The second joins the
-chunks of one row. Source: Flash-Decoding (Dao, Haziza, Massa, Sizov 2023).
+The query heads of a group share tiles, query after query, so that their keys and values are read once. Keys are split,
+so that a batch of one fills the GPU. Grid of the first kernel: one program per chunk of the keys that a tile of rows
+sees, the chunks innermost; each leaves a normalised output and its lse. The second joins the chunks of one row.
+Sources: Flash-Decoding (Dao, Haziza, Massa, Sizov 2023); pages, Kwon et al. 2023, arXiv:2309.06180.
 """
 
 import torch
@@ -15,9 +16,9 @@ from .mask import drop_unseen, visible
 from .schedule import MASKED_RUN, block_start, keys_seen, run_length, stop_run, visited_blocks
 from .score import is_plain, to_logits
 from .softmax import first_statistics, log_sum_exp, score_unit, softmax_step
-from .tiles import head_start, load_tile
+from .tiles import gather_tile, head_start, load_tile, page_rows
 
-MOST_ROWS = 64  # of a mask or a bias, whose addresses take registers: 16
+MOST_ROWS, MOST_ROWS_WITH_SCORES = 64, 16  # of a tile; the addresses of a mask and a bias take registers
 MOST_CHUNKS = 64
 CHUNKS_JOINED = tl.constexpr(MOST_CHUNKS)
 
@@ -33,6 +34,7 @@ def _decode_kernel(
     mask_ptr,  # uint8
     bias_ptr,
     lengths_ptr,  # [b]
+    table_ptr,  # [b, pages of one]
     slopes_ptr,  # [b, h]
     stride_qb: tl.int64,
     stride_qh: tl.int64,
@@ -57,9 +59,9 @@ def _decode_kernel(
     M,
     N,
     CHUNKS,
-    first_chunk,  # where the first one begins
-    chunk,  # keys of one, a multiple of BLOCK_N
-    offset,
+    PAGES,  # of all
+    page_size,
+    offset,  # or None: the length less M
     left,  # or None
     right,  # or None
     magnitude,
@@ -76,59 +78,76 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
 ):
     num_kv_heads = H // GROUP
+    tiles = tl.cdiv(GROUP * M, BLOCK_M)
     i_chunk = tl.program_id(0) % CHUNKS
-    i_kv = tl.program_id(0) // CHUNKS % num_kv_heads
-    i_b = tl.program_id(0) // CHUNKS // num_kv_heads
+    tile = tl.program_id(0) // CHUNKS % tiles
+    i_kv = tl.program_id(0) // CHUNKS // tiles % num_kv_heads
+    i_b = tl.program_id(0) // CHUNKS // tiles // num_kv_heads
     n_keys = N
     if lengths_ptr is not None:
         n_keys = tl.minimum(tl.load(lengths_ptr + i_b), N)  # a wrong length must not read past the keys
+    if offset is None:
+        offset = n_keys - M
     PLAIN: tl.constexpr = is_plain(softcap, bias_ptr, slopes_ptr)
     NATURAL: tl.constexpr = q_ptr.dtype.element_ty == tl.float32 or not PLAIN
     unit = score_unit(magnitude, PLAIN, NATURAL)
 
-    # Head after head of the group. Rows past the last stand at query M, which sees nothing.
-    rows = tl.arange(0, BLOCK_M)
+    # The group's heads of one query, then those of the next. Rows past the last stand at query M, which sees nothing.
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     used = rows < GROUP * M
-    i_h = tl.where(used, i_kv * GROUP + rows // M, 0)
-    i_m = tl.where(used, rows % M, M)
-    heads = i_h[:, None].to(tl.int64)
-    columns = tl.arange(0, BLOCK_D)
+    i_h = tl.where(used, i_kv * GROUP + rows % GROUP, 0)
+    i_m = tl.where(used, rows // GROUP, M)
     # [BLOCK_M, BLOCK_D]
-    q_ptrs = q_ptr + i_b.to(tl.int64) * stride_qb + heads * stride_qh + i_m[:, None] * stride_qm + columns[None, :]
-    q_tile = tl.load(q_ptrs, mask=used[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+    q_base = head_start(q_ptr, i_b, i_kv * GROUP, None, stride_qb, stride_qh, stride_qm, ALIGN)
+    q_tile = gather_tile(q_base, stride_qh, stride_qm, rows % GROUP, i_m, used, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
     if SCALE_SIGN != 1:
         q_tile = q_tile * SCALE_SIGN
-    k_base = head_start(k_ptr, i_b, i_kv, None, stride_kb, stride_kh, stride_kn, ALIGN)
-    v_base = head_start(v_ptr, i_b, i_kv, None, stride_vb, stride_vh, stride_vn, ALIGN)
+    entry = i_b
+    pages = table_ptr
+    if table_ptr is not None:
+        entry = None
+        pages = table_ptr + i_b * tl.cdiv(N, page_size)
+    k_base = head_start(k_ptr, entry, i_kv, None, stride_kb, stride_kh, stride_kn, ALIGN)
+    v_base = head_start(v_ptr, entry, i_kv, None, stride_vb, stride_vh, stride_vn, ALIGN)
     # [BLOCK_M, 1]
     mask_base = mask_ptr
     if mask_ptr is not None:
-        mask_base = mask_ptr + i_b.to(tl.int64) * stride_mask_b + heads * stride_mask_h
+        mask_base = mask_ptr + i_b.to(tl.int64) * stride_mask_b + i_h[:, None].to(tl.int64) * stride_mask_h
     bias_base = bias_ptr
     if bias_ptr is not None:
-        bias_base = bias_ptr + i_b.to(tl.int64) * stride_bias_b + heads * stride_bias_h
+        bias_base = bias_ptr + i_b.to(tl.int64) * stride_bias_b + i_h[:, None].to(tl.int64) * stride_bias_h
     slope = slopes_ptr
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + i_b * H + i_h)[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     row_max, row_sum = first_statistics(None, 0, BLOCK_M, NATURAL)
 
-    begin = first_chunk + i_chunk * chunk
-    first, last, first_full, last_full = keys_seen(0, M, n_keys, offset, left, right)
+    # This program's share of the keys that the tile sees, in whole blocks.
+    start_m = tile * BLOCK_M // GROUP
+    stop_m = tl.minimum(tl.cdiv((tile + 1) * BLOCK_M, GROUP), M)
+    first, last, first_full, last_full = keys_seen(start_m, stop_m, n_keys, offset, left, right)
+    begin = first // BLOCK_N * BLOCK_N
+    share = tl.cdiv(tl.cdiv(tl.maximum(last - begin, 0), BLOCK_N), CHUNKS) * BLOCK_N
+    begin += i_chunk * share
     first = tl.maximum(first, begin)
-    last = tl.minimum(last, begin + chunk)
+    last = tl.minimum(last, begin + share)
     start, full_start, full_stop, stop = visited_blocks(
-        first, last, tl.maximum(first_full, begin), tl.minimum(last_full, begin + chunk), mask_base, BLOCK_N
+        first, last, tl.maximum(first_full, begin), tl.minimum(last_full, begin + share), mask_base, BLOCK_N
     )
     for run in tl.static_range(stop_run(mask_ptr)):
         for step in tl.range(0, run_length(run, start, full_start, full_stop, stop), BLOCK_N):
             start_n = block_start(run, step, start, full_start, full_stop, BLOCK_N)
             wanted = (start_n + cols >= first) & (start_n + cols < last)
+            if table_ptr is not None:
+                page, row = page_rows(pages, PAGES, page_size, start_n + cols, wanted)
             # [BLOCK_N, BLOCK_D]
-            k_tile = load_tile(
-                k_base, stride_kn, start_n, wanted, run == MASKED_RUN, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN, OFFSET
-            )
+            if table_ptr is not None:
+                k_tile = gather_tile(k_base, stride_kb, stride_kn, page, row, wanted, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
+            else:
+                k_tile = load_tile(
+                    k_base, stride_kn, start_n, wanted, run == MASKED_RUN, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN, OFFSET
+                )
             # [BLOCK_M, BLOCK_N]
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
             s, _ = to_logits(
@@ -143,9 +162,14 @@ def _decode_kernel(
                 s = tl.where(see, s, float("-inf"))
             p, row_max, row_sum, rescale = softmax_step(s, row_max, row_sum, unit, NATURAL)
             # [BLOCK_N, BLOCK_DV]
-            v_tile = load_tile(
-                v_base, stride_vn, start_n, wanted, run == MASKED_RUN, HEAD_DIM_V, BLOCK_N, BLOCK_DV, ALIGN, OFFSET
-            )
+            if table_ptr is not None:
+                v_tile = gather_tile(
+                    v_base, stride_vb, stride_vn, page, row, wanted, HEAD_DIM_V, BLOCK_N, BLOCK_DV, ALIGN
+                )
+            else:
+                v_tile = load_tile(
+                    v_base, stride_vn, start_n, wanted, run == MASKED_RUN, HEAD_DIM_V, BLOCK_N, BLOCK_DV, ALIGN, OFFSET
+                )
             if run == MASKED_RUN:
                 v_tile = drop_unseen(v_tile, see, mask_ptr is not None)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
@@ -204,31 +228,34 @@ def _decode_join_kernel(
 
 
 def suits(q: Tensor, k: Tensor, call: launch.Call) -> bool:
-    """Whether these kernels take the call, and are likely to be faster than `flash_fwd`.
+    """Whether these kernels take the call, and alone do or are likely to be faster than `flash_fwd`.
 
     They are where a group shares a tile, or where one program per head would leave processors idle.
     """
     (b, h, m, _), (hk, n) = q.shape, k.shape[1:3]
+    if call.offset is None:
+        return b * m > 0
     taken = call.cu_seqlens_q is None and call.q_segments is None and call.dropout_p == 0
-    few = h // hk * m <= (MOST_ROWS if call.mask is None and call.bias is None else 16) and n >= 8 * m
+    few = h // hk * m <= rows_per_tile(h // hk * m, call) and n >= 8 * m
     return b * m > 0 and taken and few and (h > hk or b * h < config.processors(q.device))
 
 
 def decode(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: launch.Call) -> None:
-    """As `flash_fwd`, for calls that `suits`."""
-    (b, h, m, _), (hk, n, dv) = q.shape, v.shape[1:]
-    sizes = launch.sizes("decode", q, k, v, call)
-    first, chunk, chunks = split(b * hk, m, n, call, sizes.block_n, config.processors(q.device))
+    """As `flash_fwd`, for calls that `suits`; k and v may be pages [pages, hk, page size, head size]."""
+    (b, h, m, _), (hk, dv) = q.shape, v.shape[1::2]
+    sizes, block_m = launch.sizes("decode", q, k, v, call), rows_per_tile(h // hk * m, call)
+    programs = triton.cdiv(h // hk * m, block_m) * hk * b
+    chunks = split(programs, m, call.keys(k), call, sizes.block_n, config.processors(q.device))
     part = q.new_empty(chunks, b, h, m, dv, dtype=torch.float32)
     part_lse = lse.new_empty(chunks, b, h, m)
     common = call.arguments(q, k, v) | launch.layout(q, k, v, scores=(call.mask, call.bias))
     for absent in ("q_ids_ptr", "k_ids_ptr", "seed_ptr", "cu_q_ptr", "cu_k_ptr", "S", "threshold", "inv_keep"):
         del common[absent]
-    shape = sizes.arguments() | {"BLOCK_M": max(16, triton.next_power_of_2(h // hk * m))}
     with launch.on_device_of(q):
-        _decode_kernel[(chunks * hk * b,)](
-            q, k, v, part, part_lse, **launch.strides(q=q, k=k, v=v), **common, **shape,
-            B=b, CHUNKS=chunks, first_chunk=first, chunk=chunk,
+        _decode_kernel[(chunks * programs,)](
+            q, k, v, part, part_lse, **launch.strides(q=q, k=k, v=v), **common,
+            **sizes.arguments() | {"BLOCK_M": block_m, "num_warps": 4 if block_m <= 32 else 8},
+            table_ptr=call.block_table, B=b, CHUNKS=chunks, PAGES=k.shape[0], page_size=k.shape[2],
         )  # fmt: skip
         _decode_join_kernel[(b * h * m,)](
             part, part_lse, out, lse, launch.contiguous(call.sinks), **launch.strides(o=out),
@@ -236,11 +263,13 @@ def decode(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: laun
         )  # fmt: skip
 
 
-def split(heads: int, m: int, n: int, call: launch.Call, block: int, processors: int) -> tuple[int, int, int]:
-    """(first, chunk, chunks): the keys that the band lets any query see, in chunks for two programs per processor."""
-    first = 0 if call.left is None else max(call.offset - call.left, 0) // block * block
-    last = n if call.right is None else min(max(m + call.offset + call.right, 0), n)
-    blocks = max(triton.cdiv(last - first, block), 1)
-    chunks = min(max(triton.cdiv(2 * processors, heads), 1), blocks, MOST_CHUNKS)
-    each = triton.cdiv(blocks, chunks)
-    return first, each * block, triton.cdiv(blocks, each)
+def rows_per_tile(rows: int, call: launch.Call) -> int:
+    """BLOCK_M for a group that has so many rows."""
+    most = MOST_ROWS if call.mask is None and call.bias is None else MOST_ROWS_WITH_SCORES
+    return min(max(16, triton.next_power_of_2(rows)), most)
+
+
+def split(programs: int, m: int, n: int, call: launch.Call, block: int, processors: int) -> int:
+    """In how many chunks to take the keys of each of `programs` tiles, so that every processor gets two programs."""
+    keys = n if call.left is None or call.right is None else min(n, call.left + call.right + m)
+    return min(triton.cdiv(2 * processors, programs), max(triton.cdiv(keys, block), 1), MOST_CHUNKS)

@@ -22,7 +22,7 @@ RUNTIME_VALUES = (
     *(f"stride_{tensor}_{axis}" for tensor in ("mask", "bias", "dbias") for axis in "bhmn"),
     *("H", "GROUP", "M", "N", "S", "offset", "left", "right"),
     *("magnitude", "scale", "softcap", "threshold", "inv_keep"),
-    *("B", "CHUNKS", "first_chunk", "chunk"),
+    *("B", "CHUNKS", "PAGES", "page_size"),
 )
 
 # From this stride on (in elements), an offset inside a tile of 128 rows may not fit 32 bits.
@@ -37,7 +37,7 @@ class Call:
     """One attention call beyond its main tensors, in the terms of `pyattn.spec`; None where a limit is absent."""
 
     scale: float
-    offset: int
+    offset: int | None  # None is key_lengths - m, which `decode` alone takes
     left: int | None = None
     right: int | None = None
     softcap: float | None = None
@@ -52,6 +52,7 @@ class Call:
     seed: Tensor | None = None  # int64 []
     cu_seqlens_q: Tensor | None = None  # int32 [sequences + 1]; then b is 1, and offset without meaning
     cu_seqlens_k: Tensor | None = None  # int32 [sequences + 1]
+    block_table: Tensor | None = None  # int32 [b, pages of one]; `decode` alone takes it
 
     @property
     def packed(self) -> int:
@@ -62,9 +63,13 @@ class Call:
         """As `schedule.num_blocks`."""
         return triton.cdiv(rows, block) if self.cu_seqlens_q is None else rows // block + self.packed
 
+    def keys(self, k: Tensor) -> int:
+        """How many keys a batch element has, or has room for."""
+        return k.shape[2] * (1 if self.block_table is None else self.block_table.shape[1])
+
     def arguments(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
         """The keyword arguments that the forward and backward kernels have in common."""
-        (_, h, m, d), (hk, n, dv) = q.shape, v.shape[1:]
+        (_, h, m, d), (hk, dv), n = q.shape, v.shape[1::2], self.keys(k)
         reach = m + n  # a window wider than this hides nothing; it keeps positions within 32 bits
         dropped = int(self.dropout_p * 2**32)
         return {

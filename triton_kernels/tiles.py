@@ -3,6 +3,7 @@
 Offsets that grow with the tensor are 64-bit scalars. Offsets inside one tile have the type OFFSET: int32, which costs
 half the registers and a third of the instructions, unless the host finds a stride that could overflow it.
 ALIGN is a number of elements that every stride is a multiple of; it is what lets a row load be one wide instruction.
+It is said by arithmetic, because a hint is lost wherever the compiler folds or rewrites the operation it stands on.
 """
 
 import triton
@@ -10,12 +11,20 @@ import triton.language as tl
 
 
 @triton.jit
+def _aligned(stride, ALIGN: tl.constexpr):
+    """The same stride, visibly a multiple of ALIGN."""
+    return stride // ALIGN * ALIGN
+
+
+@triton.jit
 def head_start(ptr, i_b, i_h, row, stride_b, stride_h, stride_row, ALIGN: tl.constexpr):
-    """Pointer to the matrix of one batch entry and head, from `row` on, where it is not None."""
-    start = i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
-    if row is not None:  # adding 0 would lose the hint: the addition folds away, and the hint with it
-        start += row * stride_row
-    return ptr + tl.multiple_of(start, ALIGN)
+    """Pointer to the matrix of one batch entry and head, from `row` on; the first entry, or row, where that is None."""
+    start = i_h.to(tl.int64) * _aligned(stride_h, ALIGN)
+    if i_b is not None:
+        start += i_b.to(tl.int64) * _aligned(stride_b, ALIGN)
+    if row is not None:
+        start += row * _aligned(stride_row, ALIGN)
+    return ptr + start
 
 
 @triton.jit
@@ -31,8 +40,9 @@ def statistics_start(ptr, i_b, i_h, H, M, row):
 def _tile_ptrs(
     base, stride, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr
 ):
-    first = base + tl.multiple_of(start.to(tl.int64) * stride, ALIGN)
-    rows = tl.multiple_of(tl.arange(0, ROWS).to(OFFSET) * stride.to(OFFSET), ALIGN)
+    stride = _aligned(stride, ALIGN)
+    first = base + start.to(tl.int64) * stride
+    rows = tl.arange(0, ROWS).to(OFFSET) * stride.to(OFFSET)
     # [ROWS, BLOCK_D]
     return first + (rows[:, None] + tl.arange(0, BLOCK_D)[None, :])
 
@@ -63,6 +73,35 @@ def load_tile(
     if HEAD_DIM != BLOCK_D:
         return tl.load(ptrs, mask=(tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], other=0.0)
     return tl.load(ptrs)
+
+
+@triton.jit
+def page_rows(table, PAGES, page_size, keys, wanted):
+    """(page, row) of each of `keys` by one batch element's block table; those not `wanted` are not looked up."""
+    page = tl.load(table + keys // page_size, mask=wanted, other=0)
+    return tl.minimum(tl.maximum(page, 0), PAGES - 1), keys % page_size  # a wrong page must not be read
+
+
+@triton.jit
+def gather_tile(
+    base,
+    stride_outer,
+    stride,
+    outer,
+    row,
+    wanted,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """As `load_tile`, of the rows `row` [ROWS] of the pages, or the heads, `outer` [ROWS]."""
+    start = outer.to(tl.int64) * _aligned(stride_outer, ALIGN) + row * _aligned(stride, ALIGN)
+    inside = wanted[:, None]
+    if HEAD_DIM != BLOCK_D:
+        inside = inside & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+    # [ROWS, BLOCK_D]
+    return tl.load(base + (start[:, None] + tl.arange(0, BLOCK_D)[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit

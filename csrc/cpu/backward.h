@@ -345,9 +345,9 @@ class Backward {
 
     static void store_key_gradients(const AttentionArgs& args, const Sequence& sequence, int64_t kv_head, int64_t j,
                                     int64_t count, const A* d_k, const A* d_v) {
-        store_rows(d_k, count, args.d, static_cast<A>(args.scale), key_row<T>(args.d_k, sequence, kv_head, j),
+        store_rows(d_k, count, args.d, static_cast<A>(args.scale), key_row<T>(args, args.d_k, sequence, kv_head, j),
                    args.d_k.stride[2]);
-        store_rows(d_v, count, args.dv, A(1), key_row<T>(args.d_v, sequence, kv_head, j), args.d_v.stride[2]);
+        store_rows(d_v, count, args.dv, A(1), key_row<T>(args, args.d_v, sequence, kv_head, j), args.d_v.stride[2]);
     }
 
     static void store_rows(const A* from, int64_t count, int64_t columns, A factor, T* to, int64_t ld) {

@@ -72,8 +72,8 @@ class BackwardTile {
         const View view = mask_->look(j, count, visible_, seen_);
         if (view.sight == View::none) return false;
         const bool all = view.sight == View::all;
-        const T* const k = key_row<T>(args_.k, rows_.sequence, rows_.kv_head, j);
-        const T* const v = key_row<T>(args_.v, rows_.sequence, rows_.kv_head, j);
+        const T* const k = key_row<T>(args_, args_.k, rows_.sequence, rows_.kv_head, j);
+        const T* const v = key_row<T>(args_, args_.v, rows_.sequence, rows_.kv_head, j);
         const Lanes<const E> k_along = load_rows(k, args_.k.stride[2], count, args_.d, k_rows_, view.wanted, false);
         const Lanes<const E> v_along = load_rows(v, args_.v.stride[2], count, args_.dv, v_rows_, view.wanted, false);
         k_ = k_along;

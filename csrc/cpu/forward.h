@@ -83,6 +83,7 @@ class Forward {
           turned_(scratch.take<E>(larger(kQueries, kKeys) * round_up(operands<E>(args.d), W))),
           k_rows_(scratch.take<E>(kKeys * round_up(operands<E>(args.d), W))),
           v_rows_(scratch.take<E>(kKeys * padded<A>(args.dv))),
+          paged_rows_(scratch.take<T>(args.block_table ? kKeys * larger(args.d, args.dv) : 0)),
           scores_(scratch.take<A>(kKeys * kQueries)),
           // [dv][kQueries], or where few_ [query][padded dv]; then the maximum and the sum of each lane.
           out_(scratch.take<A>(partial_size(args))),
@@ -131,8 +132,8 @@ class Forward {
     void add_tile(const Rows& rows, const Mask<A>& mask, const Score<A>& score, int64_t j, int64_t count, View view) {
         const Sequence& sequence = rows.sequence;
         const bool all = view.sight == View::all;
-        const Lanes<const E> k = load_rows(key_row<T>(args_.k, sequence, rows.kv_head, j), args_.k.stride[2], count,
-                                           args_.d, k_rows_, view.wanted, few_);
+        const KeyRows<T> from(args_, args_.k, sequence, rows.kv_head, j, count, args_.d, paged_rows_);
+        const Lanes<const E> k = load_rows(from.ptr, from.stride, count, args_.d, k_rows_, view.wanted, few_);
         if (few_) return add_few(rows, score, j, count, k, view);
         // Strips of lanes leave out the keys that none of their queries sees.
         const int64_t strip = all ? lanes_ : 2 * W;
@@ -143,8 +144,7 @@ class Forward {
         }
         const A factor = score.apply(scores_, j, count, lanes_, all ? nullptr : visible_, nullptr);
         if (args_.dropout) draw_keep<A>(args_, rows, j, count, lanes_, keep_);
-        const Lanes<const E> v = load_rows_across(key_row<T>(args_.v, sequence, rows.kv_head, j), args_.v.stride[2],
-                                                  count, args_.dv, v_rows_, view.wanted, false);
+        const Lanes<const E> v = load_values(rows, j, count, view);
         for (int64_t lane = 0; lane < lanes_; lane += strip) {
             const Range keys = keys_of(lane);
             if (keys.end <= keys.begin) continue;
@@ -156,6 +156,12 @@ class Forward {
             }
             add_values(lane, lanes, keys, v);
         }
+    }
+
+    // Where few_, in whole vectors.
+    Lanes<const E> load_values(const Rows& rows, int64_t j, int64_t count, View view) {
+        const KeyRows<T> from(args_, args_.v, rows.sequence, rows.kv_head, j, count, args_.dv, paged_rows_);
+        return load_rows_across(from.ptr, from.stride, count, args_.dv, v_rows_, view.wanted, few_);
     }
 
     void score_strip(int64_t lane, int64_t lanes, Lanes<const E> k, Range keys) {
@@ -215,7 +221,6 @@ class Forward {
 
     // The same tile for few queries: lanes are keys, and columns of values.
     void add_few(const Rows& rows, const Score<A>& score, int64_t j, int64_t count, Lanes<const E> k, View view) {
-        const Sequence& sequence = rows.sequence;
         const A* const visible = view.sight == View::all ? nullptr : visible_;
         score_few(rows, count, k, later(args_.v, rows, j, args_.dv));
         A factor = args_.scale;
@@ -231,8 +236,7 @@ class Forward {
         } else {
             softmax_few<false>(rows.count, count, factor);
         }
-        const Lanes<const E> v = load_rows_across(key_row<T>(args_.v, sequence, rows.kv_head, j), args_.v.stride[2],
-                                                  count, args_.dv, v_rows_, view.wanted, true);
+        const Lanes<const E> v = load_values(rows, j, count, view);
         scale_rows(rescale_);
         gemm_vectors<E>(width_, rows.count, operands<E>(count), v,
                         {reinterpret_cast<const E*>(few_scores_), kKeys, 1}, {out_, width_}, {true, nullptr},
@@ -252,11 +256,13 @@ class Forward {
                 {false, nullptr});
     }
 
-    static Later later(const TensorArg& tensor, const Rows& rows, int64_t j, int64_t columns) {
+    Later later(const TensorArg& tensor, const Rows& rows, int64_t j, int64_t columns) const {
         constexpr int64_t size = sizeof(T);
-        const T* const row = key_row<T>(tensor, rows.sequence, rows.kv_head, j);
-        return {reinterpret_cast<const char*>(row), smaller(kKeys, rows.sequence.n - j), tensor.stride[2] * size,
-                columns * size};
+        int64_t count = smaller(kKeys, rows.sequence.n - j);
+        if (args_.block_table) count = smaller(count, args_.page - j % args_.page);
+        if (count <= 0) return {};
+        const T* const row = key_row<T>(args_, tensor, rows.sequence, rows.kv_head, j);
+        return {reinterpret_cast<const char*>(row), count, tensor.stride[2] * size, columns * size};
     }
 
     // Weights [query][key] where the scores were. Keys that are not there have a logit of -inf.
@@ -372,6 +378,7 @@ class Forward {
 
     const AttentionArgs& args_;
     E *q_rows_, *turned_, *k_rows_, *v_rows_;
+    T* paged_rows_;
     A *scores_, *out_, *row_max_, *row_sum_, *rescale_, *out_rows_, *visible_, *extra_rows_, *extra_tile_, *keep_;
     A *few_scores_, *few_keep_;  // where few_, [query][kKeys]
     Lanes<const E> q_{};

@@ -14,6 +14,10 @@ int64_t tiles(int64_t length, int64_t size) { return (length + size - 1) / size;
 }  // namespace
 
 Sequence sequence_of(const AttentionArgs& args, int64_t number) {
+    if (args.cached) {
+        const int64_t n = args.key_lengths[number];
+        return {number, number, 0, args.m, 0, n, n - args.m};
+    }
     if (!args.cu_seqlens_q) return {number, number, 0, args.m, 0, args.n, args.offset};
     const int64_t q = args.cu_seqlens_q[number], m = args.cu_seqlens_q[number + 1] - q;
     const int64_t k = args.cu_seqlens_k[number], n = args.cu_seqlens_k[number + 1] - k;

@@ -13,10 +13,34 @@ static inline T* query_row(const TensorArg& tensor, const Sequence& sequence, in
            (sequence.q_begin + i) * tensor.stride[2];
 }
 template <class T>
-static inline T* key_row(const TensorArg& tensor, const Sequence& sequence, int64_t kv_head, int64_t j) {
-    return static_cast<T*>(tensor.ptr) + sequence.entry * tensor.stride[0] + kv_head * tensor.stride[1] +
-           (sequence.k_begin + j) * tensor.stride[2];
+static inline T* key_row(const AttentionArgs& args, const TensorArg& tensor, const Sequence& sequence, int64_t kv_head,
+                         int64_t j) {
+    int64_t entry = sequence.entry, row = sequence.k_begin + j;
+    if (args.block_table) {
+        entry = args.block_table[entry * (args.n / args.page) + row / args.page];
+        row %= args.page;
+    }
+    return static_cast<T*>(tensor.ptr) + entry * tensor.stride[0] + kv_head * tensor.stride[1] + row * tensor.stride[2];
 }
+
+// Keys or values [j, j + count), one stride apart: where they lie or, where that is in several pages, a copy.
+template <class T>
+struct KeyRows {
+    const T* ptr;
+    int64_t stride;
+
+    KeyRows(const AttentionArgs& args, const TensorArg& tensor, const Sequence& sequence, int64_t kv_head, int64_t j,
+            int64_t count, int64_t columns, T* scratch)
+        : ptr(key_row<const T>(args, tensor, sequence, kv_head, j)), stride(tensor.stride[2]) {
+        if (!args.block_table || j / args.page == (j + count - 1) / args.page) return;
+        for (int64_t r = 0; r < count; ++r) {
+            const T* const row = key_row<const T>(args, tensor, sequence, kv_head, j + r);
+            std::memcpy(scratch + r * columns, row, static_cast<size_t>(columns) * sizeof(T));
+        }
+        ptr = scratch;
+        stride = columns;
+    }
+};
 // Where a query stands in lse and delta.
 static inline int64_t statistic(const AttentionArgs& args, const Sequence& sequence, int64_t head, int64_t i) {
     return (sequence.entry * args.h + head) * args.m + sequence.q_begin + i;

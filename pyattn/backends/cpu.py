@@ -26,7 +26,8 @@ _LANES = 16  # the widest vector's elements, to which rows are padded
 # Calls of few tiles and at least this many keys split them into parts, as csrc/cpu/plan.cpp does.
 _SPLIT_FROM, _MOST_PARTS = 1024, 128
 # Tensors that the kernels read as one contiguous piece.
-_WHOLE = ("key_lengths", "q_segments", "k_segments", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
+_WHOLE = ("key_lengths", "q_segments", "k_segments", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k",
+          "block_table")  # fmt: skip
 
 
 class CpuBackend(Backend):

@@ -51,7 +51,7 @@ class ReferenceBackend(Backend):
 
 def definition(spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
     """out [b, h, m, dv] and lse [b, h, m], each operation in the dtype of x.q."""
-    see = visible(spec, x)  # [b, h, m, n]
+    see, x = visible(spec, x), _in_a_row(x)  # [b, h, m, n]
     k, v = (_over_heads(_drop_unseen(t, see), spec) for t in (x.k, x.v))
     p, lse = weights(spec, x, scores(spec, x, k).masked_fill(~see, -torch.inf))
     if spec.dropout_p > 0:
@@ -89,7 +89,7 @@ def rounding(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor) -> di
     Each term of each sum is rounded once; independent roundings add up by their squares, which is what is summed here
     in place of the terms. A weight exp(s - lse) carries the roundings of s and lse: the factor 1 + |s| + |lse|.
     """
-    see = visible(spec, x)
+    see, x = visible(spec, x), _in_a_row(x)
     k, v = (_over_heads(_drop_unseen(t, see), spec) for t in (x.k, x.v))
     s = scores(spec, x, k).masked_fill(~see, -torch.inf)
     p, lse = weights(spec, x, s)
@@ -163,7 +163,7 @@ class Places(NamedTuple):
     q_sequence: Tensor  # int64 [b, 1|m]
     k_sequence: Tensor  # int64 [b, 1|n]
     i: Tensor  # int64 [m]
-    own_j: Tensor  # int64 [m, 1], the key position at which a query stands: i + offset
+    own_j: Tensor  # int64 [m, 1] or [b, 1, m, 1], the key position at which a query stands: i + offset
     j: Tensor  # int64 [n]
 
 
@@ -171,7 +171,10 @@ def places(spec: AttentionSpec, x: Inputs) -> Places:
     i, j = (torch.arange(length, device=x.q.device) for length in (spec.m, spec.n))
     if x.cu_seqlens_q is None or x.cu_seqlens_k is None:
         b = torch.arange(spec.b, device=x.q.device).view(-1, 1)
-        return Places(b, b, i, i.view(-1, 1) + spec.offset, j)
+        if spec.offset is not None:
+            return Places(b, b, i, i.view(-1, 1) + spec.offset, j)
+        assert x.key_lengths is not None
+        return Places(b, b, i, i.view(-1, 1) + x.key_lengths.view(-1, 1, 1, 1) - spec.m, j)
     cu_q, cu_k = x.cu_seqlens_q.long(), x.cu_seqlens_k.long()
     # How many sequences end at or before a row: one without rows ends where it starts, and is passed over.
     of_q, of_k = torch.searchsorted(cu_q[1:], i, right=True), torch.searchsorted(cu_k[1:], j, right=True)
@@ -183,6 +186,20 @@ def places(spec: AttentionSpec, x: Inputs) -> Places:
 def cast(x: Inputs, dtype: torch.dtype) -> Inputs:
     """x with every floating tensor in `dtype`."""
     return Inputs._make(t.to(dtype) if t is not None and t.is_floating_point() else t for t in x)
+
+
+def _in_a_row(x: Inputs) -> Inputs:
+    """x with the pages of k and v in a row, [b, hk, n, *].
+
+    What the table says behind a batch element's length is without meaning.
+    """
+    if x.block_table is None:
+        return x
+    k, v = x.k, x.v
+    if len(k) == 0:  # then no batch element has a key
+        k, v = (t.new_zeros(1, *t.shape[1:]) for t in (k, v))
+    pages = x.block_table.long().clamp(0, len(k) - 1)
+    return x._replace(k=k[pages].transpose(1, 2).flatten(2, 3), v=v[pages].transpose(1, 2).flatten(2, 3))
 
 
 def _over_heads(t: Tensor, spec: AttentionSpec) -> Tensor:

@@ -21,7 +21,7 @@ class TritonBackend(Backend):
     dtypes = frozenset({torch.float16, torch.bfloat16, torch.float32})
     features = frozenset({
         "causal", "window", "key_lengths", "segment_ids", "mask", "bias", "softcap", "alibi", "sinks", "dropout", "gqa",
-        "dv", "packed",
+        "dv", "packed", "cached", "paged",
     })  # fmt: skip
     max_head_dim = 256
 
@@ -71,11 +71,15 @@ class TritonBackend(Backend):
         return grads if x.sinks is None else grads._replace(sinks=_sink_gradient(x.sinks, lse, delta))
 
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
-        # Forward: the chunks of a decoding step, at most 64. Backward: delta, one float32 per query; and d_out once
-        # more where it comes with strides the kernels do not take.
+        from pyattn.triton_kernels import config, decode
+
+        # Forward: the chunks of a decoding step. Backward: delta, one float32 per query; and d_out once more where it
+        # comes with strides the kernels do not take.
         rows = spec.b * spec.h * spec.m
-        decoding = spec.h // spec.hk * spec.m <= 64
-        return 64 * rows * (spec.dv + 1) * 4 if decoding else 0, rows * (4 + spec.dv * spec.dtype.itemsize)
+        spread = rows + decode.MOST_ROWS * 2 * config.processors(torch.device(spec.device))
+        decoding = spec.offset is None or spec.h // spec.hk * spec.m <= decode.MOST_ROWS
+        forward = min(decode.MOST_CHUNKS * rows, spread) * (spec.dv + 1) * 4 if decoding else 0
+        return forward, rows * (4 + spec.dv * spec.dtype.itemsize)
 
 
 def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
@@ -90,7 +94,7 @@ def _call(spec: AttentionSpec, x: Inputs) -> Call:
     return Call(
         spec.scale, spec.offset, spec.left, spec.right, spec.softcap, spec.dropout_p,
         x.mask, x.bias, x.key_lengths, x.q_segments, x.k_segments, x.alibi_slopes, x.sinks, x.seed,
-        x.cu_seqlens_q, x.cu_seqlens_k,
+        x.cu_seqlens_q, x.cu_seqlens_k, x.block_table,
     )  # fmt: skip
 
 
