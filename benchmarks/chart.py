@@ -45,12 +45,11 @@ def draw(
         limits: the machine's own, drawn as a line.
     """
     names = list(dict.fromkeys(panel(row.case) for row in rows))
-    peers = list(dict.fromkeys(row.peer for row in rows))
     figure, axes = _figure(len(names), len(DIRECTIONS), title)
     for line, name in zip(axes, names, strict=True):
         for axis, direction in zip(line, DIRECTIONS, strict=True):
             chosen = [row for row in rows if panel(row.case) == name and row.direction == direction]
-            _bars(axis, _speeds(f"{name}, {direction}", chosen, peers, label, limits))
+            _bars(axis, speeds(f"{name}, {direction}", chosen, label, limits))
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=10)
     _save(figure, path)
@@ -69,10 +68,9 @@ def draw_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
     _save(figure, path)
 
 
-def _speeds(
-    title: str, rows: Sequence[Row], peers: Sequence[str], label: Callable[[Case], str], limits: Limits
-) -> Panel:
-    groups = by_call(rows)
+def speeds(title: str, rows: Sequence[Row], label: Callable[[Case], str], limits: Limits = NO_LIMITS) -> Panel:
+    """A panel of one direction: a group of bars per case, a bar per peer."""
+    groups, peers = by_call(rows), dict.fromkeys(row.peer for row in rows)
     speed, scale = unit(rows)
     series = {
         peer: [next((row.gflops / scale for row in group if row.peer == peer and row.gflops), None) for group in groups]

@@ -12,12 +12,12 @@ from . import chart, decode, environment, fallback, report, small, threads, wind
 from .cases import CPU_CASES, CPU_QUICK_CASES, Case
 from .limit import Limit
 from .peers import CPU_PEERS, Flex
-from .report import Chapter, Notes
+from .report import Chapter
 from .subject import Subject
 from .suite import Effort, Row, measure
 
-BASELINE = "SDPA fused"
-SUBJECTS = (fallback.SUBJECT, decode.SUBJECT, small.SUBJECT, window.SUBJECT, threads.SUBJECT)
+BASELINES = ("SDPA fused",)
+SUBJECTS = (fallback.SUBJECT, decode.CPU_SUBJECT, small.SUBJECT, window.SUBJECT, threads.SUBJECT)
 # FlexAttention takes longer to compile than all else that is done with a shape.
 PEERS = tuple(peer for peer in CPU_PEERS if not isinstance(peer, Flex))
 _NOT_RUN = (
@@ -43,7 +43,7 @@ def run(out_dir: Path, *, quick: bool = False, console: Console | None = None) -
     cases, seconds = (CPU_QUICK_CASES, 10.0) if quick else (CPU_CASES, 110.0)
     limit = Limit(dict.fromkeys(case.dtype_name for case in cases))
     rows: list[Row] = []
-    answers: dict[Subject, list[Row]] = {subject: [] for subject in SUBJECTS}
+    answers: dict[Subject, list[Row]] = {subject.quick() if quick else subject: [] for subject in SUBJECTS}
 
     def steps() -> Iterator[None]:
         for found in measure([(case,) for case in cases], PEERS, "cpu", seconds, _EFFORT):
@@ -51,12 +51,12 @@ def run(out_dir: Path, *, quick: bool = False, console: Console | None = None) -
             limit.measure()
             yield
         for subject, answer in answers.items():
-            for found in subject.measure(quick):
+            for found in subject.measure("cpu"):
                 answer += found
                 limit.measure()
-            yield
+                yield
 
-    total = len(cases) + sum(len(subject.quick_groups if quick else subject.groups) for subject in SUBJECTS)
+    total = len(cases) + sum(len(subject.groups) for subject in answers)
     for _ in track(steps(), "measuring", total=total, console=console, transient=True, disable=not console.is_terminal):
         pass
     _publish(out_dir, rows, answers, limit, console)
@@ -67,7 +67,7 @@ def _publish(
     out_dir: Path, rows: Sequence[Row], answers: dict[Subject, list[Row]], limit: Limit, console: Console
 ) -> None:
     about = environment.describe("cpu", Path(__file__).parent)
-    chapters = [Chapter("attention", BASELINE, rows), *(subject.chapter(found) for subject, found in answers.items())]
+    chapters = [Chapter("attention", BASELINES, rows), *(subject.chapter(found) for subject, found in answers.items())]
     report.write_lines(out_dir / "cpu.jsonl", chapters, about, limit.gflops)
     title = environment.title(about)
     pictures = out_dir / "cpu.png", out_dir / "cpu-more.png"
@@ -75,14 +75,11 @@ def _publish(
     panels = [panel for subject, found in answers.items() for panel in subject.panels(found)]
     chart.draw_panels(pictures[1], panels, title)
     console.print(f"[bold]{title}[/bold]\n{limit}", highlight=False)
-    report.print_tables(rows, BASELINE, console, limit.gflops)
+    report.print_tables(rows, BASELINES, console, limit.gflops)
     report.print_dim(_NOT_RUN, console)
-    report.print_summary(rows, BASELINE, console)
+    report.print_summary(rows, BASELINES, console)
     for subject, found in answers.items():
-        notes = Notes()
-        console.print(subject.table(found, notes))
-        notes.print(console)
-        report.print_dim(subject.legend, console)
+        subject.print(found, console)
     for path in (*pictures, out_dir / "cpu.jsonl"):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 

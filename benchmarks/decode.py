@@ -15,9 +15,18 @@ from .subject import Groups, Subject, over, shown
 from .suite import Effort, Row
 
 
-def _groups(b: int, n: int) -> Groups:
+def _cpu_groups(b: int, n: int) -> Groups:
     """12 query heads over 2 key/value heads."""
     return tuple((Case(b, 12, 1, n, 64, dtype, False, group=6),) for dtype in (torch.float32, torch.bfloat16))
+
+
+def _gpu_groups() -> Groups:
+    """32 query heads over 8; the longest cache of the batch is 4 GB."""
+    return tuple(
+        (Case(b, 32, 1, n, 128, torch.bfloat16, False, group=4),)
+        for b in (1, 16)
+        for n in (4096, 8192, 16384, 32768, 65536)
+    )
 
 
 def gigabytes_per_second(row: Row) -> float | None:
@@ -29,36 +38,51 @@ def gigabytes_per_second(row: Row) -> float | None:
     return bytes_read * (2 if row.peer == "copy" else 1) / row.timing.p50_ms / 1e6
 
 
+def of_copy(calls: Sequence[Row], place: int = 0) -> float | None:
+    """The rate of one of a call's peers over that of the copy, which is the last."""
+    return over(gigabytes_per_second(calls[place]), gigabytes_per_second(calls[-1]))
+
+
 def _table(rows: Sequence[Row], notes: Notes) -> Table:
-    lines = []
-    for calls in by_call(rows):
-        rates = [gigabytes_per_second(row) for row in calls]
-        for row, rate in zip(calls, rates, strict=True):
-            fraction = shown(over(rate, rates[-1]), ".0%")
-            lines.append(
-                [f"{row.case.label} {row.case.dtype_name}", row.peer, notes.ms(row), shown(rate, ".1f"), fraction]
-            )
+    lines = [
+        [f"{row.case.label} {row.case.dtype_name}", row.peer, notes.ms(row),
+         shown(gigabytes_per_second(row), ".1f"), shown(of_copy(calls, place), ".0%")]
+        for calls in by_call(rows)
+        for place, row in enumerate(calls)
+    ]  # fmt: skip
     return table("decode: forward, one query", ("case", "peer", "ms", "GB/s", "of copy"), lines)
 
 
 def _panels(rows: Sequence[Row]) -> list[Panel]:
-    calls = by_call(rows)
-    series = {row.peer: [gigabytes_per_second(group[place]) for group in calls] for place, row in enumerate(calls[0])}
+    """One per batch size."""
+    calls, sizes = by_call(rows), dict.fromkeys(row.case.b for row in rows)
+    return [_panel([group for group in calls if group[0].case.b == b]) for b in sizes]
+
+
+def _panel(calls: Sequence[Sequence[Row]]) -> Panel:
+    rates = {row.peer: [gigabytes_per_second(group[place]) for group in calls] for place, row in enumerate(calls[0])}
     case = calls[0][0].case
-    title = f"Decode: k and v read, 1 query,\nb{case.b}, {case.h} heads over {case.hk}, {case.n} keys"
-    return [Panel(title, "GB/s", [group[0].case.dtype_name for group in calls], series, digits=1)]
+    labels = [f"{group[0].case.n}\n{group[0].case.dtype_name}" for group in calls]
+    title = f"Decode: k and v read, 1 query,\nb{case.b}, {case.h} heads over {case.hk}, d {case.d}, so many keys"
+    few = max(rate or 0.0 for of_peer in rates.values() for rate in of_peer) < 100
+    return Panel(title, "GB/s", labels, rates, digits=1 if few else 0)
 
 
-SUBJECT = Subject(
-    name="decode",
-    groups=_groups(8, 4096),
-    quick_groups=_groups(2, 1024),
-    peers=(Pyattn(), Sdpa("SDPA"), Copy()),
-    baseline="SDPA",
-    effort=Effort(("forward",)),
-    seconds=6.0,
-    table=_table,
-    panels=_panels,
-    legend="GB/s of attention: bytes of k and v, read once, over the median time. copy: dst.copy_(src) of as many "
-    "bytes; its GB/s count them twice, read and written. of copy: GB/s over the copy's GB/s.",
-)
+def _subject(groups: Groups, effort: Effort, seconds: float, quick_groups: Groups = ()) -> Subject:
+    return Subject(
+        name="decode",
+        groups=groups,
+        quick_groups=quick_groups,
+        peers=(Pyattn(), Sdpa("SDPA"), Copy()),
+        baselines=("SDPA",),
+        effort=effort,
+        seconds=seconds,
+        table=_table,
+        panels=_panels,
+        legend="GB/s of attention: bytes of k and v, read once, over the median time. copy: dst.copy_(src) of as many "
+        "bytes; its GB/s count them twice, read and written. of copy: GB/s over the copy's GB/s.",
+    )
+
+
+CPU_SUBJECT = _subject(_cpu_groups(8, 4096), Effort(("forward",)), 6.0, _cpu_groups(2, 1024))
+GPU_SUBJECT = _subject(_gpu_groups(), Effort(("forward",), clock_seconds=0.3), 20.0)

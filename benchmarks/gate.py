@@ -16,13 +16,14 @@ from .cases import DIRECTIONS, Case, Direction, Inputs
 
 # The definition holds whole score matrices in float64, a dozen of them at a time: 0.4 GiB at this length for one head.
 ONE_HEAD_FROM = 2048
-# When no gradient is judged the queries are independent too, and the last so many of them, which see the most, suffice.
-FORWARD_QUERIES = 512
+# Where no sum over queries is judged they are independent too, and the last so many, which see the most, suffice: of
+# the forward alone, and beyond a length (at 32768 whole matrices would take 100 GiB).
+LAST_QUERIES, ALL_QUERIES_UNTIL = 512, 16384
 # Of dropout's mask; torch's own, which differs, cannot be held against the definition.
 SEED = 20
 
 
-Cut = Callable[[str, Tensor], Tensor]  # of a tensor by its name: q, k, v, bias, out, or a gradient's, d_q
+Cut = Callable[[str, Tensor], Tensor]  # of a tensor by its name: q, k, v, bias, mask, out, or a gradient's, d_q
 
 
 class _Sample:
@@ -52,14 +53,20 @@ class Gate:
     """The right results of one case on its first and last head, by `pyattn.testing`'s rule.
 
     Heads are independent, so two of them judge the kernel at its full size; in the others only a NaN or an infinity
-    is looked for. Of packed sequences it is the first head of the first and the last sequence.
+    is looked for. Of packed sequences it is the first head of the first and the last sequence; of a very long one, out
+    and d_q of the last queries.
     """
 
     def __init__(self, case: Case, x: Inputs, directions: Sequence[Direction] = DIRECTIONS) -> None:
-        queries = FORWARD_QUERIES if tuple(directions) == ("forward",) else case.m
-        cuts = [_head_cut(case, queries)] if case.lengths is None else _sequence_cuts(case.lengths)
+        last = tuple(directions) == ("forward",) or case.m > ALL_QUERIES_UNTIL
+        cuts = (
+            [_head_cut(case, LAST_QUERIES if last else case.m)]
+            if case.lengths is None
+            else _sequence_cuts(case.lengths)
+        )
         self._samples = [_Sample(cut, _call(case, x, cut)) for cut in cuts]
         self._gradients = tuple(f"d_{name}" for name in x.leaves)
+        self._judged = ("out", "d_q") if last else ("out", *self._gradients)
 
     def problem(self, direction: Direction, results: tuple[Tensor, ...], comparable: bool = True) -> str | None:
         """What is wrong with the results; None when they may be timed.
@@ -70,7 +77,7 @@ class Gate:
         for name, result in zip(self._names(direction), results, strict=True):
             if not result.isfinite().all():
                 return f"{name} has values that are not finite"
-            for sample in self._samples if comparable else ():
+            for sample in self._samples if comparable and name in self._judged else ():
                 found = sample.compare(name, result)
                 if not found.excess <= 1:
                     return f"{name} is wrong: its error {found.error:.2g} is {found.excess:.2g} times what is allowed"
@@ -82,17 +89,21 @@ class Gate:
 
 
 def _head_cut(case: Case, queries: int) -> Cut:
-    """[b, heads, length, size] to the heads of one key/value head, and the last queries: [1 or 2, 1 or group, ...]."""
+    """[b, heads, length, size] to the heads of one key/value head, and the last queries: [1 to b, group or 1, ...]."""
+    batch: Any
+    heads: Any
     if case.dropout_p > 0:
-        ends: tuple[int, ...] = (0,)  # the mask depends on the number of the batch element and of the head
+        batch = heads = (0,)  # the mask depends on the number of the batch element and of the head
+    elif case.bias is not None and case.bias[0] == "1":
+        batch, heads = slice(None), -1  # its gradient sums over the batch
     elif case.b * case.hk == 1 or max(case.m, case.n) >= ONE_HEAD_FROM:
-        ends = (-1,)
+        batch = heads = (-1,)
     else:
-        ends = (0, -1)
+        batch = heads = (0, -1)
 
     def cut(name: str, t: Tensor) -> Tensor:
-        heads = t.detach().unflatten(1, (case.hk, -1))[ends, ends]
-        return heads[:, :, -queries:] if name in ("q", "out", "d_out") else heads
+        found = t.detach().unflatten(1, (case.hk, -1))[batch, heads]
+        return found[:, :, -queries:] if name in ("q", "out", "d_out", "d_q", "bias", "mask") else found
 
     return cut
 
@@ -116,4 +127,9 @@ def _call(case: Case, x: Inputs, cut: Cut) -> testing.Call:
         "dropout_p": case.dropout_p,
         "seed": SEED if case.dropout_p > 0 else None,
     }
+    if x.mask is not None:
+        options["mask"] = cut("mask", x.mask.expand(-1, case.h, -1, -1))
+    if x.documents is not None:  # the same in every batch element
+        ids = x.documents[: len(d_out)]
+        options["segment_ids"] = ids[:, -d_out.shape[2] :], ids
     return testing.Call(testing.Case(case.id), tensors, options, d_out, d_lse=d_out.new_zeros(d_out.shape[:3]))

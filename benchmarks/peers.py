@@ -42,8 +42,8 @@ class Peer(ABC):
         return self.ours or case.dropout_p == 0
 
     @abstractmethod
-    def prepare(self, case: Case, device: str) -> Attention:
-        """A function of q, k, v, with everything that is done once per shape already done."""
+    def prepare(self, case: Case, x: Inputs) -> Attention:
+        """A function of q, k, v and the bias, if any, with everything that is done once per shape already done."""
 
 
 class Pyattn(Peer):
@@ -54,22 +54,25 @@ class Pyattn(Peer):
     def __init__(self, name: str = "pyattn", *, threads: int | None = None) -> None:
         super().__init__(name, threads=threads)
 
-    def prepare(self, case: Case, device: str) -> Attention:
+    def prepare(self, case: Case, x: Inputs) -> Attention:
         options: dict[str, Any] = {"causal": case.causal}
         if case.left is not None:
             options["window"] = (case.left, 0)
         if case.dropout_p > 0:
             options |= {"dropout_p": case.dropout_p, "seed": SEED}
         if case.lengths is not None:
-            starts = torch.tensor([0, *accumulate(case.lengths)], dtype=torch.int32, device=device)
+            starts = torch.tensor([0, *accumulate(case.lengths)], dtype=torch.int32, device=x.q.device)
             return lambda q, k, v: pyattn.attention_varlen(q, k, v, starts, starts, **options)  # type: ignore[return-value]
-        if case.bias:
-            return lambda q, k, v, bias: pyattn.attention(q, k, v, bias=bias, **options)  # type: ignore[return-value]
-        return lambda q, k, v: pyattn.attention(q, k, v, **options)  # type: ignore[return-value]
+        if x.documents is not None:
+            options["segment_ids"] = x.documents, x.documents
+        return lambda q, k, v, bias=None: pyattn.attention(q, k, v, bias=bias, mask=x.mask, **options)  # type: ignore[return-value]
 
 
 class Sdpa(Peer):
-    """torch's scaled_dot_product_attention, held to one of its backends, which then runs or raises, or free."""
+    """torch's scaled_dot_product_attention, held to one of its backends, which then runs or raises, or free.
+
+    Windows and documents it can only take as a boolean matrix.
+    """
 
     def __init__(
         self, name: str, backend: SDPBackend | None = None, *, takes: Callable[[Case], bool] | None = None
@@ -78,19 +81,22 @@ class Sdpa(Peer):
         self.backend = backend
 
     def refusal(self, case: Case, direction: Direction, device: str) -> str | None:
-        if case.left is not None or case.lengths is not None:
-            return "has neither windows nor packed sequences"
-        return super().refusal(case, direction, device)
+        return "has no packed sequences" if case.lengths is not None else super().refusal(case, direction, device)
 
-    def prepare(self, case: Case, device: str) -> Attention:
-        options: dict[str, Any] = {"is_causal": case.causal}
+    def prepare(self, case: Case, x: Inputs) -> Attention:
+        seen = x.mask
+        if case.left is not None or case.documents is not None:
+            b, i = (torch.arange(size, device=x.q.device) for size in (case.b, case.m))
+            b = b[:, None, None]
+            seen = _mask_mod(case, x)(b, b, i[:, None], i).expand(case.b, -1, -1)[:, None]
+        options: dict[str, Any] = {"is_causal": case.causal and seen is None}
         if case.dropout_p > 0:
             options["dropout_p"] = case.dropout_p
         if case.group != 1:
             options["enable_gqa"] = True
 
         def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, **options)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen if bias is None else bias, **options)
 
         if self.backend is None:
             return attention
@@ -106,18 +112,20 @@ class Sdpa(Peer):
 class Flex(Peer):
     """torch's FlexAttention, compiled for the exact shape: compiled for any shape it runs at half the speed or less."""
 
-    # On 2 CPU cores 25 s for the first shape, with nothing cached (AMD EPYC, torch 2.13, 2026-11).
-    setup_seconds: ClassVar[dict[str, float]] = {"cpu": 25.0, "cuda": 15.0}
+    # Of each direction. On 2 CPU cores 25 s for the first shape, with nothing cached (AMD EPYC, torch 2.13, 2026-11).
+    setup_seconds: ClassVar[dict[str, float]] = {"cpu": 25.0, "cuda": 8.0}
 
-    def __init__(self) -> None:
-        super().__init__("FlexAttention")
+    def __init__(self, takes: Callable[[Case], bool] | None = None) -> None:
+        super().__init__("FlexAttention", takes=takes)
 
     def refusal(self, case: Case, direction: Direction, device: str) -> str | None:
-        if device == "cpu" and direction == "backward":
+        if case.dropout_p > 0 or case.lengths is not None or case.bias not in (None, "1hmn", "bh1n"):
+            return "is not written for dropout, packed sequences or such a bias"
+        if device == "cpu" and direction != "forward":
             return "has no backward on the CPU"
         return super().refusal(case, direction, device)
 
-    def prepare(self, case: Case, device: str) -> Attention:
+    def prepare(self, case: Case, x: Inputs) -> Attention:
         import torch._functorch.config
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -125,8 +133,11 @@ class Flex(Peer):
         torch._functorch.config.donated_buffer = False
         torch._dynamo.reset()  # earlier shapes count against the recompilation limit
         compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-        blocks = create_block_mask(_causal, None, None, case.m, case.n, device=device) if case.causal else None
-        return lambda q, k, v: compiled(q, k, v, block_mask=blocks)
+        blocks = None
+        if case.causal or x.mask is not None or x.documents is not None:
+            b = None if x.mask is None and x.documents is None else case.b
+            blocks = create_block_mask(_mask_mod(case, x), b, None, case.m, case.n, device=str(x.q.device))
+        return lambda q, k, v, bias=None: compiled(q, k, v, score_mod=_score_mod(case, bias), block_mask=blocks)
 
 
 class Copy(Peer):
@@ -138,15 +149,15 @@ class Copy(Peer):
     def comparable(self, case: Case) -> bool:
         return False
 
-    def prepare(self, case: Case, device: str) -> Attention:
-        source = torch.ones(case.b, case.hk, case.n, case.d + case.dv, dtype=case.dtype, device=device)
+    def prepare(self, case: Case, x: Inputs) -> Attention:
+        source = torch.cat((x.k, x.v), -1)
         target = torch.empty_like(source)
         return lambda q, k, v: target.copy_(source)
 
 
 def bound(peer: Peer, case: Case, direction: Direction, x: Inputs) -> Callable[[], tuple[Tensor, ...]]:
     """What is checked, timed and weighed: a call that returns (out,), the gradients (d_q, d_k, d_v, ...), or all."""
-    attention = peer.prepare(case, x.q.device.type)
+    attention = peer.prepare(case, x)
     if direction == "forward":
         given = tuple(x.leaves.values())
 
@@ -181,8 +192,34 @@ def _on_threads(call: Callable[[], tuple[Tensor, ...]], threads: int | None) -> 
     return run
 
 
-def _causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    return i >= j
+def _mask_mod(case: Case, x: Inputs) -> Callable[..., Tensor]:
+    """Whether query i sees key j of batch element b, in any head h, as FlexAttention asks it."""
+    from torch.nn.attention.flex_attention import and_masks
+
+    conditions: list[Callable[..., Tensor]] = []
+    if case.causal:
+        conditions.append(lambda b, h, i, j: i >= j)
+    if case.left is not None:
+        left = case.left
+        conditions.append(lambda b, h, i, j: i - j <= left)
+    if x.mask is not None:
+        mask = x.mask[:, 0]
+        conditions.append(lambda b, h, i, j: mask[b, i, j])
+    if x.documents is not None:
+        documents = x.documents
+        conditions.append(lambda b, h, i, j: documents[b, i] == documents[b, j])
+    return and_masks(*conditions)
+
+
+def _score_mod(case: Case, bias: Tensor | None) -> Callable[..., Tensor] | None:
+    """Adds the bias, as FlexAttention does it."""
+    if bias is None:
+        return None
+    if case.bias == "1hmn":
+        table = bias[0]
+        return lambda score, b, h, i, j: score + table[h, i, j]
+    table = bias[:, :, 0]
+    return lambda score, b, h, i, j: score + table[b, h, j]
 
 
 # The first is ours, the second the one that ratios are taken against; the unfused one takes seconds from 2048 on.
@@ -197,5 +234,5 @@ GPU_PEERS: tuple[Peer, ...] = (
     Sdpa("SDPA flash", SDPBackend.FLASH_ATTENTION),
     Sdpa("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION),
     Sdpa("SDPA efficient", SDPBackend.EFFICIENT_ATTENTION),
-    Flex(),
+    Flex(takes=lambda case: case.dtype is torch.bfloat16 and case.m == 4096 and case.causal),
 )

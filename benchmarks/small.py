@@ -41,7 +41,7 @@ SUBJECT = Subject(
     groups=((_CASE,),),
     quick_groups=((_CASE,),),
     peers=(Pyattn(), Sdpa("SDPA")),
-    baseline="SDPA",
+    baselines=("SDPA",),
     effort=Effort(("forward",), repeats=500),
     seconds=3.0,
     table=_table,

@@ -85,7 +85,11 @@ def measure(
             continue
         # Half of a group's share goes to the clock; the other half to its inputs, its check and compilation.
         clock = min(left / (after + 1) / 2 / len(effort.directions), effort.clock_seconds)
-        yield measure_group(cases, peers, device, clock, effort, end - after * _CASE_SECONDS, loaded)
+        try:
+            rows = measure_group(cases, peers, device, clock, effort, end - after * _CASE_SECONDS, loaded)
+        except RuntimeError as error:  # a GPU's error outlives its call; what was measured must still be shown
+            rows = _not_run(cases, peers, effort, in_one_line(error))
+        yield rows
 
 
 def measure_group(
@@ -150,7 +154,7 @@ def admitted(
         problem = gate.problem(direction, results, peer.comparable(case))
     except Exception as error:  # whatever a peer raises is its reason, shown in the table
         excused = not peer.ours or isinstance(error, UnsupportedError)
-        return Row(case, direction, peer.name, "not run" if excused else "failed", _in_one_line(error))
+        return Row(case, direction, peer.name, "not run" if excused else "failed", in_one_line(error))
     return Admitted(call, peak) if problem is None else Row(case, direction, peer.name, "failed", problem)
 
 
@@ -163,5 +167,6 @@ def _not_run(cases: Sequence[Case], peers: Sequence[Peer], effort: Effort, reaso
     ]
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
+    """Its type and text, cut short."""
     return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"[:240]

@@ -57,7 +57,7 @@ SUBJECT = Subject(
     groups=_groups(2048, _ragged(24, 1024)),
     quick_groups=_groups(512, _ragged(6, 256)),
     peers=(Pyattn(), Pyattn("pyattn, 1 thread", threads=1)),
-    baseline="pyattn, 1 thread",
+    baselines=("pyattn, 1 thread",),
     effort=Effort(min_rounds=3),
     seconds=10.0,
     table=_table,

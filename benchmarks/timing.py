@@ -13,7 +13,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 # Writing this much clears any GPU's L2; a few times over also keeps the GPU busy while the CPU queues the timed call,
 # so that the time between the events is the GPU's own.
-_FLUSH_BYTES, _FLUSHES = 256 << 20, 4
+_FLUSH_BYTES, _FLUSHES = 256 << 20, 8
 
 
 class Timing(NamedTuple):

@@ -113,7 +113,7 @@ def _close_to_definition(spec: AttentionSpec, x: Inputs) -> None:
     torch.testing.assert_close(lse, expected_lse)
 
 
-def test_dropout_drops_exactly_the_weights_of_the_contract():
+def test_dropout_drops_exactly_the_weights_of_the_contract_and_of_the_cpu():
     # With equal scores and one-hot values each output shows one weight.
     b, h, m, n = 2, 3, 40, 70
     q, k = torch.zeros(b, h, m, 1), torch.zeros(b, h, n, 1)
@@ -121,6 +121,8 @@ def test_dropout_drops_exactly_the_weights_of_the_contract():
     spec, x = _with_spec(q, k, v, dropout_p=0.75, seed=-3)
     out, _ = BACKEND.forward(spec, x)
     assert torch.equal(out > 0, dropout_keep(spec, x))
+    on_cpu, _ = BACKENDS["cpu"].forward(spec, x)
+    assert torch.equal(out > 0, on_cpu > 0)
 
 
 @pytest.mark.parametrize("key_lengths", [False, True], ids=["all-keys", "key-lengths"])
