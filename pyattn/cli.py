@@ -21,7 +21,6 @@ except ModuleNotFoundError as missing:
 
 import torch
 
-from pyattn import registry
 from pyattn.check import PyattnError, RangeError
 from pyattn.spec import FEATURES, dtype_name
 
@@ -90,7 +89,7 @@ def info() -> None:
     console.print(facts)
     console.print()
     states = Table("backend", "state")
-    for name, state in registry.backends().items():
+    for name, state in machine.backends().items():
         states.add_row(name, Text(state, "green" if state == "ready" else ""))
     console.print(states)
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import torch
 
 import pyattn
+from pyattn import api, registry
+from pyattn.backends import KernelError
 from pyattn.backends.cpu import isas
+from pyattn.spec import AttentionSpec
 
 # The vector instructions that CPU kernels are chosen by, as Linux names them.
 _CPU_FLAGS = ("sse4_2", "f16c", "fma", "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve")
@@ -29,6 +32,21 @@ def describe() -> dict[str, str]:
         "CPU kernels": ", ".join(isas()) or "none",
         "GPU": _gpu(),
     }
+
+
+def backends() -> dict[str, str]:
+    """Every backend's name with "ready" or the reason why not, after a small attention on those that say they are."""
+    states = registry.backends()
+    for name in (name for name, state in states.items() if state == "ready"):
+        backend = registry.BACKENDS[name]
+        x, numbers = api._prepare(*torch.zeros(3, 1, 1, 16, 16, device="cpu" if "cpu" in backend.devices else "cuda"))
+        spec = AttentionSpec.of(x, numbers)
+        try:
+            out, lse = backend.forward(spec, x)
+            backend.backward(spec, x, out, lse, out, None, False)
+        except KernelError as error:
+            states[name] = str(error)
+    return states
 
 
 def _version(package: str) -> str:

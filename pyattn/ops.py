@@ -73,14 +73,14 @@ def _attention(*args) -> tuple[Tensor, Tensor]:
 
 def _forward(x: Inputs, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor]:
     check_values(x)
-    return registry.choose(spec, backend).forward(spec, x)
+    return registry.run(spec, backend, lambda chosen: chosen.forward(spec, x))
 
 
 def _attention_backward(
     d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, bias_gradient: bool, *args
 ) -> list[Tensor]:
     x, spec, backend = _unpack(args)
-    grads = registry.choose(spec, backend).backward(spec, x, out, lse, d_out, d_lse, bias_gradient)
+    grads = registry.run(spec, backend, lambda chosen: chosen.backward(spec, x, out, lse, d_out, d_lse, bias_gradient))
     return [g for g in grads if g is not None]
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-from pyattn.backends import Backend
+from pyattn.backends import Backend, KernelError
 from pyattn.backends.cpu import CpuBackend
 from pyattn.backends.reference import ReferenceBackend
 from pyattn.backends.triton import TritonBackend
 from pyattn.check import RangeError, UnsupportedError
 from pyattn.spec import FEATURES, AttentionSpec, dtype_name
+
+Result = TypeVar("Result")
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (TritonBackend(), CpuBackend(), ReferenceBackend())
@@ -57,6 +60,16 @@ def choose(spec: AttentionSpec, name: str) -> Backend:
     lines = "\n".join(f"  {candidate}: {reason}" for candidate, reason in reasons.items())
     hint = '\nbackend="reference" runs everything, in float64 and in O(m * n) memory' if name != "reference" else ""
     raise UnsupportedError(f"no backend can run this attention:\n{lines}{hint}")
+
+
+def run(spec: AttentionSpec, name: str, call: Callable[[Backend], Result]) -> Result:
+    """`call` of the backend that `choose` finds; of the next one, where that cannot compile its kernel."""
+    while True:
+        backend = choose(spec, name)
+        try:
+            return call(backend)
+        except KernelError:
+            continue  # the backend refuses `spec` now
 
 
 def backends() -> dict[str, str]:

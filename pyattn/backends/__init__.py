@@ -13,6 +13,10 @@ from torch import Tensor
 from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, dtype_name
 
 
+class KernelError(Exception):
+    """A kernel could not be compiled or launched for a call. Its backend refuses calls of that kind from then on."""
+
+
 class Backend(ABC):
     """One implementation of the contract in `pyattn.spec`.
 
@@ -35,7 +39,11 @@ class Backend(ABC):
 
     @abstractmethod
     def forward(self, spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
-        """Returns out [b, h, m, dv] in q's dtype, laid out by `empty_output`, and lse [b, h, m], contiguous."""
+        """Returns out [b, h, m, dv] in q's dtype, laid out by `empty_output`, and lse [b, h, m], contiguous.
+
+        Raises:
+            KernelError: as does `backward`.
+        """
 
     @abstractmethod
     def backward(

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pyattn.backends import Backend
+from pyattn.backends import Backend, KernelError
 from pyattn.spec import AttentionSpec, Grads, Inputs, empty_gradients, empty_output, unit_stride
 
 if TYPE_CHECKING:
     from pyattn.triton_kernels.launch import Call
+
+# The releases whose kernels `make test-compile` compiles. Triton's language moves between them.
+_OLDEST, _NEWEST = (3, 6), (3, 9)
+_LONGEST_REASON = 300  # characters
 
 
 class TritonBackend(Backend):
@@ -25,6 +31,9 @@ class TritonBackend(Backend):
     })  # fmt: skip
     max_head_dim = 256
 
+    def __init__(self) -> None:
+        self._failures: dict[tuple[object, ...], str] = {}  # by kind of call
+
     def unavailable(self) -> str | None:
         return _shortcoming()
 
@@ -35,7 +44,20 @@ class TritonBackend(Backend):
             if spec.dtype is torch.bfloat16:
                 return "Triton's interpreter computes bfloat16 wrongly and without an error"
             spec = spec._replace(device="cuda")  # the interpreter takes CPU tensors in a GPU's place
-        return super().refusal(spec)
+        return super().refusal(spec) or (self._failures.get(_kind(spec)) if self._failures else None)
+
+    @contextmanager
+    def _compiling(self, spec: AttentionSpec) -> Iterator[None]:
+        """Remembers what cannot be compiled. A device's own errors, and memory that runs out, are not of this kind."""
+        try:
+            yield
+        except Exception as error:
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            if isinstance(error, RuntimeError) and ("CUDA" in said or "HIP" in said):
+                raise
+            reason = f"its kernel cannot be compiled here: {said[:_LONGEST_REASON]}"
+            self._failures[_kind(spec)] = reason
+            raise KernelError(reason) from error
 
     def forward(self, spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
         from pyattn.triton_kernels.decode import decode, suits
@@ -44,7 +66,8 @@ class TritonBackend(Backend):
         out = empty_output(x.q, spec.dv)
         lse = x.q.new_empty(spec.b, spec.h, spec.m, dtype=torch.float32)
         call = _call(spec, x)
-        (decode if suits(x.q, x.k, call) else flash_fwd)(x.q, x.k, x.v, out, lse, call)
+        with self._compiling(spec):
+            (decode if suits(x.q, x.k, call) else flash_fwd)(x.q, x.k, x.v, out, lse, call)
         return out, lse
 
     def backward(
@@ -65,9 +88,10 @@ class TritonBackend(Backend):
         d_out = unit_stride(d_out)
         d_lse = None if d_lse is None else d_lse.float().contiguous()
         lse = lse.contiguous()
-        delta = flash_bwd(
-            x.q, x.k, x.v, out, lse, d_out, d_lse, grads.q, grads.k, grads.v, grads.bias, _call(spec, x)
-        )  # fmt: skip
+        with self._compiling(spec):
+            delta = flash_bwd(
+                x.q, x.k, x.v, out, lse, d_out, d_lse, grads.q, grads.k, grads.v, grads.bias, _call(spec, x)
+            )  # fmt: skip
         return grads if x.sinks is None else grads._replace(sinks=_sink_gradient(x.sinks, lse, delta))
 
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
@@ -98,13 +122,21 @@ def _call(spec: AttentionSpec, x: Inputs) -> Call:
     )  # fmt: skip
 
 
+def _kind(spec: AttentionSpec) -> tuple[object, ...]:
+    """What a kernel is compiled for."""
+    return spec.dtype, spec.d, spec.dv, spec.features
+
+
 @cache
 def _shortcoming() -> str | None:
     """Why this machine cannot run the kernels."""
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError as error:
         return f"triton cannot be imported: {error}"
+    if not _OLDEST <= tuple(map(int, triton.__version__.split(".")[:2])) <= _NEWEST:
+        oldest, newest = (".".join(map(str, version)) for version in (_OLDEST, _NEWEST))
+        return f"needs Triton {oldest} to {newest}, with which it was tested; {triton.__version__} is installed"
     if _interpreted():
         return None
     if not torch.cuda.is_available():

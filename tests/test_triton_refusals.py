@@ -1,0 +1,93 @@
+"""Why the Triton backend does not run a call: each reason is a sentence in `backends()`, `explain` and the error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+
+import pyattn
+from pyattn import machine
+from pyattn.backends import triton as backend_module
+from pyattn.backends.triton import TritonBackend
+from pyattn.registry import AUTOMATIC, BACKENDS
+
+
+@pytest.mark.parametrize("version", ["2.3.1", "3.5.1", "3.10.0", "4.0.0"])
+def test_triton_that_was_not_tested_is_refused_by_its_version(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(triton, "__version__", version)
+    reason = backend_module._shortcoming.__wrapped__()
+    assert reason == f"needs Triton 3.6 to 3.9, with which it was tested; {version} is installed"
+
+
+def test_triton_that_is_missing_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "triton", None)
+    assert backend_module._shortcoming.__wrapped__().startswith("triton cannot be imported")
+
+
+def test_old_gpu_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    reason = backend_module._shortcoming.__wrapped__()
+    assert reason == "needs compute capability 8.0 or newer, Tesla T4 has 7.5"
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> TritonBackend:
+    """A Triton backend that takes CPU tensors, and whose forward does not compile."""
+    import pyattn.triton_kernels.flash_fwd as flash_fwd
+
+    def fail(*given: Any) -> None:
+        raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
+
+    backend = TritonBackend()
+    monkeypatch.setattr(backend_module, "_shortcoming", lambda: None)
+    monkeypatch.setattr(TritonBackend, "devices", frozenset({"cpu"}))
+    monkeypatch.setattr(flash_fwd, "flash_fwd", fail)
+    monkeypatch.setitem(BACKENDS, "triton", backend)
+    return backend
+
+
+REASON = "its kernel cannot be compiled here: OutOfResources: out of resource: shared memory"
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_kernel_that_does_not_compile_is_passed_over_by_auto_alone(broken: TritonBackend, requires_grad: bool) -> None:
+    assert AUTOMATIC[:2] == ("triton", "cpu")
+    q, k, v = (torch.randn(1, 2, 40, 16, requires_grad=requires_grad) for _ in range(3))
+    out = pyattn.attention(q, k, v)
+    assert torch.equal(out, pyattn.attention(q, k, v, backend="cpu"))
+    with pytest.raises(pyattn.UnsupportedError, match=f"triton: {REASON}"):
+        pyattn.attention(q, k, v, backend="triton")
+
+
+def test_kernel_that_does_not_compile_is_explained(broken: TritonBackend, capsys: pytest.CaptureFixture[str]) -> None:
+    q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    pyattn.attention(q, k, v)
+    pyattn.explain(q, k, v)
+    text = capsys.readouterr().out
+    assert f"triton     {REASON}" in text
+    assert "-> cpu" in text
+    pyattn.explain(q, k, v, causal=True)
+    assert "-> triton" in capsys.readouterr().out, "what was not tried is not refused"
+
+
+def test_kernel_that_does_not_compile_is_the_machines_state(broken: TritonBackend) -> None:
+    assert machine.backends()["triton"].startswith(REASON)
+
+
+def test_errors_of_the_device_are_not_taken_for_the_compilers(broken: TritonBackend, monkeypatch) -> None:
+    import pyattn.triton_kernels.flash_fwd as flash_fwd
+
+    def fail(*given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(flash_fwd, "flash_fwd", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        pyattn.attention(*(torch.randn(1, 2, 40, 16) for _ in range(3)))
