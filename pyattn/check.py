@@ -65,13 +65,15 @@ def check_inputs(
     """Checks every tensor by its metadata alone and returns them in the form `Inputs` promises."""
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     q, k, v = _check_qkv(q, k, v, packed, block_table is not None)
+    n = k.shape[2]
     if block_table is not None:
         block_table = _check_block_table(block_table, q, k)
+        n *= block_table.shape[1]
     q_segments = k_segments = None
     if mask is not None:
-        mask = _broadcastable("mask", mask, (torch.bool,), q, k)
+        mask = _broadcastable("mask", mask, (torch.bool,), q, n)
     if bias is not None:
-        bias = _broadcastable("bias", bias, (q.dtype, torch.float32), q, k)
+        bias = _broadcastable("bias", bias, (q.dtype, torch.float32), q, n)
     if key_lengths is not None:
         key_lengths = _integers("key_lengths", key_lengths, (q.shape[0],), q)
     if segment_ids is not None:
@@ -229,10 +231,10 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool, paged: bool) -> tu
     return q, k, v
 
 
-def _broadcastable(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor, k: Tensor) -> Tensor:
+def _broadcastable(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor, n: int) -> Tensor:
     """t as 4-D, each size 1 or that of the scores [b, h, m, n]."""
     _tensor_of(name, t, dtypes, q)
-    shape = (*q.shape[:3], k.shape[2])
+    shape = (*q.shape[:3], n)
     padded = t[(None,) * (4 - t.dim())] if t.dim() < 4 else t
     fits = padded.dim() == 4 and all(have == want or have == 1 for have, want in zip(padded.shape, shape, strict=True))
     if not fits:
