@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,12 +21,16 @@ def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.options = inputs[_N_TENSORS:]
 
 
-def backward(ctx, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+def backward(
+    ctx, d_out: Tensor | None, d_lse: Tensor | None, operator: Callable[..., Sequence[Tensor]] | None = None
+) -> tuple[Tensor | None, ...]:
+    """operator: in place of `pyattn::attention_backward`."""
+    operator = operator or torch.ops.pyattn.attention_backward
     *tensors, out, lse = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(out)
     bias_gradient = ctx.needs_input_grad[_BIAS]
-    found = iter(torch.ops.pyattn.attention_backward(d_out, d_lse, out, lse, bias_gradient, *tensors, *ctx.options))
+    found = iter(operator(d_out, d_lse, out, lse, bias_gradient, *tensors, *ctx.options))
     grads: list[Tensor | None] = [None] * (_N_TENSORS + len(ctx.options))
     for place in _DIFFERENTIABLE:
         if tensors[place] is not None and (bias_gradient or place != _BIAS):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from pyattn.spec import Inputs, as_batch, dtype_name, unit_stride
 
@@ -323,11 +324,16 @@ def _integers(name: str, t: Tensor, shape: tuple[int, ...], q: Tensor) -> Tensor
     _tensor_of(name, t, _INTEGERS, q)
     if tuple(t.shape) != shape:
         raise ShapeError(f"{name}: expected shape {list(shape)}, got {_shape(t)}")
-    if t.dtype is torch.int64 and t.device.type == "cpu" and t.numel() > 0 and not torch.compiler.is_compiling():
+    if t.dtype is torch.int64 and t.device.type == "cpu" and t.numel() > 0 and not _is_traced(t):
         low, high = (int(end) for end in torch.aminmax(t))
         if low < -(2**31) or high >= 2**31:
             raise RangeError(f"{name}: expected integers of 32 bits, got {low if low < -(2**31) else high}")
     return t.to(torch.int32)
+
+
+def _is_traced(t: Tensor) -> bool:
+    """Whether t has no values to look at now: torch.compile traces it, or it stands for many in torch.func's vmap."""
+    return torch.compiler.is_compiling() or is_functorch_wrapped_tensor(t)
 
 
 def _tensor_of(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor) -> None:

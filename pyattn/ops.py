@@ -16,7 +16,7 @@ from torch._C import (
 )
 from torch._C._autograd import _profiler_enabled
 
-from pyattn import autograd, registry
+from pyattn import autograd, registry, transforms
 from pyattn.check import check_values
 from pyattn.spec import AttentionSpec, Inputs, Numbers, empty_gradients, empty_output
 
@@ -43,6 +43,8 @@ def attention(x: Inputs, numbers: Numbers, backend: str) -> tuple[Tensor, Tensor
     """Runs the operator on the backend of that name, or on the one that "auto" finds. Returns (out, lse)."""
     if _concerns_the_backend_alone(x):
         return _forward(x, AttentionSpec.of(x, numbers), backend)
+    if not torch.compiler.is_compiling() and transforms.active():
+        return transforms.Attention.apply(*x, *numbers, backend)
     return torch.ops.pyattn.attention(*x, *numbers, backend)
 
 
@@ -112,3 +114,5 @@ torch.library.register_autograd(
     "pyattn::attention", autograd.backward, setup_context=autograd.setup_context, lib=_library
 )
 torch.library.register_autograd("pyattn::attention_backward", autograd.refuse_second_backward, lib=_library)
+torch.library.register_vmap("pyattn::attention", transforms.forward_rule, lib=_library)
+torch.library.register_vmap("pyattn::attention_backward", transforms.backward_rule, lib=_library)
