@@ -151,6 +151,27 @@ def test_compile_follows_a_change_of_backend() -> None:
     assert torch.equal(compiled(*tensors), before)
 
 
+class Exported(torch.nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.function(q, k, v)
+
+
+@pytest.mark.parametrize(
+    "name", ["attention", "attention-dropout-seed", "attention-gqa", "sdpa-causal", "sdpa-float-mask"]
+)
+def test_export_takes_any_batch_and_length(name: str) -> None:
+    b, m, n = (torch.export.Dim(axis, min=2) for axis in "bmn")
+    shapes = {"q": {0: b, 2: m}, "k": {0: b, 2: n}, "v": {0: b, 2: n}}
+    module = Exported(FUNCTIONS[name])
+    program = torch.export.export(module, qkv(5, 7), dynamic_shapes=shapes).module()
+    for tensors in (qkv(5, 7), qkv(11, 13, b=3)):
+        torch.testing.assert_close(program(*tensors), module(*tensors))
+
+
 OPERATOR_CASES = (
     "plain",
     "layout-bmhd",
