@@ -25,7 +25,7 @@ LEVELS = (
     ("pyattn.verification", "pyattn.machine"),
     ("pyattn.testing",),
     ("pyattn.api",),
-    ("pyattn.check", "pyattn.registry", "pyattn.autograd", "pyattn.ops"),
+    ("pyattn.check", "pyattn.registry", "pyattn.autograd", "pyattn.transforms", "pyattn.ops"),
     ("pyattn.backends",),
     ("triton_kernels", "pyattn.triton_kernels", "pyattn._C"),
     ("pyattn.spec", "pyattn.dropout"),
