@@ -3,6 +3,7 @@
 from pyattn import testing
 from pyattn.api import attention, attention_kvcache, attention_varlen, explain
 from pyattn.check import DeviceError, DtypeError, PyattnError, RangeError, ShapeError, UnsupportedError
+from pyattn.compat.patch import patch
 from pyattn.compat.torch import scaled_dot_product_attention
 from pyattn.nn.multihead_attention import MultiheadAttention
 from pyattn.registry import backends, use_backend
@@ -22,6 +23,7 @@ __all__ = [
     "attention_varlen",
     "backends",
     "explain",
+    "patch",
     "scaled_dot_product_attention",
     "testing",
     "use_backend",

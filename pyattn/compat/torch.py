@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pyattn import api
-from pyattn.check import DtypeError, RangeError, ShapeError, UnsupportedError, autocast_dtype
+from pyattn.check import DtypeError, RangeError, ShapeError, autocast_dtype
+from pyattn.compat.nested import nested_attention
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
@@ -39,8 +40,11 @@ def scaled_dot_product_attention(
         scale: 1 / sqrt(e) by default.
         enable_gqa: key and value may have fewer heads; head i reads key/value head i // (h // hk).
 
+    Nested tensors of layout torch.jagged, query and key [b, h, *, e] and value [b, h, *, ev], are sequences of their own
+    lengths; nothing is padded. They have no attn_mask, and with is_causal query and key have the same lengths.
+
     Returns:
-        [..., h, l, ev] in query's dtype; 0 for a query that sees no key.
+        [..., h, l, ev] in query's dtype; 0 for a query that sees no key. Nested as query is.
 
     Raises:
         ShapeError, DtypeError, DeviceError, RangeError, UnsupportedError: where torch raises, too.
@@ -48,6 +52,8 @@ def scaled_dot_product_attention(
     Differs from torch: a mask together with is_causal always raises (torch's fused CPU kernel joins the two), and a
     NaN in a key or value that a boolean mask hides from every query does not reach the output.
     """
+    if any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):
+        return nested_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     _check_query_key_value(query, key, value, enable_gqa)
     if attn_mask is not None:
         _check_mask(attn_mask, query, key, is_causal)
@@ -55,26 +61,51 @@ def scaled_dot_product_attention(
     if _is_causal_bias(attn_mask):
         options |= {"causal": True, "top_left": attn_mask.variant.name == "UPPER_LEFT"}
         attn_mask = None
+    is_batch = _is_batch(query, key, value, enable_gqa)
+    if attn_mask is not None:
+        scores = (*query.shape[:3], key.shape[2]) if is_batch else _scores_shape(query, key, enable_gqa)
+        _check_mask_shape(attn_mask, scores)
+    if is_batch:
+        return _attention(query, key, value, attn_mask, options)
+    return _folded_attention(query, key, value, attn_mask, enable_gqa, options)
 
+
+def _is_batch(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> bool:
+    """Whether q, k and v are [b, h, m, d] and so on already. They mostly are, and folding takes longer than a call."""
+    if not q.dim() == k.dim() == v.dim() == 4 or k.shape[:2] != v.shape[:2]:
+        return False
+    (b, h), (k_b, hk) = q.shape[:2], k.shape[:2]
+    return k_b == b and (hk == h or (enable_gqa and hk > 0 and h % hk == 0))
+
+
+def _folded_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool, options: dict[str, Any]
+) -> Tensor:
+    """Of tensors whose leading dimensions broadcast: merged into one of batch elements and one of heads."""
     true_rank = max(query.dim(), key.dim(), value.dim())
     rank = max(4, true_rank)
     q, k, v = (_of_rank(t, rank) for t in (query, key, value))
     lead = _leading_sizes(q, k, v, enable_gqa)
     if attn_mask is not None:
-        _check_mask_shape(attn_mask, query, key, enable_gqa)
         attn_mask = _of_rank(attn_mask, rank)
     rows, columns = _axes(lead, attn_mask)
     if k.shape[-3] != v.shape[-3] or columns != [rank - 3]:
         k, v = _repeated(k, lead[-1]), _repeated(v, lead[-1])
     q = q.expand(*lead, *q.shape[-2:])
     k, v = (t.expand(*lead[:-1], *t.shape[-3:]) for t in (k, v))
-
     if attn_mask is not None:
-        options["mask" if attn_mask.dtype is torch.bool else "bias"] = _folded(attn_mask, rows, columns)
-    if dropout_p == 1:  # no weight is kept: the same as a query that sees nothing
-        options |= {"dropout_p": 0.0, "mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=query.device)}
-    out, _ = api._attention(*(_folded(t, rows, columns) for t in (q, k, v)), **options)
+        attn_mask = _folded(attn_mask, rows, columns)
+    q, k, v = (_folded(t, rows, columns) for t in (q, k, v))
+    out = _attention(q, k, v, attn_mask, options)
     return _unfolded(out, lead, rows, columns)[(0,) * (rank - true_rank)]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+    if attn_mask is not None:
+        options["mask" if attn_mask.dtype is torch.bool else "bias"] = attn_mask
+    if options["dropout_p"] == 1:  # no weight is kept: the same as a query that sees nothing
+        options |= {"dropout_p": 0.0, "mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=q.device)}
+    return api._attention(q, k, v, **options)[0]
 
 
 def _check_query_key_value(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
@@ -82,8 +113,6 @@ def _check_query_key_value(query: Tensor, key: Tensor, value: Tensor, enable_gqa
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor):
             raise DtypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
-        if t.is_nested:
-            raise UnsupportedError(f"{name}: expected a dense tensor, got a nested one: pad it and pass a mask")
         if t.dim() < least:
             raise ShapeError(f"{name}: expected at least {least} dimensions {form}, got {list(t.shape)}")
         if t.dtype is not query.dtype and not torch.is_autocast_enabled(query.device.type):
@@ -118,22 +147,24 @@ def _check_mask(attn_mask: Any, query: Tensor, key: Tensor, is_causal: bool) -> 
                 f"attn_mask: expected a causal bias of size {want}, the lengths in query and key, got {have}"
             )
         return
-    dtype = autocast_dtype(query)
-    if attn_mask.dtype not in (torch.bool, torch.float32, dtype):
+    if attn_mask.dtype not in (torch.bool, torch.float32) and attn_mask.dtype is not (dtype := autocast_dtype(query)):
         raise DtypeError(f"attn_mask: expected torch.bool, torch.float32 or query's {dtype}, got {attn_mask.dtype}")
 
 
-def _check_mask_shape(attn_mask: Tensor, query: Tensor, key: Tensor, enable_gqa: bool) -> None:
+def _check_mask_shape(attn_mask: Tensor, scores: Sequence[int]) -> None:
     """The mask may broadcast, but unlike torch's arithmetic in general it may not make the scores larger."""
-    rank = max(query.dim(), key.dim())
-    q, k = _of_rank(query, rank), _of_rank(key, rank)
-    scores = [*_broadcast(q.shape[:-2], (*k.shape[:-3], 1) if enable_gqa else k.shape[:-2]), q.shape[-2], k.shape[-2]]
-    fits = attn_mask.dim() <= rank and all(
+    fits = attn_mask.dim() <= len(scores) and all(
         have == 1 or have == want for have, want in zip(reversed(attn_mask.shape), reversed(scores), strict=False)
     )
     if not fits:
-        raise ShapeError(f"attn_mask: expected a shape that broadcasts to that of the scores, {scores}, "
+        raise ShapeError(f"attn_mask: expected a shape that broadcasts to that of the scores, {list(scores)}, "
                          f"got {list(attn_mask.shape)}")  # fmt: skip
+
+
+def _scores_shape(query: Tensor, key: Tensor, enable_gqa: bool) -> list[int]:
+    rank = max(query.dim(), key.dim())
+    q, k = _of_rank(query, rank), _of_rank(key, rank)
+    return [*_broadcast(q.shape[:-2], (*k.shape[:-3], 1) if enable_gqa else k.shape[:-2]), q.shape[-2], k.shape[-2]]
 
 
 def _leading_sizes(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> list[int]:
@@ -199,4 +230,4 @@ def _repeated(t: Tensor, heads: int) -> Tensor:
 
 
 def _of_rank(t: Tensor, rank: int) -> Tensor:
-    return t[(None,) * (rank - t.dim())]
+    return t if t.dim() == rank else t[(None,) * (rank - t.dim())]

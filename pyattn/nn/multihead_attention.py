@@ -128,25 +128,26 @@ class MultiheadAttention(nn.Module):
         Raises:
             ShapeError, DtypeError, RangeError: an argument does not fit.
         """
+        ours = MultiheadAttention  # not self: `pyattn.patch` runs this on torch's modules, which have no such methods
         if isinstance(query, Tensor) and query.is_nested:
             is_plain = query is key and key is value and key_padding_mask is None and attn_mask is None
             if not (is_plain and self.batch_first):
                 raise UnsupportedError(
                     "query: nested tensors are for batch_first self-attention without masks, as in torch"
                 )
-            return self._forward_nested(query, need_weights, average_attn_weights)
+            return ours._forward_nested(self, query, need_weights, average_attn_weights)
         if is_causal and attn_mask is None:
             raise RangeError("is_causal: expected attn_mask as well: is_causal is a hint that attn_mask is causal")
         causal = is_causal and key_padding_mask is None and not need_weights
         if causal:
             attn_mask = None
-        self._check_inputs(query, key, value)
+        ours._check_inputs(self, query, key, value)
         is_batched = query.dim() == 3
-        q, k, v = (self._split_heads(t, is_batched) for t in self._project(query, key, value))
-        mask, bias = self._masks(key_padding_mask, attn_mask, q, k, is_batched)
-        k, v = self._append_keys(k, v)
-        out, weights = self._attend(q, k, v, mask, bias, causal, need_weights, average_attn_weights)
-        out = self.out_proj(self._join_heads(out, is_batched))
+        q, k, v = (ours._split_heads(self, t, is_batched) for t in ours._project(self, query, key, value))
+        mask, bias = ours._masks(self, key_padding_mask, attn_mask, q, k, is_batched)
+        k, v = ours._append_keys(self, k, v)
+        out, weights = ours._attend(self, q, k, v, mask, bias, causal, need_weights, average_attn_weights)
+        out = self.out_proj(ours._join_heads(self, out, is_batched))
         if weights is not None and not is_batched:
             weights = weights.squeeze(0)
         return out, weights
@@ -156,7 +157,9 @@ class MultiheadAttention(nn.Module):
         lengths = [sequence.shape[0] for sequence in x.unbind()]
         padded = x.to_padded_tensor(0.0)  # [b, m, e]
         is_padding = torch.arange(padded.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device)[:, None]
-        out, weights = self(padded, padded, padded, is_padding, need_weights, average_attn_weights=average)
+        out, weights = MultiheadAttention.forward(
+            self, padded, padded, padded, is_padding, need_weights, average_attn_weights=average
+        )
         rows = [row[:length] for row, length in zip(out, lengths, strict=True)]
         return torch.nested.as_nested_tensor(rows, layout=x.layout), weights
 
