@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.cache_utils import DynamicCache
+from transformers.utils import output_capturing
 
 import pyattn
 from pyattn.compat import transformers as face
@@ -185,6 +186,9 @@ def test_packed_sequences_are_apart_as_in_eager(name: str) -> None:
     # With a cache, transformers makes a mask in which they are not apart, and only the starts say so.
     starts = {"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS, "max_length_q": 5, "max_length_k": 5}
     assert_same(results(model, "pyattn", call | starts, real), expected)
+    # Without, it says so itself, and a mask is the whole truth.
+    starts["cu_seq_lens_q"] = starts["cu_seq_lens_k"] = STARTS[[0, -1]]
+    assert_same(results(model, "pyattn", call | starts | {"use_cache": False}, real), expected)
 
 
 ATTENTIONS = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
@@ -221,7 +225,15 @@ def test_output_attentions_not_asked_for_are_none() -> None:
     model.set_attn_implementation("pyattn")
     assert model(**call, output_attentions=True).attentions is not None
     assert model(**call).attentions is None
-    assert pyattn_attention_forward(nn.Module(), *qkv(), None)[1] is None
+    assert pyattn_attention_forward(module_of(), *qkv(), None)[1] is None
+
+
+def test_output_attentions_collected_under_another_name_are_returned() -> None:
+    collector = output_capturing._active_collector
+    token = collector.set({"cross_attentions": []})
+    weights = pyattn_attention_forward(module_of(), *qkv(), None)[1]
+    collector.reset(token)
+    assert weights is not None
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -383,10 +395,12 @@ MASK_FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     ),
     "chunked": lambda u: u.chunked_causal_mask_function(3, torch.tensor([0, 1])),
     "or": lambda u: u.or_masks(u.causal_mask_function, lambda b, h, q, k: k == 5),
+    "two-windows": lambda u: u.and_masks(u.sliding_window_overlay(3), u.sliding_window_causal_mask_function(WINDOW)),
 }
 # (queries, keys, where the first query stands, where the first key stands)
 PLACES = {
     "square": (LENGTH, LENGTH, 0, 0),
+    "one-more-than-the-window": (WINDOW + 1, WINDOW + 1, 0, 0),
     "continued": (3, 9, 6, 0),
     "sliding-cache": (3, 7, 9, 5),
     "static-cache": (4, 9, 0, 0),
@@ -402,7 +416,7 @@ def mask_call(function: str, padding: str, place: str, config: str = "Llama") ->
         "mask_function": MASK_FUNCTIONS[function](masking_utils), "device": torch.device("cpu"), "dtype": torch.float32,
         "attention_mask": None if padding == "none" else padding_mask(padding, int(q_offset) + m) > 0,
         "local_size": {"sliding": WINDOW, "sliding-both-sides": WINDOW, "chunked": 3}.get(function),
-        "allow_is_causal_skip": not both_sides and function not in ("packed", "or"),
+        "allow_is_causal_skip": not both_sides and function not in ("packed", "or", "two-windows"),
         "allow_is_bidirectional_skip": both_sides, "config": _original(config).config,
     }  # fmt: skip
 
@@ -419,7 +433,7 @@ def unskipped(call: dict[str, Any]) -> Tensor:
 def test_mask_is_sdpas_read_as_a_band_or_as_a_tensor(function: str, place: str, padding: str) -> None:
     call = mask_call(function, padding, place)
     expected, mask = unskipped(call), pyattn_mask(**call)
-    if function in ("chunked", "or"):
+    if function in ("chunked", "or", "two-windows"):
         assert type(mask) is Tensor
     else:
         assert isinstance(mask, BandMask)
@@ -461,6 +475,14 @@ def test_mask_written_to_is_read_as_written() -> None:
     q, k, v = qkv(LENGTH, LENGTH)
     out, _ = pyattn_attention_forward(module_of(), q, k, v, mask)
     torch.testing.assert_close(out, pyattn_attention_forward(module_of(), q, k, v, expected)[0])
+
+
+@pytest.mark.parametrize(("config", "may_be_none"), [("Llama", True), ("GptOss", False)])
+def test_mask_is_none_only_for_models_that_sdpa_runs(config: str, may_be_none: bool) -> None:
+    call = mask_call("causal", "none", "square", config)
+    assert (torch.compile(lambda: pyattn_mask(**call), backend="aot_eager", fullgraph=True)() is None) == may_be_none
+    wide = masking_utils.chunked_causal_mask_function(LENGTH + 1, torch.zeros(B, dtype=torch.int64))
+    assert (pyattn_mask(**call | {"mask_function": wide, "local_size": LENGTH + 1}) is None) == may_be_none
 
 
 def test_mask_of_a_model_that_only_eager_runs_is_eagers() -> None:

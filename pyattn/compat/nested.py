@@ -67,7 +67,7 @@ def _of_ragged_heads(q: Nested, k: Nested, v: Nested, options: dict[str, Any]) -
 def _check(tensors: dict[str, Nested]) -> None:
     query = tensors["query"]
     for name, t in tensors.items():
-        if not isinstance(t, Tensor):
+        if not isinstance(t, torch.Tensor):
             raise DtypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
         if t.layout is not torch.jagged:
             kind = f"a nested tensor of {t.layout}" if t.is_nested else "a dense tensor"
@@ -75,7 +75,7 @@ def _check(tensors: dict[str, Nested]) -> None:
                 f"{name}: expected a nested tensor of torch.jagged, as all three are if one is, got {kind}: "
                 "torch.nested.as_nested_tensor(list(t.unbind()), layout=torch.jagged) makes it one"
             )
-        if t.lengths() is not None:
+        if t.lengths() is not None:  # type: ignore[attr-defined]
             raise UnsupportedError(f"{name}: expected sequences without gaps, got those of torch.nested.narrow: "
                                    "its result's contiguous() closes them")  # fmt: skip
         if t.dim() != 4:

@@ -40,7 +40,7 @@ def scaled_dot_product_attention(
         scale: 1 / sqrt(e) by default.
         enable_gqa: key and value may have fewer heads; head i reads key/value head i // (h // hk).
 
-    Nested tensors of layout torch.jagged, query and key [b, h, *, e] and value [b, h, *, ev], are sequences of their own
+    Nested query and key [b, h, *, e] and value [b, h, *, ev], of layout torch.jagged, are sequences of their own
     lengths; nothing is padded. They have no attn_mask, and with is_causal query and key have the same lengths.
 
     Returns:

@@ -159,7 +159,7 @@ def _visibility(
     """Who sees whom: the offset of `pyattn.spec`, and arguments of pyattn.attention."""
     b, m, n = key.shape[0], query.shape[2], key.shape[2]
     if attention_mask is None:
-        causal = m > 1 and (getattr(module, "is_causal", False) if is_causal is None else is_causal)
+        causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
         side = None if sliding_window is None else sliding_window - 1
         # Several queries begin with the first key, as in a static cache just begun; a single one is the last.
         return (0 if m > 1 else n - 1), {"window": (side, 0 if causal else side)}
@@ -371,8 +371,7 @@ def _band_mask(
 ) -> BandMask:
     from transformers.masking_utils import prepare_padding_mask
 
-    m, n, first = call["q_length"], call["kv_length"], int(call["kv_offset"])
-    offset = int(call["q_offset"]) - first
+    n, first = call["kv_length"], int(call["kv_offset"])
     tensors = {"anchor": torch.empty(0, device=call["device"])}
     if segments is not None:
         tensors["segments"] = segments.to(torch.int32)
@@ -384,6 +383,5 @@ def _band_mask(
         is_absent, is_at_the_end = torch.stack([keys.all(), at_the_end.all()]).tolist()  # one wait for the device
         if not is_absent:
             tensors |= {"key_lengths": lengths} if is_at_the_end else {"keys": keys[:, None, None, :]}
-    if left is not None and left >= offset + m - 1:
-        left = None
-    return BandMask((call["batch_size"], 1, m, n), (offset, left, right), **tensors)
+    band = int(call["q_offset"]) - first, left, right
+    return BandMask((call["batch_size"], 1, call["q_length"], n), band, **tensors)
