@@ -228,6 +228,15 @@ def test_output_attentions_not_asked_for_are_none() -> None:
     assert pyattn_attention_forward(module_of(), *qkv(), None)[1] is None
 
 
+def test_output_attentions_under_autocast_have_the_dtype_of_query() -> None:
+    q, k, v = (t.float() for t in qkv())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, weights = pyattn_attention_forward(module_of(), q, k, v, None, output_attentions=True)
+    assert out.dtype is torch.bfloat16 and weights.dtype is torch.float32
+    torch.testing.assert_close(weights, defined(q, k, v, SEE_ALL)[1], rtol=0, atol=0.02)
+    assert (weights.sum(-1) - 1).abs().max() < 1e-5
+
+
 def test_output_attentions_collected_under_another_name_are_returned() -> None:
     collector = output_capturing._active_collector
     token = collector.set({"cross_attentions": []})

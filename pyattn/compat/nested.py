@@ -27,6 +27,9 @@ def nested_attention(
     if attn_mask is not None:
         raise UnsupportedError("attn_mask: expected None with nested tensors, as in torch, got a mask")
     tensors = {"query": query, "key": key, "value": value}
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise DtypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
     _check(tensors)
     options: dict[str, Any] = {"causal": is_causal, "scale": scale, "dropout_p": 0.0 if dropout_p == 1 else dropout_p}
     if all(t._ragged_idx == 1 for t in tensors.values()):
@@ -67,15 +70,13 @@ def _of_ragged_heads(q: Nested, k: Nested, v: Nested, options: dict[str, Any]) -
 def _check(tensors: dict[str, Nested]) -> None:
     query = tensors["query"]
     for name, t in tensors.items():
-        if not isinstance(t, torch.Tensor):
-            raise DtypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
         if t.layout is not torch.jagged:
             kind = f"a nested tensor of {t.layout}" if t.is_nested else "a dense tensor"
             raise UnsupportedError(
                 f"{name}: expected a nested tensor of torch.jagged, as all three are if one is, got {kind}: "
                 "torch.nested.as_nested_tensor(list(t.unbind()), layout=torch.jagged) makes it one"
             )
-        if t.lengths() is not None:  # type: ignore[attr-defined]
+        if t.lengths() is not None:
             raise UnsupportedError(f"{name}: expected sequences without gaps, got those of torch.nested.narrow: "
                                    "its result's contiguous() closes them")  # fmt: skip
         if t.dim() != 4:

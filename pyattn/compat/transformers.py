@@ -36,8 +36,8 @@ _REFUSED = {
     "cache": "continuous batching needs an implementation that reads its pages; attn_implementation='sdpa' does",
 }
 
-# What transformers has been asked to collect. From 5.2 on this is how weights are asked for: of the models that take
-# `output_attentions`, some hand it down to attention and some do not.
+# What transformers has been asked to collect. Newer ones ask for weights by this: of the models that take
+# `output_attentions`, some, like GPT-2, do not hand it down to attention.
 _collector: Any = None
 
 
@@ -70,7 +70,7 @@ def register(ignore: Iterable[str] = ()) -> None:
         from transformers.utils.output_capturing import _active_collector
 
         _collector = _active_collector
-    except ModuleNotFoundError:  # before 5.2, where there are only those models that hand `output_attentions` down
+    except ModuleNotFoundError:  # as in 5.0, where a model that does not hand `output_attentions` down gets no weights
         _collector = None
     _IGNORED.update(ignore)
 
@@ -137,7 +137,7 @@ def pyattn_attention_forward(
     numbers = numbers._replace(offset=offset)
     out, lse = api._run(x, numbers, "auto")
     out = out.transpose(1, 2).contiguous()
-    return out, _weights(x, numbers, lse) if output_attentions or _collects_weights() else None
+    return out, _weights(x, numbers, lse).to(query.dtype) if output_attentions or _collects_weights() else None
 
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
@@ -159,6 +159,7 @@ def _visibility(
     """Who sees whom: the offset of `pyattn.spec`, and arguments of pyattn.attention."""
     b, m, n = key.shape[0], query.shape[2], key.shape[2]
     if attention_mask is None:
+        # Of a module that says nothing sdpa thinks that it is causal, and eager that it is not.
         causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
         side = None if sliding_window is None else sliding_window - 1
         # Several queries begin with the first key, as in a static cache just begun; a single one is the last.
@@ -211,16 +212,16 @@ def _collects_weights() -> bool:
 
 
 def _weights(x: Inputs, numbers: Numbers, lse: Tensor) -> Tensor:
-    """The weights [b, h, m, n] that the values were multiplied with, in q's dtype; differentiable."""
+    """The weights [b, h, m, n] that the values were multiplied with, in float32 or float64; differentiable."""
     spec = AttentionSpec.of(x, numbers)
-    accurate = cast(x, spec.accumulator)
+    x = cast(x, spec.accumulator)
     with torch.autocast(x.q.device.type, enabled=False):
-        s = scores(spec, accurate, accurate.k.repeat_interleave(spec.h // spec.hk, 1))
+        s = scores(spec, x, x.k.repeat_interleave(spec.h // spec.hk, 1))
     # Hidden before exp, not after: exp may overflow there, and its gradient would be NaN.
     p = torch.where(visible(spec, x), s - lse[..., None], -torch.inf).exp()
     if x.seed is not None:
         p = p * dropout_keep(spec, x) / (1 - spec.dropout_p)
-    return p.to(x.q.dtype)
+    return p
 
 
 class BandMask(Tensor):
