@@ -298,21 +298,14 @@ def pyattn_mask(**call: Any) -> Tensor | None:
     from transformers import masking_utils
     from transformers.utils import import_utils
 
-    config, padding, mask_function = type(call.get("config")), call["attention_mask"], call["mask_function"]
+    config = type(call.get("config"))
     if not _declares(config, "_supports_sdpa", "_supports_flash_attn"):
         return masking_utils.eager_mask(**call | {"allow_is_bidirectional_skip": False})
-    may_skip = _declares(config, "_supports_sdpa")
-    if call.get("q_length", 1) > 1:
-        if not import_utils.is_tracing(padding):
-            band = _band(mask_function)
-            if band is not None:
-                return _band_mask(call, **band)
-        elif (  # as sdpa's mask does with torch 2.14
-            may_skip and call["allow_is_causal_skip"] and padding is None and call["q_length"] == call["kv_length"]
-            and mask_function is masking_utils.causal_mask_function
-        ):  # fmt: skip
-            return None
-    if not may_skip:
+    if call.get("q_length", 1) > 1 and not import_utils.is_tracing(call["attention_mask"]):
+        band = _band(call["mask_function"])
+        if band is not None:
+            return _band_mask(call, **band)
+    if not _declares(config, "_supports_sdpa"):
         call |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return masking_utils.sdpa_mask(**call)
 
