@@ -1,5 +1,5 @@
 # make run: everything a new user wants to see.  make test: everything that must hold.
-# make test-compile: the Triton kernels compiled by the Tritons of torch 2.11 and 2.13.
+# make test-compile: the Triton kernels compiled by Triton 3.6, 3.7 and 3.8.
 # make sanitize: the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; needs GCC.
 # All set themselves up in .venv inside this folder and touch nothing outside it.
 
@@ -46,7 +46,7 @@ sanitize: .venv/sanitize
 	  || { cat $(SANITIZE)/report.*; exit 1; }
 
 # Each in a folder of its own. Triton 3.9 compiles everything it was shown, but lets d_k and d_v of head size 128 spill.
-TRITONS := 3.6.0 3.7.0
+TRITONS := 3.6.0 3.7.0 3.8.0
 
 test-compile: $(TRITONS:%=test-compile-%)
 
