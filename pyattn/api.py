@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from pyattn import check, ops, registry
-from pyattn.backends.reference import ReferenceBackend
-from pyattn.spec import AttentionSpec, Inputs, Numbers, as_packed, dtype_name
+from pyattn import check, core, registry
+from pyattn.spec import AttentionSpec, dtype_name
 
 
 def attention(
@@ -71,11 +69,11 @@ def attention(
 
     Source: Dao 2023, arXiv:2307.08691, Algorithm 1. Differs from torch's SDPA: `causal` is bottom-right.
     """
-    x, numbers = _prepare(
+    x, numbers = core.prepare(
         q, k, v, mask=mask, bias=bias, causal=causal, window=window, key_lengths=key_lengths, segment_ids=segment_ids,
         scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
-    out, lse = _run(x, numbers, backend)
+    out, lse = core.run(x, numbers, backend)
     return (out, lse) if return_lse else out
 
 
@@ -124,11 +122,11 @@ def attention_varlen(
     Source: the varlen interface of Dao 2023, arXiv:2307.08691.
     """
     check.check_dense("cu_seqlens_q", cu_seqlens_q)  # without it the call would be an unpacked one
-    x, numbers = _prepare(
+    x, numbers = core.prepare(
         q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, causal=causal, window=window, scale=scale,
         softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
-    out, lse = _run(x, numbers, backend)
+    out, lse = core.run(x, numbers, backend)
     return (out, lse) if return_lse else out
 
 
@@ -176,7 +174,7 @@ def attention_kvcache(
     Source: Kwon et al. 2023, arXiv:2309.06180 (paged attention).
     """
     check.check_dense("key_lengths", key_lengths)  # without them nothing says how much of the cache is filled
-    x, numbers = _prepare(
+    x, numbers = core.prepare(
         q, k, v, key_lengths=key_lengths, block_table=block_table, causal=causal, window=window, scale=scale,
         softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, cached=True,
     )  # fmt: skip
@@ -184,7 +182,7 @@ def attention_kvcache(
         raise check.UnsupportedError(
             "attention_kvcache: expected tensors without gradient, or torch.no_grad() around the call: a cache has none"
         )
-    out, lse = _run(x, numbers, backend)
+    out, lse = core.run(x, numbers, backend)
     return (out, lse) if return_lse else out
 
 
@@ -195,7 +193,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options
     `attention_kvcache`. Runs nothing.
     """
     options.pop("return_lse", None)
-    spec = AttentionSpec.of(*_prepare(q, k, v, **options))
+    spec = AttentionSpec.of(*core.prepare(q, k, v, **options))
     name = registry.requested(backend)
     refusals = {candidate: b.refusal(spec) for candidate, b in registry.BACKENDS.items()}
     order = registry.AUTOMATIC if name == "auto" else (name,)
@@ -209,68 +207,6 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options
         text = refusals[candidate] or _memory_line(spec, *b.workspace_bytes(spec))
         print(f"{arrow} {candidate:<10} {text}")
     print(f"   {'unfused':<10} would hold {_megabytes(spec.score_bytes)} for each [b, h, m, n] matrix")
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options: Any) -> tuple[Tensor, Tensor]:
-    """`attention` for the other faces, which may be top-left (`top_left`), packed (`cu_seqlens_*`) or `cached`."""
-    return _run(*_prepare(q, k, v, **options), backend)
-
-
-def _run(x: Inputs, numbers: Numbers, backend: str) -> tuple[Tensor, Tensor]:
-    """out and lse, for packed sequences as [total_q, h, dv] and [h, total_q]."""
-    name = registry.requested(backend)
-    if name == ReferenceBackend.name:
-        # Plain differentiable torch: outside the operator, torch derives it to any order.
-        if not torch.compiler.is_compiling():
-            check.check_values(x)
-        out, lse = registry.BACKENDS[name].forward(AttentionSpec.of(x, numbers), x)
-    elif forward_ad._current_level >= 0:
-        # The operator has no formula for it, and torch would take the tangent to be zero.
-        raise check.UnsupportedError(
-            'forward-mode AD: expected backend="reference", the fused backends have derivatives in reverse mode only'
-        )
-    else:
-        out, lse = ops.attention(x, numbers, name)
-    return (out, lse) if x.cu_seqlens_q is None else (as_packed(out), lse.squeeze(0))
-
-
-def _prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    causal: bool = False,
-    window: Sequence[int | None] | None = None,
-    key_lengths: Tensor | None = None,
-    segment_ids: tuple[Tensor, Tensor] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    block_table: Tensor | None = None,
-    top_left: bool = False,
-    cached: bool = False,
-) -> tuple[Inputs, Numbers]:
-    """The checked arguments of one call, in the form backends take."""
-    if torch._C._is_any_autocast_enabled():
-        q, k, v = (t.to(check.autocast_dtype(t)) if isinstance(t, Tensor) else t for t in (q, k, v))
-    dropout_p = check.check_dropout(dropout_p)
-    left, right = check.check_band(causal, window)
-    x = check.check_inputs(
-        q, k, v, mask=mask, bias=bias, key_lengths=key_lengths, segment_ids=segment_ids, alibi_slopes=alibi_slopes,
-        sinks=sinks, seed=seed, dropout_p=dropout_p, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        block_table=block_table,
-    )  # fmt: skip
-    _, _, m, d = x.q.shape
-    offset = None if cached else 0 if top_left or x.cu_seqlens_q is not None else x.k.shape[2] - m
-    scale, softcap = check.check_scale(scale, d), check.check_softcap(softcap)
-    return x, Numbers(scale, offset, left, right, softcap, dropout_p)
 
 
 def _memory_line(spec: AttentionSpec, forward: int, backward: int) -> str:

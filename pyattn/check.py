@@ -76,11 +76,11 @@ def check_inputs(
     if bias is not None:
         bias = _broadcastable("bias", bias, (q.dtype, torch.float32), q, n)
     if key_lengths is not None:
-        key_lengths = _integers("key_lengths", key_lengths, (q.shape[0],), q)
+        key_lengths = check_integers("key_lengths", key_lengths, (q.shape[0],), q)
     if segment_ids is not None:
         q_segments, k_segments = _check_segments(segment_ids, q, k)
     if packed:
-        cu_seqlens_q, cu_seqlens_k = _check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
+        cu_seqlens_q, cu_seqlens_k = check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
     if alibi_slopes is not None:
         alibi_slopes = _check_slopes(alibi_slopes, q, cu_seqlens_q)
     if sinks is not None:
@@ -162,8 +162,8 @@ def check_values(x: Inputs) -> None:
         _check_pages(x.block_table, lengths, *x.k.shape[::2])
     cu_q, cu_k = x.cu_seqlens_q, x.cu_seqlens_k
     if cu_q is not None and cu_k is not None and cu_q.device.type == "cpu":
-        _check_starts("cu_seqlens_q", cu_q.tolist(), x.q.shape[2])
-        _check_starts("cu_seqlens_k", cu_k.tolist(), x.k.shape[2])
+        check_starts("cu_seqlens_q", cu_q.tolist(), x.q.shape[2])
+        check_starts("cu_seqlens_k", cu_k.tolist(), x.k.shape[2])
 
 
 def _check_pages(block_table: Tensor, lengths: Tensor, pages: int, page_size: int) -> None:
@@ -178,7 +178,7 @@ def _check_pages(block_table: Tensor, lengths: Tensor, pages: int, page_size: in
         )
 
 
-def _check_starts(name: str, starts: list[int], rows: int) -> None:
+def check_starts(name: str, starts: list[int], rows: int) -> None:
     """Whether the sequences begin at row 0, follow one another, and end with the rows of q or k."""
     side = name[-1]
     if starts[0] != 0:
@@ -234,7 +234,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool, paged: bool) -> tu
 
 def _broadcastable(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor, n: int) -> Tensor:
     """t as 4-D, each size 1 or that of the scores [b, h, m, n]."""
-    _tensor_of(name, t, dtypes, q)
+    check_tensor(name, t, dtypes, q)
     shape = (*q.shape[:3], n)
     padded = t[(None,) * (4 - t.dim())] if t.dim() < 4 else t
     fits = padded.dim() == 4 and all(have == want or have == 1 for have, want in zip(padded.shape, shape, strict=True))
@@ -245,19 +245,19 @@ def _broadcastable(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], q: Ten
 
 
 def _check_block_table(block_table: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    _tensor_of("block_table", block_table, _INTEGERS, q)
+    check_tensor("block_table", block_table, _INTEGERS, q)
     if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
         raise ShapeError(
             f"block_table: expected [b={q.shape[0]}, pages of one batch element], got {_shape(block_table)}"
         )
     if k.shape[2] == 0:
         raise ShapeError(f"k: expected pages of at least 1 key, got {_shape(k)}")
-    return _integers("block_table", block_table, tuple(block_table.shape), q).contiguous()
+    return check_integers("block_table", block_table, tuple(block_table.shape), q).contiguous()
 
 
-def _check_cu_seqlens(cu_seqlens_q: Any, cu_seqlens_k: Any, q: Tensor) -> tuple[Tensor, Tensor]:
+def check_cu_seqlens(cu_seqlens_q: Any, cu_seqlens_k: Any, q: Tensor) -> tuple[Tensor, Tensor]:
     for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        _tensor_of(name, t, _INTEGERS, q)
+        check_tensor(name, t, _INTEGERS, q)
         if t.dim() != 1 or t.shape[0] == 0:
             raise ShapeError(f"{name}: expected [s + 1], the start of each of s sequences and the end, got {_shape(t)}")
     size = cu_seqlens_q.shape[0]
@@ -265,8 +265,8 @@ def _check_cu_seqlens(cu_seqlens_q: Any, cu_seqlens_k: Any, q: Tensor) -> tuple[
         why = f"cu_seqlens_q has {size} elements"
         raise ShapeError(f"cu_seqlens_k: expected [s + 1={size}], got {_shape(cu_seqlens_k)}: {why}")
     return (
-        _integers("cu_seqlens_q", cu_seqlens_q, (size,), q).contiguous(),
-        _integers("cu_seqlens_k", cu_seqlens_k, (size,), q).contiguous(),
+        check_integers("cu_seqlens_q", cu_seqlens_q, (size,), q).contiguous(),
+        check_integers("cu_seqlens_k", cu_seqlens_k, (size,), q).contiguous(),
     )
 
 
@@ -275,8 +275,8 @@ def _check_segments(ids: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> tuple[T
         raise DtypeError(f"segment_ids: expected a pair (q_ids [b, m], k_ids [b, n]), got {type(ids).__name__}")
     b = q.shape[0]
     return (
-        _integers("segment_ids[0]", ids[0], (b, q.shape[2]), q),
-        _integers("segment_ids[1]", ids[1], (b, k.shape[2]), q),
+        check_integers("segment_ids[0]", ids[0], (b, q.shape[2]), q),
+        check_integers("segment_ids[1]", ids[1], (b, k.shape[2]), q),
     )
 
 
@@ -286,7 +286,7 @@ def _check_slopes(slopes: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tenso
     name = "b"
     if cu_seqlens is not None:
         name, b = "s", cu_seqlens.shape[0] - 1
-    _tensor_of("alibi_slopes", slopes, DTYPES, q)
+    check_tensor("alibi_slopes", slopes, DTYPES, q)
     if tuple(slopes.shape) not in ((h,), (b, h)):
         raise ShapeError(f"alibi_slopes: expected [h={h}] or [{name}={b}, h={h}], got {_shape(slopes)}")
     if slopes.requires_grad:
@@ -299,7 +299,7 @@ def _check_slopes(slopes: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tenso
 
 def _check_sinks(sinks: Tensor, q: Tensor) -> Tensor:
     h = q.shape[1]
-    _tensor_of("sinks", sinks, DTYPES, q)
+    check_tensor("sinks", sinks, DTYPES, q)
     if tuple(sinks.shape) != (h,):
         raise ShapeError(f"sinks: expected [h={h}], one logit per query head, got {_shape(sinks)}")
     return sinks.to(torch.float64 if q.dtype is torch.float64 else torch.float32)
@@ -320,23 +320,23 @@ def _check_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-def _integers(name: str, t: Tensor, shape: tuple[int, ...], q: Tensor) -> Tensor:
-    _tensor_of(name, t, _INTEGERS, q)
+def check_integers(name: str, t: Tensor, shape: tuple[int, ...], q: Tensor) -> Tensor:
+    check_tensor(name, t, _INTEGERS, q)
     if tuple(t.shape) != shape:
         raise ShapeError(f"{name}: expected shape {list(shape)}, got {_shape(t)}")
-    if t.dtype is torch.int64 and t.device.type == "cpu" and t.numel() > 0 and not _is_traced(t):
+    if t.dtype is torch.int64 and t.device.type == "cpu" and t.numel() > 0 and not is_traced(t):
         low, high = (int(end) for end in torch.aminmax(t))
         if low < -(2**31) or high >= 2**31:
             raise RangeError(f"{name}: expected integers of 32 bits, got {low if low < -(2**31) else high}")
     return t.to(torch.int32)
 
 
-def _is_traced(t: Tensor) -> bool:
+def is_traced(t: Tensor) -> bool:
     """Whether t has no values to look at now: torch.compile traces it, or it stands for many in torch.func's vmap."""
     return torch.compiler.is_compiling() or is_functorch_wrapped_tensor(t)
 
 
-def _tensor_of(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor) -> None:
+def check_tensor(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor) -> None:
     check_dense(name, t)
     if t.dtype not in dtypes:
         expected = " or ".join(dict.fromkeys(map(dtype_name, dtypes)))

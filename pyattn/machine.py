@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import pyattn
-from pyattn import api, registry
+from pyattn import core, registry
 from pyattn.backends import KernelError
 from pyattn.backends.cpu import isas
 from pyattn.spec import AttentionSpec
@@ -39,7 +39,7 @@ def backends() -> dict[str, str]:
     states = registry.backends()
     for name in (name for name, state in states.items() if state == "ready"):
         backend = registry.BACKENDS[name]
-        x, numbers = api._prepare(*torch.zeros(3, 1, 1, 16, 16, device="cpu" if "cpu" in backend.devices else "cuda"))
+        x, numbers = core.prepare(*torch.zeros(3, 1, 1, 16, 16, device="cpu" if "cpu" in backend.devices else "cuda"))
         spec = AttentionSpec.of(x, numbers)
         try:
             out, lse = backend.forward(spec, x)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyattn import api, registry
+from pyattn import core, registry
 from pyattn.backends.reference import cast, definition, rounding, visible
 from pyattn.spec import AttentionSpec, as_batch, as_packed
 
@@ -224,7 +224,7 @@ def evaluate(call: Call, attention: Callable[..., tuple[Tensor, Tensor]]) -> dic
 def evaluate_backend(call: Call, backend: str) -> dict[str, Tensor]:
     """`evaluate` for one of pyattn's backends, with every result tensor poisoned with NaN before its kernel runs."""
     with _poisoned():
-        return evaluate(call, lambda **arguments: api._attention(**arguments, backend=backend))
+        return evaluate(call, lambda **arguments: core.attend(**arguments, backend=backend))
 
 
 def reference(call: Call) -> Oracle:
@@ -293,14 +293,14 @@ def check_case(backend: str, case: Case, dtype: torch.dtype, device: str | torch
 def refusal(backend: str, case: Case, dtype: torch.dtype, device: str | torch.device = "cpu") -> str | None:
     """Why `backend` does not run `case`, by its own declaration; None when it does."""
     call = make_inputs(case, dtype, device)
-    return registry.BACKENDS[backend].refusal(AttentionSpec.of(*api._prepare(**call.tensors, **call.options)))
+    return registry.BACKENDS[backend].refusal(AttentionSpec.of(*core.prepare(**call.tensors, **call.options)))
 
 
 def _evaluate_definition(call: Call, dtype: torch.dtype) -> dict[str, Tensor]:
     """`evaluate` for the definition, each operation in `dtype`."""
 
     def attention(**arguments: Any) -> tuple[Tensor, Tensor]:
-        x, numbers = api._prepare(**arguments)
+        x, numbers = core.prepare(**arguments)
         out, lse = definition(AttentionSpec.of(x, numbers), cast(x, dtype))
         return (out, lse) if call.case.packed is None else (as_packed(out), lse.squeeze(0))
 
@@ -309,7 +309,7 @@ def _evaluate_definition(call: Call, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _rounding(call: Call) -> dict[str, Tensor]:
     """`rounding` in the shapes of the call."""
-    x, numbers = api._prepare(**call.tensors, **call.options)
+    x, numbers = core.prepare(**call.tensors, **call.options)
     spec, x = AttentionSpec.of(x, numbers), cast(x, torch.float64)
     d_out, d_lse = call.d_out.double(), call.d_lse.double()
     if spec.sequences is None:
@@ -349,7 +349,7 @@ def _laid_out(t: Tensor, layout: str) -> Tensor:
 
 def _spoil_unseen(tensors: dict[str, Any], options: dict[str, Any]) -> None:
     """NaN and infinity in every key and value that no query sees."""
-    x, numbers = api._prepare(**tensors, **options)
+    x, numbers = core.prepare(**tensors, **options)
     spec = AttentionSpec.of(x, numbers)
     seen = visible(spec, x).unflatten(1, (spec.hk, spec.h // spec.hk)).any((2, 3))[..., None]
     seen = seen if spec.sequences is None else as_packed(seen)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyattn import api, registry
+from pyattn import core, registry
 from pyattn.check import DTYPES, UnsupportedError
 from pyattn.spec import FEATURES, AttentionSpec
 from pyattn.testing import CASES, Case, Result, check_case, make_inputs
@@ -69,7 +69,7 @@ def verify(name: str, case: Case, dtype: torch.dtype) -> Verdict:
     backend = registry.BACKENDS[name]
     device = "cuda" if "cuda" in backend.devices and torch.cuda.is_available() else "cpu"
     call = make_inputs(case, dtype, device)
-    spec = AttentionSpec.of(*api._prepare(**call.tensors, **call.options))
+    spec = AttentionSpec.of(*core.prepare(**call.tensors, **call.options))
     if reason := backend.refusal(spec):
         return Verdict(name, case.id, dtype, spec.features, refusal=reason)
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import pyattn
-from pyattn import api, ops
+from pyattn import core, ops
 from pyattn.testing import CASES, make_inputs
 
 
@@ -190,7 +190,7 @@ OPERATOR_CASES = (
 def test_operators_pass_torch_opcheck(case) -> None:
     call = make_inputs(case, torch.float32)
     leaves = {name: t.detach().requires_grad_() for name, t in call.tensors.items()}
-    x, numbers = api._prepare(**leaves, **call.options)
+    x, numbers = core.prepare(**leaves, **call.options)
     arguments = (*(getattr(x, name) for name in x._fields), *numbers, "auto")
     torch.library.opcheck(torch.ops.pyattn.attention.default, arguments)
 

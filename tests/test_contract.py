@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyattn import api, registry, testing
+from pyattn import core, registry, testing
 from pyattn.spec import AttentionSpec, dtype_name
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -73,7 +73,7 @@ def test_contract_constant_bias_costs_no_gradient_and_changes_none(backend: str,
     call = testing.make_inputs(testing.Case("bias", m=20, n=70, bias=bias), torch.float32, device)
     if testing.refusal(backend, call.case, torch.float32, device):
         return
-    x, numbers = api._prepare(**call.tensors, **call.options)
+    x, numbers = core.prepare(**call.tensors, **call.options)
     runs, spec = registry.BACKENDS[backend], AttentionSpec.of(x, numbers)
     forward = runs.forward(spec, x)
     constant, learned = (runs.backward(spec, x, *forward, call.d_out, call.d_lse, wanted) for wanted in (False, True))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pyattn import registry, testing
+from pyattn import core, registry, testing
 from pyattn.backends import cpu
 from pyattn.spec import AttentionSpec, Inputs, Numbers
 from pyattn.testing import Case
@@ -42,7 +42,7 @@ def test_isas_list_ends_with_the_one_every_machine_has():
 def test_isa_unknown_here_is_refused():
     call = testing.make_inputs(Case("plain"), torch.float32)
     backend = cpu.CpuBackend("mmx")
-    x, numbers = testing.api._prepare(**call.tensors, **call.options)
+    x, numbers = core.prepare(**call.tensors, **call.options)
     with pytest.raises(ValueError, match="isa: mmx is not usable here"):
         backend.forward(testing.AttentionSpec.of(x, numbers), x)
 
@@ -149,11 +149,11 @@ def test_lengths_around_the_tile_size_agree_with_definition(isa):
 def test_value_of_nan_shows_only_in_rows_that_may_see_it():
     q, k, v = (torch.randn(1, 1, 80, 16) for _ in range(3))
     v[0, 0, 70, 3] = torch.nan
-    out = testing.api._attention(q, k, v, causal=True, backend="cpu")[0]
+    out = core.attend(q, k, v, causal=True, backend="cpu")[0]
     assert out[0, 0, 70:, 3].isnan().all(), "a NaN that is seen must show"
     assert not out[0, 0, :64].isnan().any()
     k[0, 0, 5] = torch.nan
-    out = testing.api._attention(q, k, v, causal=True, backend="cpu")[0]
+    out = core.attend(q, k, v, causal=True, backend="cpu")[0]
     assert out[0, 0, 5:].isnan().all()
     assert not out[0, 0, :5].isnan().any()
 
@@ -173,7 +173,7 @@ def test_bias_of_minus_infinity_hides_like_a_mask():
 
 def test_gradient_that_is_expanded_or_transposed_is_read_by_its_strides():
     q, k, v = (torch.randn(2, 3, 40, 8, requires_grad=True) for _ in range(3))
-    out, _ = testing.api._attention(q, k, v, backend="cpu")
+    out, _ = core.attend(q, k, v, backend="cpu")
     for d_out in (torch.ones(()).expand(2, 3, 40, 8), torch.randn(2, 3, 8, 40).transpose(2, 3)):
         found = torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
         expected = torch.autograd.grad(out, (q, k, v), d_out.contiguous(), retain_graph=True)
@@ -186,7 +186,7 @@ def test_memory_of_a_long_sequence_stays_far_below_its_score_matrix():
     length = 8192  # its score matrix takes 256 MB in float32
     q, k, v = (torch.randn(1, 1, length, 8, requires_grad=True) for _ in range(3))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    testing.api._attention(q, k, v, causal=True, window=(64, 0), backend="cpu")[0].sum().backward()
+    core.attend(q, k, v, causal=True, window=(64, 0), backend="cpu")[0].sum().backward()
     grown_kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown_kilobytes < 64 * 1024
 
@@ -196,6 +196,6 @@ def test_gradient_of_overlapping_rows_is_that_of_a_copy():
     expected = [t.clone().requires_grad_() for t in (q, q, q)]
     found = [t.detach().requires_grad_() for t in (q, q, q)]
     for leaves in (expected, found):
-        testing.api._attention(*leaves, backend="cpu")[0].sum().backward()
+        core.attend(*leaves, backend="cpu")[0].sum().backward()
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a.grad, b.grad)

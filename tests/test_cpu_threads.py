@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import pyattn
-from pyattn import testing
+from pyattn import core, testing
 from pyattn.testing import Case
 
 # Each has at least 3 million operations, so that 3 threads are worth waking.
@@ -72,7 +72,7 @@ def test_calls_from_several_python_threads_do_not_disturb_each_other(case):
         # Not evaluate_backend: it switches a setting of the whole process.
         torch.set_num_threads(2)
         found[place] = [
-            testing.evaluate(calls[place], lambda **arguments: testing.api._attention(**arguments, backend="cpu"))
+            testing.evaluate(calls[place], lambda **arguments: core.attend(**arguments, backend="cpu"))
             for _ in range(3)
         ]
 

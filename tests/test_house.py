@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pyattn import registry
-from pyattn.spec import FEATURES
+from pyattn import core, registry, testing
+from pyattn.spec import FEATURES, AttentionSpec
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(
@@ -25,6 +25,7 @@ LEVELS = (
     ("pyattn.verification", "pyattn.machine"),
     ("pyattn.testing",),
     ("pyattn.api",),
+    ("pyattn.core",),
     ("pyattn.check", "pyattn.registry", "pyattn.autograd", "pyattn.transforms", "pyattn.ops"),
     ("pyattn.backends",),
     ("triton_kernels", "pyattn.triton_kernels", "pyattn._C"),
@@ -108,11 +109,8 @@ def test_house_readme_names_files_that_exist():
 
 
 def test_house_every_feature_has_a_case():
-    from pyattn import api, testing
-    from pyattn.spec import AttentionSpec
-
     used = {"cached", "paged"}  # without gradients, so with cases of their own, in test_kvcache.py
     for case in testing.CASES:
         call = testing.make_inputs(case, testing.torch.float32)
-        used |= AttentionSpec.of(*api._prepare(**call.tensors, **call.options)).features
+        used |= AttentionSpec.of(*core.prepare(**call.tensors, **call.options)).features
     assert used == set(FEATURES)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import pyattn
-from pyattn import api, registry, testing
+from pyattn import core, registry, testing
 from pyattn.backends.cpu import CpuBackend, isas
 from pyattn.backends.reference import cast, definition, rounding
 from pyattn.spec import AttentionSpec, Inputs, Numbers, dtype_name
@@ -98,7 +98,7 @@ def test_cache_backend_agrees_with_definition(runner: Any, m: int, page_size: in
     given = {name: t.to(runner[0]) for name, t in cache(m, page_size, dtype).items()}
     for name, options in OPTIONS.items():
         options = {key: v.to(runner[0]) if isinstance(v, Tensor) else v for key, v in options.items()}
-        results = held_against_definition(RUNNERS[runner], *api._prepare(**given, **options, cached=True))
+        results = held_against_definition(RUNNERS[runner], *core.prepare(**given, **options, cached=True))
         assert [r for r in results if not r.excess <= 1] == [], name
 
 

@@ -129,8 +129,8 @@ def test_nested_result_has_the_structure_of_query() -> None:
 def test_nested_views_of_one_projection_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     x = jagged(LENGTHS, 3 * H * D)
     given: list[Tensor] = []
-    attention = pyattn.api._attention
-    monkeypatch.setattr(pyattn.api, "_attention", lambda *t, **o: given.extend(t) or attention(*t, **o))
+    attention = pyattn.core.attend
+    monkeypatch.setattr(pyattn.core, "attend", lambda *t, **o: given.extend(t) or attention(*t, **o))
     query, key, value = (heads(t) for t in x.chunk(3, -1))
     out = pyattn.scaled_dot_product_attention(query, key, value, is_causal=True)
     torch.testing.assert_close(padless(out), padless(one_by_one(query, key, value, is_causal=True)))

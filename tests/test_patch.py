@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention as imported_by_name
 from torch.utils.checkpoint import checkpoint
 
 import pyattn
-from pyattn import api
+from pyattn import core
 from pyattn.compat import patch as implementation
 
 E, HEADS, B, M = 16, 4, 3, 7
@@ -43,8 +43,8 @@ def restored() -> Iterator[None]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """One entry for each attention that pyattn computes."""
     made: list[Any] = []
-    attention = api._attention
-    monkeypatch.setattr(api, "_attention", lambda *t, **options: made.append(t) or attention(*t, **options))
+    attention = core.attend
+    monkeypatch.setattr(core, "attend", lambda *t, **options: made.append(t) or attention(*t, **options))
     return made
 
 

@@ -31,7 +31,7 @@ def test_philox_known_answers_of_random123(counter, key, words):
 def test_reference_causal_agrees_with_torch(top_left):
     q, k, v = (torch.randn(2, 3, length, 8, dtype=torch.float64) for length in (5, 9, 9))
     mask = torch.ones(5, 9, dtype=torch.bool).tril(0 if top_left else 4)
-    out, _ = pyattn.api._attention(q, k, v, causal=True, top_left=top_left, backend="reference")
+    out, _ = pyattn.core.attend(q, k, v, causal=True, top_left=top_left, backend="reference")
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
@@ -72,7 +72,7 @@ def test_reference_through_operator_gives_autograds_gradients():
     call = testing.make_inputs(case, torch.float32)
     expected = testing.evaluate_backend(call, "reference")
     backend = pyattn.registry.BACKENDS["reference"]
-    x, numbers = pyattn.api._prepare(**call.tensors, **call.options)
+    x, numbers = pyattn.core.prepare(**call.tensors, **call.options)
     spec = pyattn.spec.AttentionSpec.of(x, numbers)
     out, lse = backend.forward(spec, x)
     grads = backend.backward(spec, x, out, lse, call.d_out, call.d_lse, bias_gradient=True)

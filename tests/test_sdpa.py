@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import pyattn
-from pyattn import api
+from pyattn import core
 from pyattn.testing import assert_as_accurate
 
 
@@ -169,7 +169,7 @@ def test_sdpa_mask_reaches_the_kernel_unexpanded(monkeypatch: pytest.MonkeyPatch
         passed.update(options)
         return q, None
 
-    monkeypatch.setattr(api, "_attention", spy)
+    monkeypatch.setattr(core, "attend", spy)
     q = torch.randn(2, 2, 3, 4, 4)[(0,) * (3 - len(lead))]
     mask = torch.ones(*lead, 4, 4, dtype=torch.bool)
     pyattn.scaled_dot_product_attention(q, q, q, mask)

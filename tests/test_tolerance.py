@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyattn import api, testing
+from pyattn import core, testing
 from pyattn.backends import reference
 from pyattn.spec import AttentionSpec
 
@@ -67,7 +67,7 @@ def _verdicts(definition, dtype):
     call = testing.make_inputs(CASE, dtype)
 
     def attention(**arguments):
-        x, numbers = api._prepare(**arguments)
+        x, numbers = core.prepare(**arguments)
         out, lse = definition(AttentionSpec.of(x, numbers), reference.cast(x, torch.float64))
         return out.to(dtype), lse.to(call.d_lse.dtype)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_kvcache import OPTIONS, cache, held_against_definition
 
-from pyattn import api, testing
+from pyattn import core, testing
 from pyattn.backends.reference import definition, dropout_keep
 from pyattn.registry import BACKENDS
 from pyattn.spec import AttentionSpec, Inputs
@@ -47,7 +47,7 @@ def _id(value: object) -> str:
 def test_case_is_as_accurate_as_plain_pytorch_or_refused_as_declared(case, dtype):
     reason = testing.refusal("triton", case, dtype)
     call = testing.make_inputs(case, dtype)
-    undeclared = AttentionSpec.of(*api._prepare(**call.tensors, **call.options)).features - BACKEND.features
+    undeclared = AttentionSpec.of(*core.prepare(**call.tensors, **call.options)).features - BACKEND.features
     assert (reason is not None) == bool(undeclared), reason
     if reason is None:
         results = testing.check_case("triton", case, dtype)
@@ -71,12 +71,12 @@ CACHES = [(0, 16, torch.float32), (1, None, torch.float32), (5, 7, torch.float32
 @pytest.mark.parametrize(("m", "page_size", "dtype"), CACHES, ids=_id)
 def test_cache_is_as_accurate_as_plain_pytorch(m, page_size, dtype):
     for name, options in OPTIONS.items():
-        x, numbers = api._prepare(**cache(m, page_size, dtype), **options, cached=True)
+        x, numbers = core.prepare(**cache(m, page_size, dtype), **options, cached=True)
         assert [r for r in held_against_definition(BACKEND, x, numbers) if not r.excess <= 1] == [], name
 
 
 def test_page_out_of_range_is_not_read_on_a_device_whose_values_are_not_checked():
-    x, numbers = api._prepare(**cache(1, 16, torch.float32), cached=True)
+    x, numbers = core.prepare(**cache(1, 16, torch.float32), cached=True)
     wild = x._replace(block_table=torch.where(x.block_table < 0, x.block_table, x.block_table + 2**30))
     BACKEND.forward(AttentionSpec.of(wild, numbers), wild)
 
@@ -102,7 +102,7 @@ def _spec_and_inputs(b=1, h=1, m=40, n=70, d=16, **options) -> tuple[AttentionSp
 
 
 def _with_spec(q, k, v, **options) -> tuple[AttentionSpec, Inputs]:
-    x, numbers = api._prepare(q=q, k=k, v=v, **options)
+    x, numbers = core.prepare(q=q, k=k, v=v, **options)
     return AttentionSpec.of(x, numbers), x
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor
 
-from pyattn import api
+from pyattn import core
 from pyattn.check import DtypeError, RangeError, ShapeError, autocast_dtype
 from pyattn.compat.nested import nested_attention
 
@@ -105,7 +105,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, option
         options["mask" if attn_mask.dtype is torch.bool else "bias"] = attn_mask
     if options["dropout_p"] == 1:  # no weight is kept: the same as a query that sees nothing
         options |= {"dropout_p": 0.0, "mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=q.device)}
-    return api._attention(q, k, v, **options)[0]
+    return core.attend(q, k, v, **options)[0]
 
 
 def _check_query_key_value(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from pyattn import api
+from pyattn import core
 from pyattn.backends.reference import cast, dropout_keep, scores, visible
 from pyattn.check import DtypeError, ShapeError, UnsupportedError
 from pyattn.spec import AttentionSpec, Inputs, Numbers, dtype_name
@@ -130,12 +130,12 @@ def pyattn_attention_forward(
         options["segment_ids"] = _segments(query, key, cu_seq_lens_q, cu_seq_lens_k)
     if position_bias is not None:
         options["bias"] = position_bias + options["bias"] if "bias" in options else position_bias
-    x, numbers = api._prepare(
+    x, numbers = core.prepare(
         query, key, value, scale=scaling, softcap=softcap, sinks=s_aux, dropout_p=dropout if module.training else 0.0,
         **options,
     )  # fmt: skip
     numbers = numbers._replace(offset=offset)
-    out, lse = api._run(x, numbers, "auto")
+    out, lse = core.run(x, numbers, "auto")
     out = out.transpose(1, 2).contiguous()
     return out, _weights(x, numbers, lse).to(query.dtype) if output_attentions or _collects_weights() else None
 

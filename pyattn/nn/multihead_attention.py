@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyattn import api, dropout
+from pyattn import core, dropout
 from pyattn.check import DtypeError, RangeError, ShapeError, UnsupportedError
 
 
@@ -240,7 +240,7 @@ class MultiheadAttention(nn.Module):
         seed = None
         if dropout_p > 0:
             seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=q.device)
-        out, lse = api._attention(
+        out, lse = core.attend(
             q, k, v, mask=mask, bias=bias, causal=causal, top_left=True, dropout_p=dropout_p, seed=seed
         )
         if not need_weights:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyattn import api, check
+from pyattn import api, check, core
 from pyattn.check import RangeError, UnsupportedError
 from pyattn.compat.flash_attn.arguments import check_shape, options, refuse_gradient, refuse_with_dropout
 from pyattn.compat.flash_attn.kvcache import flash_attn_with_kvcache
@@ -75,7 +75,7 @@ def flash_attn_func(
     shared = options(softmax_scale, causal, window_size, softcap, alibi_slopes)
     if dropout_p != 0:
         refuse_with_dropout(dropout_p, return_attn_probs, shared.get("softcap"))
-    out, lse = api._attention(
+    out, lse = core.attend(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=dropout_p, **shared
     )  # fmt: skip
     out = out.transpose(1, 2)
@@ -243,9 +243,9 @@ def _paged(
     check_shape("k", k, "pages page_size hk d", None, None, None, d)
     check_shape("v", v, "pages page_size hk dv", k.shape[0], k.shape[1], k.shape[2], None)
     refuse_gradient("block_table", q, k, v)
-    starts_q, starts_k = check._check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
-    if q.device.type == "cpu" and not check._is_traced(starts_q):
-        check._check_starts("cu_seqlens_q", starts_q.tolist(), total)
+    starts_q, starts_k = check.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
+    if q.device.type == "cpu" and not check.is_traced(starts_q):
+        check.check_starts("cu_seqlens_q", starts_q.tolist(), total)
         longest = max(starts_q.diff().tolist(), default=0)
         if longest > max_seqlen_q:
             raise RangeError(f"max_seqlen_q: expected at least {longest}, got {max_seqlen_q}: a sequence has that many")

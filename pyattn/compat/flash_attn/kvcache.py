@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyattn import api, check
+from pyattn import check, core
 from pyattn.check import DtypeError, RangeError, ShapeError, UnsupportedError
 from pyattn.compat.flash_attn.arguments import check_shape, options, refuse_gradient
 
@@ -83,21 +83,21 @@ def flash_attn_with_kvcache(
         q = _rotated(q, cos, sin, _places(before, steps), rotary_interleaved)
         k = _rotated(k, cos, sin, _places(before, new), rotary_interleaved)
     if cache_leftpad is not None:
-        first = check._integers("cache_leftpad", cache_leftpad, (b,), q)
+        first = check.check_integers("cache_leftpad", cache_leftpad, (b,), q)
         shared["mask"] = (torch.arange(room, device=q.device) >= first[:, None])[:, None, None]
 
     seen_k, seen_v = (k_cache, v_cache) if table is not None else (k_cache[:b], v_cache[:b])
-    x, numbers = api._prepare(
+    x, numbers = core.prepare(
         q.transpose(1, 2), seen_k.transpose(1, 2), seen_v.transpose(1, 2), key_lengths=before + new, block_table=table,
         cached=True, **shared,
     )  # fmt: skip
     if k is not None and v is not None:
-        if block_table is not None and not check._is_traced(block_table):
+        if block_table is not None and not check.is_traced(block_table):
             check.check_values(x)
         at = _rows(table, k_cache.shape[1], _places(before, new))
         k_cache[at] = k
         v_cache[at] = v
-    out, lse = api._run(x, numbers, "auto")
+    out, lse = core.run(x, numbers, "auto")
     out = out.transpose(1, 2)
     return (out, lse) if return_softmax_lse else out
 
@@ -143,7 +143,7 @@ def _table(
         if rows < b:
             raise ShapeError(f"k_cache: expected at least b={b} rows, got {list(k_cache.shape)}: b is {b} in q")
         return None, n
-    batch_idx = check._integers("cache_batch_idx", batch_idx, (b,), q)
+    batch_idx = check.check_integers("cache_batch_idx", batch_idx, (b,), q)
     _check_range("cache_batch_idx", batch_idx, rows - 1, "k_cache has {} rows", rows)
     return batch_idx[:, None], n  # a cache in pages, each of which is a row
 
@@ -153,7 +153,7 @@ def _lengths(cache_seqlens: int | Tensor | None, room: int, q: Tensor) -> Tensor
     if cache_seqlens is None or isinstance(cache_seqlens, int):
         keys = room if cache_seqlens is None else cache_seqlens
         return torch.full((q.shape[0],), keys, dtype=torch.int32, device=q.device)
-    return check._integers("cache_seqlens", cache_seqlens, (q.shape[0],), q)
+    return check.check_integers("cache_seqlens", cache_seqlens, (q.shape[0],), q)
 
 
 def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
     rows, n, hk, _ = k_cache.shape
     check_shape("v_cache", v_cache, "rows n hk dv", rows, n, hk, None)
     for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check._tensor_of(name, t, (q.dtype,), q)
+        check.check_tensor(name, t, (q.dtype,), q)
         if t.stride()[-1] != 1:
             raise ShapeError(
                 f"{name}: expected a last stride of 1, got strides {t.stride()}: it is written to in place"
@@ -183,7 +183,7 @@ def _check_new(
     v = check_shape("v", v, "b s_new hk dv", b, k.shape[1], hk, v_cache.shape[3])
     k, v = (t.to(check.autocast_dtype(t)) for t in (k, v))
     for name, t in (("k", k), ("v", v)):
-        check._tensor_of(name, t, (q.dtype,), q)
+        check.check_tensor(name, t, (q.dtype,), q)
     return k, v
 
 
@@ -196,7 +196,7 @@ def _check_rotary(cos: Tensor | None, sin: Tensor | None, q: Tensor, k: Tensor |
     cos = check_shape("rotary_cos", cos, "positions r/2", None, None)
     sin = check_shape("rotary_sin", sin, "positions r/2", *cos.shape)
     for name, t in (("rotary_cos", cos), ("rotary_sin", sin)):
-        check._tensor_of(name, t, check.DTYPES, q)
+        check.check_tensor(name, t, check.DTYPES, q)
     d = q.shape[-1]
     if 2 * cos.shape[1] > d:
         raise ShapeError(f"rotary_cos: expected [positions, r/2], r at most d={d}, got {list(cos.shape)}")
@@ -208,7 +208,7 @@ def _check_range(name: str, t: Tensor, most: int, why: str, *numbers: int) -> No
 
     `why` is filled with `numbers` only to be raised: written out, a size is no longer one that torch.compile may vary.
     """
-    if t.device.type == "cpu" and t.numel() > 0 and not check._is_traced(t):
+    if t.device.type == "cpu" and t.numel() > 0 and not check.is_traced(t):
         low, high = (int(end) for end in torch.aminmax(t))
         if low < 0 or high > most:
             wrong = low if low < 0 else high

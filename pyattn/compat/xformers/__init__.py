@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyattn import api
+from pyattn import api, core
 from pyattn.check import ShapeError, UnsupportedError, check_dense
 from pyattn.compat.xformers.biases import (
     BANDS,
@@ -127,7 +127,7 @@ def _of_groups(t: Tensor) -> Tensor:
 def _dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
     if bias is not None:
         bias = bias.unsqueeze(1) if bias.dim() == 3 else bias.flatten(1, 2) if bias.dim() == 5 else bias
-    out, _ = api._attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias=bias, **options)
+    out, _ = core.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias=bias, **options)
     return out.transpose(1, 2)
 
 
@@ -171,5 +171,5 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, band: Band, q_info: Any, k_info: An
     q_rows, q_exists = places(q_info)
     k_rows, k_exists = places(k_info)
     batch = (t[rows].transpose(1, 2) for t, rows in ((q, q_rows), (k, k_rows), (v, k_rows)))
-    out, _ = api._attention(*batch, window=band[:2], top_left=True, key_lengths=k_exists.sum(-1), **options)
+    out, _ = core.attend(*batch, window=band[:2], top_left=True, key_lengths=k_exists.sum(-1), **options)
     return out.transpose(1, 2)[q_exists]

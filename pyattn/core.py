@@ -1,0 +1,76 @@
+"""One call on its way from checked arguments to out and lse; every face goes through here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pyattn import check, ops, registry
+from pyattn.backends.reference import ReferenceBackend
+from pyattn.spec import AttentionSpec, Inputs, Numbers, as_packed
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options: Any) -> tuple[Tensor, Tensor]:
+    """out and lse of a call in any form that `prepare` takes."""
+    return run(*prepare(q, k, v, **options), backend)
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    window: Sequence[int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    segment_ids: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    top_left: bool = False,
+    cached: bool = False,
+) -> tuple[Inputs, Numbers]:
+    """The checked arguments of one call, in the form backends take."""
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = (t.to(check.autocast_dtype(t)) if isinstance(t, Tensor) else t for t in (q, k, v))
+    dropout_p = check.check_dropout(dropout_p)
+    left, right = check.check_band(causal, window)
+    x = check.check_inputs(
+        q, k, v, mask=mask, bias=bias, key_lengths=key_lengths, segment_ids=segment_ids, alibi_slopes=alibi_slopes,
+        sinks=sinks, seed=seed, dropout_p=dropout_p, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        block_table=block_table,
+    )  # fmt: skip
+    _, _, m, d = x.q.shape
+    offset = None if cached else 0 if top_left or x.cu_seqlens_q is not None else x.k.shape[2] - m
+    scale, softcap = check.check_scale(scale, d), check.check_softcap(softcap)
+    return x, Numbers(scale, offset, left, right, softcap, dropout_p)
+
+
+def run(x: Inputs, numbers: Numbers, backend: str) -> tuple[Tensor, Tensor]:
+    """out and lse, for packed sequences as [total_q, h, dv] and [h, total_q]."""
+    name = registry.requested(backend)
+    if name == ReferenceBackend.name:
+        # Plain differentiable torch: outside the operator, torch derives it to any order.
+        if not torch.compiler.is_compiling():
+            check.check_values(x)
+        out, lse = registry.BACKENDS[name].forward(AttentionSpec.of(x, numbers), x)
+    elif forward_ad._current_level >= 0:
+        # The operator has no formula for it, and torch would take the tangent to be zero.
+        raise check.UnsupportedError(
+            'forward-mode AD: expected backend="reference", the fused backends have derivatives in reverse mode only'
+        )
+    else:
+        out, lse = ops.attention(x, numbers, name)
+    return (out, lse) if x.cu_seqlens_q is None else (as_packed(out), lse.squeeze(0))
