@@ -1,6 +1,7 @@
 """Every face inside a model, under what people train and ship models with: compile, export, torch.func, autocast,
 checkpointing and DistributedDataParallel, each held against torch's own attention in the same model."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pyattn
 from pyattn.compat import flash_attn, xformers
+from pyattn.compat.transformers import pyattn_attention_forward
 
 HEADS, WIDTH = 2, 16
 
@@ -28,8 +30,13 @@ FACES: dict[str, Callable[..., Tensor]] = {
     "sdpa": _by_heads(lambda q, k, v: pyattn.scaled_dot_product_attention(q, k, v, is_causal=True)),
     "flash_attn": lambda q, k, v: flash_attn.flash_attn_func(q, k, v, causal=True),
     "xformers": lambda q, k, v: xformers.memory_efficient_attention(q, k, v, xformers.LowerTriangularMask()),
+    "transformers": lambda q, k, v: pyattn_attention_forward(
+        nn.Module(), *(t.transpose(1, 2) for t in (q, k, v)), None, is_causal=True
+    )[0],
+    "patched sdpa": _by_heads(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
 }
-TORCH = _by_heads(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+# By a name that no patch reaches.
+TORCH = _by_heads(lambda q, k, v: torch._C._nn.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
 class Block(nn.Module):
@@ -47,12 +54,12 @@ class Block(nn.Module):
 
 
 class MultiheadBlock(nn.Module):
-    """The same by `pyattn.MultiheadAttention`."""
+    """The same by a module of the interface of `torch.nn.MultiheadAttention`."""
 
-    def __init__(self) -> None:
+    def __init__(self, attention: type[nn.Module]) -> None:
         super().__init__()
         block = Block(TORCH)
-        self.attention = pyattn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.attention = attention(WIDTH, HEADS, batch_first=True)
         self.attention.in_proj_weight, self.attention.in_proj_bias = block.project_in.weight, block.project_in.bias
         self.attention.out_proj = block.project_out
 
@@ -61,10 +68,17 @@ class MultiheadBlock(nn.Module):
         return self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
 
 
-@pytest.fixture(params=[*FACES, "multihead"])
+MULTIHEAD = {"multihead": pyattn.MultiheadAttention, "patched multihead": nn.MultiheadAttention}
+
+
+@pytest.fixture(params=[*FACES, *MULTIHEAD])
 def ours(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
+    """Patched where its name says so, and then a call that pyattn does not compute raises."""
+    name = request.param
+    model = MultiheadBlock(MULTIHEAD[name]) if name in MULTIHEAD else Block(FACES[name])
     torch._dynamo.reset()
-    yield MultiheadBlock() if request.param == "multihead" else Block(FACES[request.param])
+    with pyattn.patch(strict=True) if name.startswith("patched") else contextlib.nullcontext():
+        yield model
     torch._dynamo.reset()
 
 

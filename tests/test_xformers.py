@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 import pyattn
 from pyattn.compat import xformers as xops
 
-Q, K = (5, 1, 7), (5, 9, 4)  # rows of each block
+Q, K, LONGER = (5, 1, 7), (5, 9, 4), (5, 9, 8)  # rows of each block
 H, D, DV = 4, 8, 6
 
 
@@ -152,13 +151,44 @@ def test_dropout_is_always_applied() -> None:
     assert kept.double().mean().item() == pytest.approx(0.7, abs=0.02)
 
 
-def test_objects_of_xformers_itself_mean_the_same() -> None:
-    """By the name of their class and the attributes that it has there."""
-    theirs = type("BlockDiagonalCausalMask", (), {})()
-    theirs.q_seqinfo = theirs.k_seqinfo = types.SimpleNamespace(
-        seqstart=torch.tensor([0, 5, 6, 13], dtype=torch.int32), seqstart_py=[0, 5, 6, 13]
-    )
-    assert_same(theirs, blocks(Q, Q, None, 0, True))
+# Made of the classes of a module: ours, and those of xformers itself.
+MASKS: dict[str, Callable[[Any], Any]] = {
+    "lower triangular": lambda of: of.LowerTriangularMask(),
+    "from bottom right": lambda of: of.LowerTriangularFromBottomRightMask(),
+    "from bottom right, local": lambda of: of.LowerTriangularFromBottomRightMask().make_local_attention(3),
+    "local": lambda of: of.LocalAttentionFromBottomRightMask(2, 1),
+    "with tensor": lambda of: of.LowerTriangularMask().add_bias(normal(1, H, sum(Q), sum(K), seed=4)),
+    "blocks": lambda of: of.BlockDiagonalMask.from_seqlens(Q, K),
+    "causal blocks": lambda of: of.BlockDiagonalMask.from_seqlens(Q, K).make_causal(),
+    "blocks from bottom right": lambda of: of.BlockDiagonalMask.from_seqlens(Q, LONGER).make_causal_from_bottomright(),
+    "local blocks": lambda of: of.BlockDiagonalMask.from_seqlens(Q, LONGER).make_local_attention(3),
+    "local blocks from bottom right": lambda of: of.BlockDiagonalMask.from_seqlens(
+        Q, LONGER
+    ).make_local_attention_from_bottomright(3),
+    "padded keys": lambda of: of.BlockDiagonalPaddedKeysMask.from_seqlens(Q, 9, K),
+    "causal padded keys": lambda of: of.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(Q, 9, K),
+    "local padded keys": lambda of: of.BlockDiagonalPaddedKeysMask.from_seqlens(Q, 9, K).make_local_attention(2, 1),
+    "causal local padded keys": lambda of: of.BlockDiagonalCausalLocalAttentionPaddedKeysMask.from_seqlens_local(
+        Q, 9, K, 3
+    ),
+}
+
+
+@pytest.mark.parametrize("make", MASKS.values(), ids=MASKS)
+def test_masks_mean_what_xformers_says_they_mean(make: Callable[[Any], Any]) -> None:
+    """Its operators run on GPUs alone; its masks write themselves out as tensors anywhere."""
+    theirs = make(pytest.importorskip("xformers.ops.fmha.attn_bias", reason="xformers has no wheel for this machine"))
+    info = getattr(theirs, "k_seqinfo", None)
+    n = sum(K) if info is None else info.seqstart_py[-1]
+    tensors = normal(1, sum(Q), H, D), normal(1, n, H, D, seed=1), normal(1, n, H, DV, seed=2)
+    added = theirs.materialize((1, H, sum(Q), n), dtype=torch.float64)
+    expected = plain(*tensors, added.isfinite(), added.nan_to_num(neginf=0.0))
+    grads = torch.autograd.grad(expected.square().sum(), tensors)
+    for bias in (theirs, make(xops)):
+        found = xops.memory_efficient_attention(*tensors, bias)
+        torch.testing.assert_close(found, expected)
+        for got, want in zip(torch.autograd.grad(found.square().sum(), tensors), grads, strict=True):
+            torch.testing.assert_close(got, want)
 
 
 def test_bias_moves_to_another_device() -> None:
