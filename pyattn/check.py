@@ -6,15 +6,20 @@ An error names the argument, what was expected, what came, and why it was expect
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pyattn.spec import Inputs, as_batch, dtype_name, unit_stride
+
+Result = TypeVar("Result")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOAT32 = torch.finfo(torch.float32)
@@ -44,6 +49,20 @@ class RangeError(PyattnError, ValueError):
 
 class UnsupportedError(PyattnError, ValueError):
     """No backend, or not the one asked for, can run this call; one reason per backend."""
+
+
+def by_names(names: dict[str, str], function: Callable[..., Result], *given: Any, **options: Any) -> Result:
+    """`function(*given, **options)`, for a caller that knows its arguments by other names: errors use those.
+
+    names: ours to the caller's. Beyond the beginning of a message only q, k and v are translated.
+    """
+    try:
+        return function(*given, **options)
+    except PyattnError as error:
+        head, colon, rest = str(error).partition(":")
+        head = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), head)
+        rest = re.sub(r"\b[qkv]\b", lambda word: names.get(word[0], word[0]), rest)
+        raise type(error)(head + colon + rest) from None
 
 
 def check_inputs(
@@ -107,6 +126,11 @@ def autocast_dtype(t: Tensor) -> torch.dtype:
     if not t.is_floating_point() or t.dtype is torch.float64 or not torch.amp.is_autocast_available(device):
         return t.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """torch.autocast, off; it refuses devices that it does not know, even where it is off."""
+    return torch.autocast(device, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext()
 
 
 def check_scale(scale: float | None, d: int) -> float:
@@ -332,8 +356,8 @@ def check_integers(name: str, t: Tensor, shape: tuple[int, ...], q: Tensor) -> T
 
 
 def is_traced(t: Tensor) -> bool:
-    """Whether t has no values to look at now: torch.compile traces it, or it stands for many in torch.func's vmap."""
-    return torch.compiler.is_compiling() or is_functorch_wrapped_tensor(t)
+    """Whether t has no values to look at: torch.compile traces it, it is fake, or many tensors in torch.func's vmap."""
+    return torch.compiler.is_compiling() or isinstance(t, FakeTensor) or is_functorch_wrapped_tensor(t)
 
 
 def check_tensor(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], q: Tensor) -> None:

@@ -26,7 +26,8 @@ A cache of keys and values is filled up to `key_lengths[b]`, and its last query 
 `offset = key_lengths[b] - m`. Where it is paged, k is pages [pages, hk, page size, d], v is [pages, hk, page size, dv],
 and key `j` of batch element `b` is row `j % page size` of page `block_table[b, j // page size]`.
 
-A row that sees nothing has out 0, lse -inf and zero gradients. Softmax and sums accumulate in float32 (float64 for
+A row that sees nothing has out 0, lse -inf and zero gradients. A NaN or infinity in a key or value that no query sees
+has no effect; one that some queries see may reach others, too. Softmax and sums accumulate in float32 (float64 for
 float64 inputs). `keep` is bit-exact on every backend: Philox-4x32-10 (Salmon et al. 2011) with the key `seed`
 (low word, high word) and the counter `(j // 4, i, h, b)` gives four words; key `j` takes word `j % 4` and is kept when
 that word is at least `int(dropout_p * 2**32)`.

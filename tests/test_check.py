@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyattn
 
@@ -146,3 +147,13 @@ def test_attention_second_backward_raises_and_names_the_reference():
     (grad,) = torch.autograd.grad(pyattn.attention(q, k, v).sum(), q, create_graph=True)
     with pytest.raises(pyattn.UnsupportedError, match='backend="reference" is differentiable'):
         grad.sum().backward()
+
+
+def test_fake_tensors_have_no_values_to_check():
+    with FakeTensorMode():
+        q, lengths = torch.randn(2, 1, 3, 8), torch.tensor([3, 1])
+        assert pyattn.attention(q, q, q, key_lengths=lengths).shape == q.shape
+        packed = q.transpose(1, 2).flatten(0, 1)
+        starts = torch.tensor([0, 3, 6])
+        assert pyattn.attention_varlen(packed, packed, packed, starts, starts).shape == packed.shape
+        assert pyattn.attention_kvcache(q, q, q, lengths).shape == q.shape

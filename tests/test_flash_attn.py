@@ -443,6 +443,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("func", {"window_size": 3}, DtypeError, "window_size: expected a pair of ints"),
     ("func", {"window_size": (3, None)}, DtypeError, "window_size: expected a pair of ints"),
     ("func", {"softcap": float("nan")}, RangeError, "softcap: expected a positive number"),
+    ("func", {"softmax_scale": "1"}, DtypeError, "^softmax_scale: expected a number"),
     ("func", {"softcap": "1"}, DtypeError, "softcap: expected a number"),
     ("func", {"dropout_p": 0.1, "softcap": 2.0}, UnsupportedError, "softcap: expected 0 with dropout_p=0.1"),
     ("func", {"dropout_p": 0.1, "return_attn_probs": True}, UnsupportedError, "return_attn_probs: .* S_dmask"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import pyattn
+from pyattn import core
 from pyattn.testing import assert_as_accurate
 
 E, H, B, M, N = 8, 2, 2, 3, 5
@@ -412,6 +413,43 @@ def test_mha_nested_self_attention_agrees_with_each_sequence_alone() -> None:
     out, _ = ours(x, x, x, need_weights=False)
     for got, sequence in zip(out.unbind(), sequences, strict=True):
         torch.testing.assert_close(got, ours(sequence, sequence, sequence)[0])
+
+
+def test_mha_jagged_self_attention_is_never_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours = pair(batch_first=True)
+    sequences = [normal(length, E, seed=length).requires_grad_() for length in (4, 1, 6)]
+    x = torch.nested.as_nested_tensor(sequences, layout=torch.jagged)
+    rows: list[int] = []
+    attend = core.attend
+    monkeypatch.setattr(core, "attend", lambda q, *t, **options: rows.append(len(q)) or attend(q, *t, **options))
+    out, weights = ours(x, x, x, need_weights=False)
+    assert rows == [11] and weights is None and out.layout is torch.jagged
+    monkeypatch.undo()
+    for got, sequence in zip(out.unbind(), sequences, strict=True):
+        want = ours(sequence, sequence, sequence)[0]
+        torch.testing.assert_close(got, want)
+        found = torch.autograd.grad(got.square().sum(), sequence, retain_graph=True)
+        torch.testing.assert_close(found, torch.autograd.grad(want.square().sum(), sequence))
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_mha_weights_under_torch_func(average: bool) -> None:
+    _, ours = pair(batch_first=True)
+    x = normal(3, 2, 5, E)
+
+    def loss(x: Tensor) -> Tensor:
+        out, weights = ours(x, x, x, average_attn_weights=average)
+        return out.square().sum() + weights.square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss))(x)
+    for sample, got in zip(x, found, strict=True):
+        sample = sample.clone().requires_grad_()
+        torch.testing.assert_close(got, torch.autograd.grad(loss(sample), sample)[0])
+
+
+def test_mha_on_the_meta_device_has_the_shapes() -> None:
+    ours, x = pyattn.MultiheadAttention(8, 2, device="meta"), torch.empty(3, 2, 8, device="meta")
+    assert [t.shape for t in ours(x, x, x)] == [(3, 2, 8), (2, 3, 3)]
 
 
 def test_mha_nested_input_with_a_mask_raises() -> None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as imported_by_name
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import pyattn
@@ -68,6 +69,11 @@ class Attention(nn.Module):
         q, k, v = self.project(x).unflatten(-1, (3 * HEADS, -1)).transpose(-2, -3).chunk(3, -3)
         attention = imported_by_name if self.by_name else F.scaled_dot_product_attention
         return attention(q, k, v, is_causal=True).transpose(-2, -3).flatten(-2)
+
+
+class OwnLayer(nn.TransformerEncoderLayer):
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        return super().forward(*args, **options)
 
 
 class OwnForward(nn.MultiheadAttention):
@@ -292,6 +298,29 @@ def test_patch_report_names_what_it_reached_and_what_not() -> None:
         assert f"{__name__}.OwnForward.forward" in patch.skipped
     with pytest.raises(pyattn.DtypeError, match="model"):
         pyattn.patch("model")
+
+
+@pytest.mark.parametrize("whole_process", [False, True])
+def test_patch_reaches_inside_a_layer_with_a_forward_of_its_own(calls: list, whole_process: bool) -> None:
+    model = OwnLayer(E, HEADS, 24, batch_first=True, dtype=torch.float64).eval()
+    with torch.no_grad():
+        expected = model(X)
+        with pyattn.patch(None if whole_process else model, strict=True):
+            torch.testing.assert_close(model(X), expected)
+    assert len(calls) == 1 and type(model) is OwnLayer and model.activation_relu_or_gelu == 1
+
+
+def test_patch_is_undone_beneath_a_parametrization(calls: list) -> None:
+    model = nn.MultiheadAttention(E, HEADS, dtype=torch.float64)
+    with pyattn.patch(model, strict=True):
+        parametrize.register_parametrization(model, "in_proj_weight", nn.Identity())
+        model(X, X, X, need_weights=False)
+    assert len(calls) == 1
+    model(X, X, X, need_weights=False)
+    assert len(calls) == 1 and not hasattr(type(model), "_pyattn_strict")
+    with pyattn.patch(model):
+        model(X, X, X, need_weights=False)
+    assert len(calls) == 2 and not hasattr(type(model), "_pyattn_strict")
 
 
 def test_patch_copies_and_pickles_are_torchs() -> None:

@@ -395,6 +395,8 @@ BAD_CALLS = {
     ),
     "dropout-above-one": (lambda q, k, v: ((q, k, v), {"dropout_p": 1.5}), pyattn.RangeError, "dropout_p"),
     "dropout-negative": (lambda q, k, v: ((q, k, v), {"dropout_p": -0.1}), pyattn.RangeError, "dropout_p"),
+    "causal-as-a-number": (lambda q, k, v: ((q, k, v), {"is_causal": 1}), pyattn.DtypeError, "^is_causal: "),
+    "integers-alone": (lambda q, k, v: ((q.long(), k.long(), v.long()), {}), pyattn.DtypeError, "^query: "),
     "scale-not-finite": (lambda q, k, v: ((q, k, v), {"scale": math.nan}), pyattn.RangeError, "scale"),
 }  # fmt: skip
 

@@ -542,8 +542,14 @@ FLEX = torch.nn.attention.flex_attention.create_block_mask(lambda b, h, q, k: q 
             pyattn.UnsupportedError,
             "^cu_seq_lens_k: ",
         ),
-        ({"scaling": torch.ones(())}, pyattn.DtypeError, "^scale: "),
-        ({"s_aux": torch.ones(3)}, pyattn.ShapeError, "^sinks: "),
+        ({"scaling": torch.ones(())}, pyattn.DtypeError, "^scaling: "),
+        ({"s_aux": torch.ones(3)}, pyattn.ShapeError, "^s_aux: "),
+        (
+            {"b": 1, "m": 7, "cu_seq_lens_k": STARTS},
+            pyattn.UnsupportedError,
+            "^cu_seq_lens_k: .* cu_seq_lens_q as well",
+        ),
+        ({"b": 1, "m": 7, "cu_seq_lens_q": STARTS + 1}, pyattn.RangeError, "^cu_seq_lens_q: "),
     ],
 )
 def test_attention_forward_bad_option_raises(options: dict, error: type, words: str) -> None:
@@ -556,6 +562,28 @@ def test_register_ignores_what_it_is_told_to(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(face, "_IGNORED", set(face._IGNORED))
     register(ignore=["novel"])
     pyattn_attention_forward(module_of(), *qkv(), None, novel=torch.ones(1))
+
+
+def test_register_refuses_a_string_for_several_names() -> None:
+    with pytest.raises(pyattn.DtypeError, match="ignore: expected several names"):
+        register("labels")
+
+
+@pytest.mark.parametrize("name", ["Bloom", "MPNet"])
+def test_model_that_computes_attention_itself_is_refused_by_name(name: str) -> None:
+    config = getattr(transformers, f"{name}Config")()
+    with pytest.raises(
+        pyattn.UnsupportedError, match=f"attn_implementation: {name}Model computes attention in its own"
+    ):
+        transformers.AutoModel.from_config(config, attn_implementation="pyattn")
+
+
+def test_mask_of_a_model_whose_file_is_not_found_may_be_bool_but_not_none() -> None:
+    config = type("Config", (transformers.LlamaConfig,), {"__module__": "of_a_user"})()
+    mask = transformers.masking_utils.create_bidirectional_mask(
+        config=config, inputs_embeds=torch.zeros(2, 5, 8), attention_mask=None
+    )
+    assert mask is None or mask.dtype is torch.bool
 
 
 def test_register_without_transformers_or_with_an_old_one_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

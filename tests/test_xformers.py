@@ -124,9 +124,10 @@ def test_one_head_has_no_dimension_of_its_own() -> None:
     [lambda t: t.expand(-1, -1, -1, 3, -1), lambda t: t, lambda t: t.repeat(1, 1, 1, 3, 1)],
     ids=["expanded", "one", "copied"],
 )
-def test_groups_of_heads(heads: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("of_values", [None, lambda t: t.repeat(1, 1, 1, 3, 1)], ids=["same", "values-copied"])
+def test_groups_of_heads(heads: Callable[[Tensor], Tensor], of_values: Callable[[Tensor], Tensor] | None) -> None:
     q, k, v = normal(2, 5, 2, 3, D), normal(2, 7, 2, 1, D, seed=1), normal(2, 7, 2, 1, DV, seed=2)
-    out = xops.memory_efficient_attention(q, heads(k), heads(v), xops.LowerTriangularMask())
+    out = xops.memory_efficient_attention(q, heads(k), (of_values or heads)(v), xops.LowerTriangularMask())
     repeated = (t.expand(-1, -1, -1, 3, -1).flatten(2, 3) for t in (k, v))
     expected = plain(q.flatten(2, 3), *repeated, band(5, 7, None, 0, True))
     torch.testing.assert_close(out, expected.view(out.shape))
@@ -211,9 +212,17 @@ WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] =
         (X, X, X, type("PagedBlockDiagonalPaddedKeysMask", (), {})()),
         {},
         pyattn.UnsupportedError,
-        "attn_bias: expected a tensor or one of .*, got PagedBlockDiagonalPaddedKeysMask",
+        r"attn_bias: expected a tensor or one of .*, got .*\.PagedBlockDiagonalPaddedKeysMask",
     ),
-    "boolean tensor": ((X, X, X, torch.ones(1, H, 13, 13) > 0), {}, pyattn.DtypeError, "bias: expected float32"),
+    "bias of a stranger": (
+        (X, X, X, type("BlockDiagonalMask", (), {})()),
+        {},
+        pyattn.UnsupportedError,
+        r"got .*\.BlockDiagonalMask",
+    ),
+    "boolean tensor": ((X, X, X, torch.ones(1, H, 13, 13) > 0), {}, pyattn.DtypeError, "attn_bias: expected float32"),
+    "p": ((X, X, X), {"p": 2.0}, pyattn.RangeError, "^p: expected"),
+    "heads": ((X, X[:, :, :3], X[:, :, :3]), {}, pyattn.ShapeError, "^key: expected a number of heads that divides"),
     "blocks of other rows": (
         (X, X, X, xops.BlockDiagonalMask.from_seqlens([5, 6])),
         {},

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from pyattn import core
-from pyattn.check import DtypeError, ShapeError, UnsupportedError
+from pyattn.check import DtypeError, ShapeError, UnsupportedError, by_names
+
+_NAMES = {"q": "query", "k": "key", "v": "value", "causal": "is_causal"}
 
 Nested: TypeAlias = Any  # torch.nested._internal.nested_tensor.NestedTensor, a Tensor with more methods
 
@@ -53,8 +55,15 @@ def _of_ragged_lengths(q: Nested, k: Nested, v: Nested, enable_gqa: bool, option
             "is_causal: expected key sequences as long as query's, got others: torch's own kernels disagree about "
             "those, FlashAttention aligns the last query with the last key, the memory-efficient kernel the first ones"
         )
-    out, _ = core.attend(
-        q.values(), k.values(), v.values(), cu_seqlens_q=q.offsets(), cu_seqlens_k=k.offsets(), **options
+    out, _ = by_names(
+        _NAMES,
+        core.attend,
+        q.values(),
+        k.values(),
+        v.values(),
+        cu_seqlens_q=q.offsets(),
+        cu_seqlens_k=k.offsets(),
+        **options,
     )
     return _nested_like(q, out).transpose(1, 2)
 
@@ -63,7 +72,7 @@ def _of_ragged_heads(q: Nested, k: Nested, v: Nested, options: dict[str, Any]) -
     """[b, *, l, ev] for q [b, *, l, e] and so on, the form that torch.nested gives to sequences of one length."""
     if not (_same_lengths(q, k) and _same_lengths(k, v)):
         raise ShapeError("key, value: expected as many heads as query has in each batch element, got others")
-    out, _ = core.attend(*(t.values().unsqueeze(0) for t in (q, k, v)), top_left=True, **options)
+    out, _ = by_names(_NAMES, core.attend, *(t.values().unsqueeze(0) for t in (q, k, v)), top_left=True, **options)
     return _nested_like(q, out.squeeze(0))
 
 

@@ -56,8 +56,9 @@ def patch(model: nn.Module | None = None, *, strict: bool = False) -> Patch:
     A call that no fused backend can serve, or that pyattn refuses, runs torch's own attention and warns, once for each
     reason and place in the user's code. Results are those of `pyattn.scaled_dot_product_attention` and
     `pyattn.MultiheadAttention`: dropout draws other numbers than torch's, a query that may see no key gets no NaN, and
-    torch.nn.attention.sdpa_kernel chooses among torch's kernels only. Second derivatives raise, as they do in torch's
-    fused kernels. Under torch.compile, whether a call can be served is settled when it is traced.
+    torch.nn.attention.sdpa_kernel chooses among torch's kernels only. Second derivatives raise, as in torch's fused
+    kernels, also where torch would have chosen one that has them. torch.jit.script cannot read what is patched. Under
+    torch.compile, whether a call can be served is settled when it is traced.
 
     Args:
         model: patched in place; None is the process.
@@ -98,10 +99,12 @@ class Patch:
                     self.skipped.setdefault("(model)", "no module of torch's; pyattn.patch() reaches torch's function")
 
     def _patch_module(self, name: str, module: nn.Module) -> None:
-        if reason := _reason_to_skip(module):
+        reason = _reason_to_skip(module)
+        if reason:
             self.skipped[name] = reason
         elif isinstance(module, tuple(_FORWARDS)):
             self.patched.append(name)
+        if isinstance(module, nn.TransformerEncoderLayer) or name in self.patched:
             self._modules.add(module)
             _models.setdefault(module, []).append(self)
             _apply_to_module(module)
@@ -311,22 +314,36 @@ def _subclasses(cls: Any) -> Iterator[Any]:
 def _apply_to_module(module: nn.Module) -> None:
     """Gives a module the class that its patches ask for."""
     cls: Any = type(module)
-    plain = cls.__base__ if "_pyattn_strict" in vars(cls) else cls
+    ours = next((base for base in cls.__mro__ if "_pyattn_strict" in vars(base)), None)
+    plain = cls if ours is None else ours.__base__
     patches = _models[module]
-    module.__class__ = _patched_class(plain, patches[-1].strict) if patches else plain
+    wanted = _patched_class(plain, patches[-1].strict) if patches else plain
+    if ours in (None, cls):
+        module.__class__ = wanted
+    for base in cls.__mro__:  # others, as parametrizations do, may have made a class out of ours in the meantime
+        if ours in base.__bases__:
+            base.__bases__ = tuple(wanted if parent is ours else parent for parent in base.__bases__)
 
 
 @cache
 def _patched_class(cls: type[nn.Module], strict: bool) -> type[nn.Module]:
-    """cls with the forward of its patch. Instances are copied and pickled as those of cls, which need no pyattn."""
+    """cls with the forward of its patch. Instances are copied and pickled as those of cls, which need no pyattn.
+
+    A layer with a forward of its own keeps it; what it may call of torch's then does without the inference kernel.
+    """
 
     def reduce_ex(self: nn.Module, protocol: int) -> tuple:
         state = cls.__reduce_ex__(self, max(2, protocol))[2:]
         return copyreg._reconstructor, (cls, object, None), *state  # type: ignore[attr-defined]
 
-    forward = next(ours for base, (_, ours) in _FORWARDS.items() if issubclass(cls, base))
-    body = {"forward": forward, "_pyattn_strict": strict, "__reduce_ex__": reduce_ex}
-    return type(cls.__name__, (cls,), body | {name: getattr(cls, name) for name in ("__module__", "__qualname__")})
+    body: dict[str, Any] = {name: getattr(cls, name) for name in ("__module__", "__qualname__")}
+    body |= {"_pyattn_strict": strict, "__reduce_ex__": reduce_ex}
+    forwards = next(forwards for base, forwards in _FORWARDS.items() if issubclass(cls, base))
+    if cls.forward in forwards:
+        body["forward"] = forwards[1]
+    else:
+        body["activation_relu_or_gelu"] = property(lambda self: 0)  # what that kernel asks for
+    return type(cls.__name__, (cls,), body)
 
 
 def _reason_to_skip(module: nn.Module) -> str | None:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from pyattn import core
-from pyattn.check import DtypeError, RangeError, ShapeError, autocast_dtype
+from pyattn.check import DtypeError, RangeError, ShapeError, autocast_dtype, by_names
 from pyattn.compat.nested import nested_attention
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
+
+_NAMES = {"q": "query", "k": "key", "v": "value", "mask": "attn_mask", "bias": "attn_mask", "causal": "is_causal"}
 
 
 def scaled_dot_product_attention(
@@ -49,8 +51,12 @@ def scaled_dot_product_attention(
     Raises:
         ShapeError, DtypeError, DeviceError, RangeError, UnsupportedError: where torch raises, too.
 
+        UnsupportedError: also where no backend takes the call; lists every backend's reason.
+
     Differs from torch: a mask together with is_causal always raises (torch's fused CPU kernel joins the two), and a
-    NaN in a key or value that a boolean mask hides from every query does not reach the output.
+    NaN in a key or value that a boolean mask hides from every query does not reach the output. As in torch's fused
+    kernels, a row that a floating mask of large finite numbers hides as a whole has the mean of the values as its
+    output, and gradients that are of no use; -inf, or a boolean mask, gives zeros.
     """
     if any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):
         return nested_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -63,19 +69,21 @@ def scaled_dot_product_attention(
         attn_mask = None
     is_batch = _is_batch(query, key, value, enable_gqa)
     if attn_mask is not None:
-        scores = (*query.shape[:3], key.shape[2]) if is_batch else _scores_shape(query, key, enable_gqa)
+        scores = (*query.shape[:-1], key.shape[-2]) if is_batch else _scores_shape(query, key, enable_gqa)
         _check_mask_shape(attn_mask, scores)
-    if is_batch:
+    if not is_batch:
+        return _folded_attention(query, key, value, attn_mask, enable_gqa, options)
+    if query.dim() == 4:
         return _attention(query, key, value, attn_mask, options)
-    return _folded_attention(query, key, value, attn_mask, enable_gqa, options)
+    return _attention(query[None], key[None], value[None], attn_mask, options)[0]
 
 
 def _is_batch(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> bool:
-    """Whether q, k and v are [b, h, m, d] and so on already. They mostly are, and folding takes longer than a call."""
-    if not q.dim() == k.dim() == v.dim() == 4 or k.shape[:2] != v.shape[:2]:
+    """Whether q, k and v are [b, h, m, d] or [h, m, d] already. Most are, and folding takes longer than a call."""
+    if not q.dim() == k.dim() == v.dim() or not 3 <= q.dim() <= 4 or k.shape[:-2] != v.shape[:-2]:
         return False
-    (b, h), (k_b, hk) = q.shape[:2], k.shape[:2]
-    return k_b == b and (hk == h or (enable_gqa and hk > 0 and h % hk == 0))
+    h, hk = q.shape[-3], k.shape[-3]
+    return q.shape[:-3] == k.shape[:-3] and (hk == h or (enable_gqa and hk > 0 and h % hk == 0))
 
 
 def _folded_attention(
@@ -105,7 +113,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, option
         options["mask" if attn_mask.dtype is torch.bool else "bias"] = attn_mask
     if options["dropout_p"] == 1:  # no weight is kept: the same as a query that sees nothing
         options |= {"dropout_p": 0.0, "mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=q.device)}
-    return core.attend(q, k, v, **options)[0]
+    return by_names(_NAMES, core.attend, q, k, v, **options)[0]
 
 
 def _check_query_key_value(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:

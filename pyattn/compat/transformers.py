@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from pyattn import core
 from pyattn.backends.reference import cast, dropout_keep, scores, visible
-from pyattn.check import DtypeError, ShapeError, UnsupportedError
+from pyattn.check import DtypeError, ShapeError, UnsupportedError, by_names, check_starts, is_traced, without_autocast
 from pyattn.spec import AttentionSpec, Inputs, Numbers, dtype_name
 
 # Keywords that come with a call and leave attention alone: a model hands down whatever nobody on the way has taken.
@@ -36,6 +36,11 @@ _REFUSED = {
     "cache": "continuous batching needs an implementation that reads its pages; attn_implementation='sdpa' does",
 }
 
+_NAMES = {
+    "q": "query", "k": "key", "v": "value", "mask": "attention_mask", "bias": "attention_mask", "dropout_p": "dropout",
+    "scale": "scaling", "sinks": "s_aux", "window": "sliding_window",
+}  # fmt: skip
+
 # What transformers has been asked to collect. Newer ones ask for weights by this: of the models that take
 # `output_attentions`, some, like GPT-2, do not hand it down to attention.
 _collector: Any = None
@@ -52,7 +57,7 @@ def register(ignore: Iterable[str] = ()) -> None:
             attention without it could be another.
 
     Raises:
-        UnsupportedError: transformers is missing, or too old.
+        UnsupportedError: transformers is missing, or too old. Later, from a model that computes attention by itself.
 
     Source: https://huggingface.co/docs/transformers/attention_interface
     """
@@ -64,6 +69,9 @@ def register(ignore: Iterable[str] = ()) -> None:
     if not hasattr(transformers, "AttentionMaskInterface"):
         raise UnsupportedError(f"transformers: expected version 4.57 or newer, got {transformers.__version__}: "
                                "attention and its mask cannot be exchanged in it")  # fmt: skip
+    if isinstance(ignore, str):
+        raise DtypeError(f"ignore: expected several names, got the string {ignore!r}")
+    _refuse_models_without_the_interface(transformers.PreTrainedModel)
     transformers.AttentionInterface.register("pyattn", pyattn_attention_forward)
     transformers.AttentionMaskInterface.register("pyattn", pyattn_mask)
     try:
@@ -73,6 +81,36 @@ def register(ignore: Iterable[str] = ()) -> None:
     except ModuleNotFoundError:  # as in 5.0, where a model that does not hand `output_attentions` down gets no weights
         _collector = None
     _IGNORED.update(ignore)
+
+
+def _refuse_models_without_the_interface(base: Any) -> None:
+    """Of an implementation that it does not know transformers thinks that every model has it."""
+    original = base.get_correct_attn_implementation
+    if original.__module__ == __name__:
+        return
+
+    def get_correct_attn_implementation(self: Any, requested_attention: str | None, *rest: Any, **options: Any) -> str:
+        if requested_attention == "pyattn" and _computes_attention_itself(type(self), self.config):
+            raise UnsupportedError(
+                f"attn_implementation: {type(self).__name__} computes attention in its own code, which cannot be "
+                "exchanged; attn_implementation='eager' runs it"
+            )
+        return original(self, requested_attention, *rest, **options)
+
+    base.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+def _computes_attention_itself(model: type, config: Any) -> bool:
+    """Whether the model's file has attention in it and not the interface. One made of models may be of both kinds."""
+    file = sys.modules[model.__module__]
+    return (
+        not getattr(config, "sub_configs", None)
+        and not hasattr(file, "ALL_ATTENTION_FUNCTIONS")
+        and any(
+            isinstance(c, type) and "Attention" in name and c.__module__ == file.__name__
+            for name, c in vars(file).items()
+        )
+    )
 
 
 def pyattn_attention_forward(
@@ -126,11 +164,14 @@ def pyattn_attention_forward(
     if query.shape[0] == 1 < b:
         query = query.expand(b, -1, -1, -1)
     offset, options = _visibility(module, query, key, attention_mask, is_causal, sliding_window)
+    if cu_seq_lens_k is not None and cu_seq_lens_q is None:
+        raise UnsupportedError("cu_seq_lens_k: expected cu_seq_lens_q as well: sequences are packed on both sides")
     if cu_seq_lens_q is not None and "segment_ids" not in options:
         options["segment_ids"] = _segments(query, key, cu_seq_lens_q, cu_seq_lens_k)
     if position_bias is not None:
         options["bias"] = position_bias + options["bias"] if "bias" in options else position_bias
-    x, numbers = core.prepare(
+    x, numbers = by_names(
+        _NAMES | ({"bias": "position_bias"} if position_bias is not None else {}), core.prepare,
         query, key, value, scale=scaling, softcap=softcap, sinks=s_aux, dropout_p=dropout if module.training else 0.0,
         **options,
     )  # fmt: skip
@@ -194,10 +235,12 @@ def _segments(query: Tensor, key: Tensor, starts_q: Tensor, starts_k: Tensor | N
     if m != n:
         raise UnsupportedError(f"cu_seq_lens_q: expected as many keys as queries, got m={m} and n={n}: "
                                "packed sequences do not go on from cached keys")  # fmt: skip
-    if starts_k is not None and starts_k.is_cpu and not torch.compiler.is_compiling() and not starts_k.equal(starts_q):
+    if starts_k is not None and starts_k.is_cpu and not is_traced(starts_k) and not starts_k.equal(starts_q):
         raise UnsupportedError(
             "cu_seq_lens_k: expected cu_seq_lens_q, got others: queries attend to their own sequence"
         )
+    if starts_q.is_cpu and not is_traced(starts_q):
+        check_starts("cu_seq_lens_q", starts_q.tolist(), m)
     places = torch.arange(m, dtype=starts_q.dtype, device=query.device)
     segments = torch.searchsorted(starts_q[1:], places, right=True, out_int32=True)[None]
     return segments, segments
@@ -215,7 +258,7 @@ def _weights(x: Inputs, numbers: Numbers, lse: Tensor) -> Tensor:
     """The weights [b, h, m, n] that the values were multiplied with, in float32 or float64; differentiable."""
     spec = AttentionSpec.of(x, numbers)
     x = cast(x, spec.accumulator)
-    with torch.autocast(x.q.device.type, enabled=False):
+    with without_autocast(x.q.device.type):
         s = scores(spec, x, x.k.repeat_interleave(spec.h // spec.hk, 1))
     # Hidden before exp, not after: exp may overflow there, and its gradient would be NaN.
     p = torch.where(visible(spec, x), s - lse[..., None], -torch.inf).exp()
@@ -318,8 +361,11 @@ def _declares(config: type, *flags: str) -> bool:
 
 @cache
 def _declared(config: type) -> set[str]:
-    """The flags set in the file of models that goes with the file of the config."""
+    """The flags set in the file of models that goes with the file of the config; where that is not to be found, one
+    that says of a mask what is true anywhere: that it may be bool, and not None."""
     flags = set()
+    if config.__module__.replace("configuration_", "modeling_") == config.__module__:
+        flags.add("_supports_flash_attn")
     for base in config.__mro__:
         file = sys.modules.get(base.__module__.replace("configuration_", "modeling_"))
         models = (

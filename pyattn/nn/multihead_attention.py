@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyattn import core, dropout
-from pyattn.check import DtypeError, RangeError, ShapeError, UnsupportedError
+from pyattn import core, dropout, transforms
+from pyattn.check import DtypeError, RangeError, ShapeError, UnsupportedError, without_autocast
 
 
 class MultiheadAttention(nn.Module):
@@ -154,6 +156,8 @@ class MultiheadAttention(nn.Module):
 
     def _forward_nested(self, x: Tensor, need_weights: bool, average: bool) -> tuple[Tensor, Tensor | None]:
         """Self-attention over a nested [b, *, e], as which torch.nn.TransformerEncoder passes padded input on."""
+        if x.layout is torch.jagged and MultiheadAttention._stays_packed(self, x, need_weights):
+            return MultiheadAttention._forward_jagged(self, x), None
         lengths = [sequence.shape[0] for sequence in x.unbind()]
         padded = x.to_padded_tensor(0.0)  # [b, m, e]
         is_padding = torch.arange(padded.shape[1], device=x.device) >= torch.tensor(lengths, device=x.device)[:, None]
@@ -162,6 +166,25 @@ class MultiheadAttention(nn.Module):
         )
         rows = [row[:length] for row, length in zip(out, lengths, strict=True)]
         return torch.nested.as_nested_tensor(rows, layout=x.layout), weights
+
+    def _stays_packed(self, x: Any, need_weights: bool) -> bool:
+        """Whether nothing asks for a padded batch: weights, keys appended to each sequence, gaps between sequences."""
+        drops_all = self.training and self.dropout == 1
+        return not (
+            need_weights or self.bias_k is not None or self.add_zero_attn or x.lengths() is not None or drops_all
+        )
+
+    def _forward_jagged(self, x: Any) -> Tensor:
+        """`_forward_nested` without padding, for a nested tensor [b, *, e] of layout torch.jagged."""
+        rows, starts = x.values(), x.offsets()
+        q, k, v = (
+            t.unflatten(-1, (self.num_heads, self.head_dim))
+            for t in MultiheadAttention._project(self, rows, rows, rows)
+        )
+        dropout_p = self.dropout if self.training else 0.0
+        out, _ = core.attend(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, dropout_p=dropout_p)
+        known = {"min_seqlen": x._maybe_min_seqlen, "max_seqlen": x._maybe_max_seqlen}
+        return torch.nested.nested_tensor_from_jagged(self.out_proj(out.flatten(1)), starts, **known)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """q, k, v, each [..., embed_dim]; one matrix product for inputs that are one tensor."""
@@ -281,7 +304,8 @@ def attention_weights(
 ) -> Tensor:
     """The weights that `attention` multiplies the values with: softmax of the scores, after dropout.
 
-    One head at a time, and each recomputed in the backward, so that no more than the result stays in memory.
+    One head at a time, and each recomputed in the backward, so that no more than the result stays in memory. In
+    torch.func's transforms, which know no checkpoints, what the backward needs stays, too.
 
     Args:
         q, k: [b, h, m, d], [b, h, n, d].
@@ -293,21 +317,20 @@ def attention_weights(
     Returns:
         [b, m, n] if average, else [b, h, m, n]; in q's dtype, differentiable.
     """
-    b, h, m, _ = q.shape
-    accumulator = torch.promote_types(q.dtype, torch.float32)
-    shape = (b, m, k.shape[2]) if average else (b, h, m, k.shape[2])
-    weights = torch.zeros(shape, dtype=accumulator if average else q.dtype, device=q.device)
-    for head in range(h):
+    recomputed: Callable[..., Any] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    of_head: Callable[..., Tensor] = _head_weights if transforms.active() else partial(recomputed, _head_weights)
+
+    def weights(head: int) -> Tensor:
         optional = (None if t is None else t[:, head if t.shape[1] > 1 else 0] for t in (hidden, bias, sees_none))
-        p = checkpoint(
-            _head_weights, q[:, head], k[:, head], *optional, dropout_p, seed, head,
-            use_reentrant=False, preserve_rng_state=False,
-        )  # fmt: skip
-        if average:
-            weights.add_(p, alpha=1 / h)
-        else:
-            weights[:, head] = p
-    return weights.to(q.dtype)
+        return of_head(q[:, head], k[:, head], *optional, dropout_p, seed, head)
+
+    h = q.shape[1]
+    if not average:
+        return torch.stack([weights(head).to(q.dtype) for head in range(h)], 1)
+    total = weights(0)
+    for head in range(1, h):
+        total = total + weights(head)
+    return (total / h).to(q.dtype)
 
 
 def _head_weights(
@@ -320,18 +343,18 @@ def _head_weights(
     seed: Tensor | None,
     head: int,
 ) -> Tensor:
-    """The weights [b, m, n] of one head, in float32 or float64. In place where autograd allows."""
+    """The weights [b, m, n] of one head, in float32 or float64."""
     accumulator = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         s = (q.to(accumulator) / math.sqrt(q.shape[-1])) @ k.to(accumulator).mT
     if bias is not None:
-        s.add_(bias)
+        s = s + bias
     if hidden is not None:
-        s.masked_fill_(hidden, -torch.inf)
+        s = s.masked_fill(hidden, -torch.inf)
     if sees_none is None:
         p = torch.softmax(s, -1)
     else:  # the softmax of a row of nothing but -inf would be NaN, and so would its gradient
-        p = torch.softmax(s.masked_fill_(sees_none[..., None], 0.0), -1).masked_fill(sees_none[..., None], 0.0)
+        p = torch.softmax(s.masked_fill(sees_none[..., None], 0.0), -1).masked_fill(sees_none[..., None], 0.0)
     if seed is None:
         return p
     i_b, i_h, i_m = (torch.arange(size, device=p.device) for size in (p.shape[0], 1, p.shape[1]))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyattn.check import DtypeError, ShapeError, UnsupportedError, check_dense
+from pyattn.check import DtypeError, ShapeError, UnsupportedError, by_names, check_dense, check_scale
 
 
 def check_shape(name: str, t: Any, form: str, *sizes: int | None) -> Tensor:
@@ -35,6 +35,8 @@ def options(
 ) -> dict[str, Any]:
     """The options that every function has, as pyattn's; what is not used is left out, which saves a microsecond."""
     given: dict[str, Any] = {"scale": softmax_scale, "causal": causal}
+    if softmax_scale is not None:
+        by_names({"scale": "softmax_scale"}, check_scale, softmax_scale, 1)
     if (window := _window(window_size)) is not None:
         given["window"] = window
     if not (isinstance(softcap, (int, float)) and softcap <= 0):

@@ -5,6 +5,7 @@ import pyattn.compat.xformers as xops    # was xformers.ops
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyattn import api, core
-from pyattn.check import ShapeError, UnsupportedError, check_dense
+from pyattn.check import ShapeError, UnsupportedError, by_names, check_dense
 from pyattn.compat.xformers.biases import (
     BANDS,
     AttentionBias,
@@ -32,6 +33,8 @@ from pyattn.compat.xformers.biases import (
     LowerTriangularMask,
     LowerTriangularMaskWithTensorBias,
 )
+
+_NAMES = {"q": "query", "k": "key", "v": "value", "bias": "attn_bias", "dropout_p": "p"}
 
 __all__ = [
     "AttentionBias",
@@ -86,15 +89,16 @@ def memory_efficient_attention(
     """
     _check(query, key, value, op, output_dtype)
     options: dict[str, Any] = {"scale": scale, "dropout_p": p}
-    q, k, v = _with_heads(query), _of_groups(key), _of_groups(value)  # [b, length, heads, size]
+    q, (k, v) = _with_heads(query), _of_groups(key, value)  # [b, length, heads, size]
     if attn_bias is None or isinstance(attn_bias, Tensor):
         out = _dense(q, k, v, attn_bias, options)
-    elif (name := type(attn_bias).__name__) not in BANDS:
+    elif not _is_known(attn_bias):
+        name = f"{type(attn_bias).__module__}.{type(attn_bias).__qualname__}"
         raise UnsupportedError(f"attn_bias: expected a tensor or one of {', '.join(BANDS)}, got {name}")
     elif hasattr(attn_bias, "q_seqinfo"):
-        out = _blocks(q, k, v, BANDS[name](attn_bias), attn_bias, options)
+        out = _blocks(q, k, v, BANDS[type(attn_bias).__name__](attn_bias), attn_bias, options)
     else:
-        band = BANDS[name](attn_bias)
+        band = BANDS[type(attn_bias).__name__](attn_bias)
         options |= {"window": band[:2], "top_left": band.top_left}
         out = _dense(q, k, v, getattr(attn_bias, "_bias", None), options)
     return out if query.dim() == 4 else out.view(*query.shape[:-1], value.shape[-1])
@@ -119,15 +123,28 @@ def _with_heads(t: Tensor) -> Tensor:
     return t.unsqueeze(2) if t.dim() == 3 else t.flatten(2, 3) if t.dim() == 5 else t
 
 
-def _of_groups(t: Tensor) -> Tensor:
+def _of_groups(*tensors: Tensor) -> Iterator[Tensor]:
     """The same for keys and values, where the heads of a group that are one and the same are one."""
-    return t[:, :, :, 0] if t.dim() == 5 and (t.shape[3] == 1 or t.stride(3) == 0) else _with_heads(t)
+    if tensors[0].dim() != 5:
+        return map(_with_heads, tensors)
+    if all(t.shape[3] == 1 or t.stride(3) == 0 for t in tensors):
+        return (t[:, :, :, 0] for t in tensors)
+    size = max(t.shape[3] for t in tensors)
+    return (_with_heads(t.expand(-1, -1, -1, size, -1) if t.shape[3] == 1 else t) for t in tensors)
+
+
+def _is_known(attn_bias: Any) -> bool:
+    """Whether it is one of this module's masks, or of xformers' own."""
+    cls = type(attn_bias)
+    return cls.__name__ in BANDS and (isinstance(attn_bias, AttentionBias) or cls.__module__.startswith("xformers."))
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
     if bias is not None:
         bias = bias.unsqueeze(1) if bias.dim() == 3 else bias.flatten(1, 2) if bias.dim() == 5 else bias
-    out, _ = core.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias=bias, **options)
+    out, _ = by_names(
+        _NAMES, core.attend, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias=bias, **options
+    )
     return out.transpose(1, 2)
 
 
@@ -144,7 +161,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, band: Band, bias: Any, options: dic
         k, v, k_starts = _filled(k, v, k_info)
     elif band.top_left and k_info.seqstart_py != q_info.seqstart_py:
         return _padded(q, k, v, band, q_info, k_info, options)[None]
-    out = api.attention_varlen(q, k, v, q_starts, k_starts, window=band[:2], **options)
+    out = by_names(_NAMES, api.attention_varlen, q, k, v, q_starts, k_starts, window=band[:2], **options)
     assert isinstance(out, Tensor)
     return out[None]
 
@@ -171,5 +188,7 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, band: Band, q_info: Any, k_info: An
     q_rows, q_exists = places(q_info)
     k_rows, k_exists = places(k_info)
     batch = (t[rows].transpose(1, 2) for t, rows in ((q, q_rows), (k, k_rows), (v, k_rows)))
-    out, _ = core.attend(*batch, window=band[:2], top_left=True, key_lengths=k_exists.sum(-1), **options)
+    out, _ = by_names(
+        _NAMES, core.attend, *batch, window=band[:2], top_left=True, key_lengths=k_exists.sum(-1), **options
+    )
     return out.transpose(1, 2)[q_exists]

@@ -1,7 +1,8 @@
 """xformers.ops.fmha.attn_bias without a bias in memory: which keys a query sees, said by a class.
 
-The names, constructors and attributes are those of xformers 0.0.35. A block is one sequence of many that lie one after
-the other in a batch of one. What a class means is in BANDS, by its name, so that xformers' own objects mean the same.
+Classes, their constructors and the methods that make one of another are named as in xformers 0.0.35. What its kernels
+need of them, like `materialize`, is left out. A block is one sequence of many that lie one after the other in a batch
+of one. What a class means is in BANDS, by its name, so that xformers' own objects mean the same.
 """
 
 from __future__ import annotations
