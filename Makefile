@@ -53,7 +53,7 @@ test-compile: $(TRITONS:%=test-compile-%)
 test-compile-%: .venv/test
 	test -d build/triton-$*/triton || $(BIN)/python -m pip install --quiet --no-deps --target build/triton-$* triton==$*
 	PYTHONPATH=build/triton-$* $(BIN)/python -c 'import triton; assert triton.__version__ == "$*", triton.__version__'
-	PYTHONPATH=build/triton-$* $(BIN)/python -m pytest tests/test_triton_compile.py -o cache_dir=build/triton-$*/cache
+	PYTHONPATH=build/triton-$* $(BIN)/python -m pytest tests/test_triton_compile.py tests/test_hopper_compile.py -o cache_dir=build/triton-$*/cache
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pyattn needs Python 3.10 or newer; choose one with make PYTHON=...")'

@@ -23,6 +23,8 @@ RUNTIME_VALUES = (
     *("H", "GROUP", "M", "N", "S", "offset", "left", "right"),
     *("magnitude", "scale", "softcap", "threshold", "inv_keep"),
     *("B", "CHUNKS", "PAGES", "page_size"),
+    *(f"outer_{tensor}" for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv")),
+    *("BLOCKS", "SECTION", "HEADS", "unit"),
 )
 
 # From this stride on (in elements), an offset inside a tile of 128 rows may not fit 32 bits.

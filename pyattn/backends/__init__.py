@@ -29,6 +29,11 @@ class Backend(ABC):
     features: ClassVar[frozenset[str]]
     max_head_dim: ClassVar[int]
 
+    @property
+    def head_sizes(self) -> str:
+        """For the README's table."""
+        return f"1 to {self.max_head_dim}"
+
     @abstractmethod
     def unavailable(self) -> str | None:
         """Why this machine cannot run the backend at all; None when it is ready."""

@@ -44,10 +44,14 @@ class TritonBackend(Backend):
             if spec.dtype is torch.bfloat16:
                 return "Triton's interpreter computes bfloat16 wrongly and without an error"
             spec = spec._replace(device="cuda")  # the interpreter takes CPU tensors in a GPU's place
-        return super().refusal(spec) or (self._failures.get(_kind(spec)) if self._failures else None)
+        return super().refusal(spec) or self.failure(spec)
+
+    def failure(self, spec: AttentionSpec) -> str | None:
+        """What went wrong when a kernel for a call of this kind was to be compiled."""
+        return self._failures.get(_kind(spec)) if self._failures else None
 
     @contextmanager
-    def _compiling(self, spec: AttentionSpec) -> Iterator[None]:
+    def compiling(self, spec: AttentionSpec) -> Iterator[None]:
         """Remembers what cannot be compiled. A device's own errors, and memory that runs out, are not of this kind."""
         try:
             yield
@@ -65,8 +69,8 @@ class TritonBackend(Backend):
 
         out = empty_output(x.q, spec.dv)
         lse = x.q.new_empty(spec.b, spec.h, spec.m, dtype=torch.float32)
-        call = _call(spec, x)
-        with self._compiling(spec):
+        call = call_of(spec, x)
+        with self.compiling(spec):
             (decode if suits(x.q, x.k, call) else flash_fwd)(x.q, x.k, x.v, out, lse, call)
         return out, lse
 
@@ -88,9 +92,9 @@ class TritonBackend(Backend):
         d_out = unit_stride(d_out)
         d_lse = None if d_lse is None else d_lse.float().contiguous()
         lse = lse.contiguous()
-        with self._compiling(spec):
+        with self.compiling(spec):
             delta = flash_bwd(
-                x.q, x.k, x.v, out, lse, d_out, d_lse, grads.q, grads.k, grads.v, grads.bias, _call(spec, x)
+                x.q, x.k, x.v, out, lse, d_out, d_lse, grads.q, grads.k, grads.v, grads.bias, call_of(spec, x)
             )  # fmt: skip
         return grads if x.sinks is None else grads._replace(sinks=_sink_gradient(x.sinks, lse, delta))
 
@@ -112,7 +116,7 @@ def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     return -(p * delta).sum((0, 2))
 
 
-def _call(spec: AttentionSpec, x: Inputs) -> Call:
+def call_of(spec: AttentionSpec, x: Inputs) -> Call:
     from pyattn.triton_kernels.launch import Call
 
     return Call(

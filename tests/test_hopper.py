@@ -1,0 +1,180 @@
+"""The Hopper kernels in an emulator, on the CPU: the contract, under several schedules; what the backend refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+from gluon_emulator import launch
+from triton.runtime.jit import JITFunction
+
+import pyattn
+from pyattn import core, registry, testing
+from pyattn.backends import hopper as backend_module
+from pyattn.backends.hopper import HopperBackend
+from pyattn.spec import AttentionSpec
+from pyattn.testing import CASES, Case
+from pyattn.triton_kernels import config
+
+# Tiles of several blocks, with full ones between masked ones, several tiles to a program, several sections of heads.
+LARGE = {"b": 1, "h": 2, "hk": 2, "m": 300, "n": 420}
+MORE = [
+    Case("long", **LARGE),
+    Case("long-causal", **LARGE, causal=True),
+    Case("long-top-left", **LARGE, causal=True, top_left=True),
+    Case("long-window", **LARGE, window=(130, 50)),
+    Case("long-past", **LARGE, window=(200, None)),
+    Case("long-lengths", **LARGE | {"b": 2}, key_lengths=(0, 300), unseen_nan=True),
+    Case("wide", **LARGE, d=128, causal=True),
+    Case("group", **LARGE | {"h": 4, "hk": 1}, d=40, dv=72, causal=True),
+    Case("fewer-keys", **LARGE | {"n": 150}, causal=True, layout="bmhd"),
+]
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def schedule(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+    """The backend on CPU tensors, and the seed of the emulator's schedule."""
+    state = {"seed": 0, "launches": 0}
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, num_warps: int, **options: Any) -> None:
+        state["launches"] += 1
+        launch(kernel, grid, *args, seed=state["seed"], **options)
+
+    monkeypatch.setattr(backend_module, "_shortcoming", lambda: None)
+    monkeypatch.setattr(HopperBackend, "unavailable", lambda self: None)
+    monkeypatch.setattr(HopperBackend, "devices", frozenset({"cpu"}))
+    monkeypatch.setattr(config, "processors", lambda device: 3)
+    with mock.patch.object(JITFunction, "run", run):
+        yield state
+
+
+def _id(value: object) -> str:
+    return value.id if isinstance(value, Case) else str(value).removeprefix("torch.")
+
+
+def served() -> list[tuple[Case, torch.dtype]]:
+    """The cases of the contract that the backend takes, and more."""
+    taken = []
+    for case in (*CASES, *MORE):
+        call = testing.make_inputs(case, torch.bfloat16)
+        spec = AttentionSpec.of(*core.prepare(**call.tensors, **call.options))
+        fits = spec.features <= HopperBackend.features and backend_module._undescribable(spec) is None
+        if fits and max(spec.d, spec.dv) <= 128:
+            taken += [(case, dtype) for dtype in (DTYPES if case in MORE else DTYPES[:1])]
+    return taken
+
+
+@pytest.mark.parametrize(("case", "dtype"), served(), ids=_id)
+def test_case_is_as_accurate_as_plain_pytorch(schedule: dict[str, int], case: Case, dtype: torch.dtype) -> None:
+    results = testing.check_case("hopper", case, dtype)
+    assert schedule["launches"] > 0 or "-no-" in f"-{case.id}"
+    assert [r for r in results if not r.excess <= 1] == []
+
+
+@pytest.mark.parametrize("case", [MORE[1], MORE[3]], ids=_id)
+def test_bits_are_the_same_under_every_schedule(schedule: dict[str, int], case: Case) -> None:
+    call = testing.make_inputs(case, torch.bfloat16)
+    first: list[torch.Tensor] = []
+    for seed in range(8):
+        schedule["seed"] = seed
+        leaves = {name: t.detach().clone().requires_grad_() if name in "qkv" else t for name, t in call.tensors.items()}
+        out, lse = core.attend(**leaves, **call.options, backend="hopper")
+        found = [out, lse, *torch.autograd.grad(out.sum() + lse.sum(), [leaves[name] for name in "qkv"])]
+        first = first or found
+        assert all(map(torch.equal, found, first))
+
+
+def test_packed_sequences_of_any_lengths(schedule: dict[str, int]) -> None:
+    starts_q, starts_k = torch.tensor([0, 130, 130, 137, 300]), torch.tensor([0, 40, 170, 170, 420])
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(rows, 2, 64, generator=generator).bfloat16() for rows in (300, 420, 420))
+    for options in ({}, {"causal": True}, {"window": (20, 70)}):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        wide = [t.double().requires_grad_() for t in (q, k, v)]
+        outs = [
+            core.attend(*t, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, **options, backend=backend)
+            for t, backend in ((leaves, "hopper"), (wide, "reference"))
+        ]
+        grads = [torch.autograd.grad(out.square().sum(), t) for (out, _), t in zip(outs, (leaves, wide), strict=True)]
+        torch.testing.assert_close(outs[0][1], outs[1][1].float())
+        for got, want in zip((outs[0][0], *grads[0]), (outs[1][0], *grads[1]), strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0.02 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 7), (1, 2, 0, 7), (1, 2, 5, 0)], ids=str)
+def test_call_without_work_launches_nothing(schedule: dict[str, int], shape: tuple[int, int, int, int]) -> None:
+    b, h, m, n = shape
+    q, k, v = (torch.ones(b, h, rows, 64, dtype=torch.bfloat16, requires_grad=True) for rows in (m, n, n))
+    out, lse = core.attend(q, k, v, backend="hopper")
+    out.sum().backward()
+    assert not schedule["launches"] and not out.any() and (lse == -torch.inf).all()
+    assert not any(t.grad.any() for t in (q, k, v))
+
+
+@pytest.mark.parametrize("layout", ["expanded heads", "odd offset", "broadcast gradient"])
+def test_rows_that_no_descriptor_can_say_are_copied(schedule: dict[str, int], layout: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 40, 64, generator=generator).bfloat16() for _ in range(3))
+    if layout == "expanded heads":
+        k = k[:, :1].expand(-1, 2, -1, -1)
+    if layout == "odd offset":
+        q = torch.randn(40 * 128 + 1, generator=generator).bfloat16()[1:].view(1, 2, 40, 64)
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    weight = (
+        torch.ones(1, 1, 1, 1).expand(1, 2, 40, 64) if layout == "broadcast gradient" else torch.randn(1, 2, 40, 64)
+    )
+    results = []
+    for t, backend in ((leaves, "hopper"), (wide, "reference")):
+        out, _ = core.attend(*t, backend=backend)
+        results.append((out, *torch.autograd.grad(out, t, weight.to(out.dtype))))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0.02)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "odd head size": ({"d": 20}, "head sizes are multiples of 8, got d=20"),
+    "scale": ({"scale": -1.0}, "scale is at least 1e-30, got -1.0"),
+    "dtype": ({"dtype": torch.float32}, "accepts bfloat16, float16, got float32"),
+    "head size": ({"d": 264}, "head size is at most 256"),
+    "packed head size": ({"d": 136, "starts": True}, "packed sequences have head sizes to 128, got d=136, dv=136"),
+    "mask": ({"mask": torch.ones(5, 5, dtype=torch.bool)}, "does not do boolean mask"),
+}
+
+
+@pytest.mark.parametrize(("options", "words"), REFUSED.values(), ids=REFUSED)
+def test_call_it_does_not_do_is_refused_by_name(schedule: dict[str, int], options: dict[str, Any], words: str) -> None:
+    options = dict(options)
+    q = torch.ones(1, 1, 5, options.pop("d", 64), dtype=options.pop("dtype", torch.bfloat16))
+    if options.pop("starts", False):
+        q = q[0].transpose(0, 1)
+        options |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.tensor([0, 5]))
+    with pytest.raises(pyattn.UnsupportedError, match=words):
+        core.attend(q, q, q, backend="hopper", **options)
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "4.0.0"])
+def test_triton_that_was_not_tested_is_refused_by_its_version(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(triton, "__version__", version)
+    assert backend_module._shortcoming.__wrapped__().endswith(f"with which it was tested; {version} is installed")
+
+
+def test_gpu_that_is_no_hopper_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "B200")
+    assert backend_module._shortcoming.__wrapped__() == (
+        "needs an NVIDIA GPU of compute capability 9.0 (Hopper), this is B200"
+    )
+
+
+def test_auto_waits_for_a_run_on_a_gpu() -> None:
+    assert registry.HOPPER_ALLOWED_BY is None and "hopper" not in registry.AUTOMATIC
