@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from rich.table import Table
 
-from . import decode, features, growth
+from . import decode, features, growth, hopper
 from .cases import Direction
 from .report import by_call, ratio, table
 from .suite import Row
@@ -52,6 +52,7 @@ def floors(answers: dict[str, Sequence[Row]]) -> list[Floor]:
         Floor("forward, speed over SDPA flash", 1.15, _ratios(plain, "SDPA flash", "forward")),
         Floor("forward, speed over SDPA cuDNN", 0.6, _ratios(plain, "SDPA cuDNN", "forward")),
         Floor("backward, speed over SDPA flash", 1.0, _ratios(plain, "SDPA flash", "backward")),
+        *_of_hopper(by_call(answers[hopper.SUBJECT.name])),
         *_of_features(by_call(answers[features.SUBJECT.name])),
         Floor("decode, GB/s over the copy's", 0.8, _named(by_call(answers[decode.GPU_SUBJECT.name]), decode.of_copy)),
         Floor("peak memory, per doubling", LINEAR, list(zip(labels[1:], growth.growths(doublings), strict=True)), True),
@@ -69,6 +70,17 @@ def floor_table(found: Iterable[Floor]) -> Table:
             where, f"{measured} of {len(floor.figures)}", f"[{colours[floor.verdict]}]{floor.verdict}[/]",
         ])  # fmt: skip
     return table("floors", ("floor", "asked", "worst", "where", "measured", "verdict"), lines)
+
+
+def _of_hopper(calls: Sequence[Sequence[Row]]) -> list[Floor]:
+    return [
+        Floor(
+            f"Hopper {aim.direction}, {aim.name}, speed over SDPA cuDNN",
+            aim.asked,
+            _ratios([group for group in calls if aim.holds(group[0].case)], "SDPA cuDNN", aim.direction),
+        )
+        for aim in hopper.AIMS
+    ]
 
 
 def _of_features(calls: Sequence[Sequence[Row]]) -> list[Floor]:

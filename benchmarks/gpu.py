@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import chart, command, decode, environment, features, floors, growth, report
+from . import chart, command, decode, environment, features, floors, growth, hopper, report
 from .cases import GPU_CASES, Case
 from .peers import GPU_PEERS
 from .report import Chapter
@@ -29,7 +29,7 @@ from .suite import Effort, Row, measure
 
 BASELINES = ("SDPA flash", "SDPA cuDNN")
 # In this order, as time may run out: the quick ones before the one that FlexAttention compiles every case of.
-SUBJECTS = (decode.GPU_SUBJECT, growth.SUBJECT, features.SUBJECT)
+SUBJECTS = (decode.GPU_SUBJECT, growth.SUBJECT, hopper.SUBJECT, features.SUBJECT)
 # What the plain cases need; whoever needs less leaves the rest to those after it.
 ATTENTION_SECONDS = 130.0
 _EFFORT = Effort(clock_seconds=0.5)

@@ -47,15 +47,20 @@ class Peer(ABC):
 
 
 class Pyattn(Peer):
-    """The backend is the one `auto` chooses, or that of `pyattn.use_backend` around the run."""
+    """By default the backend is the one `auto` chooses, or that of `pyattn.use_backend` around the run."""
 
     ours = True
 
-    def __init__(self, name: str = "pyattn", *, threads: int | None = None) -> None:
+    def __init__(self, name: str = "pyattn", *, threads: int | None = None, backend: str = "auto") -> None:
         super().__init__(name, threads=threads)
+        self.backend = backend
+
+    def refusal(self, case: Case, direction: Direction, device: str) -> str | None:
+        reason = pyattn.backends().get(self.backend, "ready")
+        return super().refusal(case, direction, device) if reason == "ready" else reason
 
     def prepare(self, case: Case, x: Inputs) -> Attention:
-        options: dict[str, Any] = {"causal": case.causal}
+        options: dict[str, Any] = {"causal": case.causal, "backend": self.backend}
         if case.left is not None:
             options["window"] = (case.left, 0)
         if case.dropout_p > 0:

@@ -45,9 +45,18 @@ def warmed_up_graph(run) -> torch.cuda.CUDAGraph:
     return graph
 
 
+@pytest.fixture(params=["triton", "hopper"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if (reason := pyattn.backends()[request.param]) != "ready":
+        pytest.skip(reason)
+    return request.param
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_gpu_graph_of_forward_and_backward_replays_on_new_values(options):
-    options = with_tensors(options)
+def test_gpu_graph_of_forward_and_backward_replays_on_new_values(backend, options):
+    if backend == "hopper" and not options.keys() <= {"causal", "window"}:
+        pytest.skip("the Hopper kernels do not do this")
+    options = with_tensors(options) | {"backend": backend}
     leaves, d_out = qkv(), torch.randn(2, 4, 200, 64, device="cuda", dtype=torch.bfloat16)
     found = {}
 
@@ -102,23 +111,34 @@ def test_gpu_graph_draws_another_dropout_mask_at_every_replay():
     assert not torch.equal(first, found["out"])
 
 
-def test_gpu_new_lengths_compile_nothing():
-    from pyattn.triton_kernels import flash_bwd, flash_fwd
+def test_gpu_new_lengths_compile_nothing(backend):
+    from pyattn.triton_kernels import flash_bwd, flash_fwd, hopper_bwd, hopper_fwd
 
-    kernels = [f for module in (flash_fwd, flash_bwd) for name, f in vars(module).items() if name.endswith("_kernel")]
+    modules = (hopper_fwd, hopper_bwd) if backend == "hopper" else (flash_fwd, flash_bwd)
+    kernels = [f for module in modules for name, f in vars(module).items() if name.endswith("_kernel")]
 
     def compiled() -> int:
         return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
     def run(m: int) -> None:
         leaves = qkv(m)
-        torch.autograd.grad(pyattn.attention(*leaves, causal=True).sum(), leaves)
+        torch.autograd.grad(pyattn.attention(*leaves, causal=True, backend=backend).sum(), leaves)
 
     run(200)
     before = compiled()
     for m in (1, 16, 37, 256, 1000):
         run(m)
     assert compiled() == before > 0
+
+
+def test_gpu_bits_are_the_same_a_thousand_times(backend):
+    leaves, d_out = qkv(500), torch.randn(2, 4, 500, 64, device="cuda", dtype=torch.bfloat16)
+    first: list[Tensor] = []
+    for _ in range(1000):
+        out = pyattn.attention(*leaves, causal=True, backend=backend)
+        found = [out, *torch.autograd.grad(out, leaves, d_out)]
+        first = first or found
+        assert all(map(torch.equal, found, first))
 
 
 def test_gpu_weights_dropped_are_those_the_cpu_drops():

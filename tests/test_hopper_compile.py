@@ -59,18 +59,26 @@ class Code:
 
 
 def launches(
-    d: int, dtype: torch.dtype, hk: int = 4, lengths: bool = False, packed: int = 0, **options: Any
+    d: int,
+    dtype: torch.dtype = torch.bfloat16,
+    b: int = 2,
+    hk: int = 4,
+    m: int = 1024,
+    n: int = 1024,
+    lengths: bool = False,
+    packed: int = 0,
+    **options: Any,
 ) -> list[Launch]:
-    """Those of a forward and backward of [2, 4, 1024, d], on the meta device."""
+    """Those of a forward and backward with 4 heads, on the meta device."""
     empty = partial(torch.empty, device="meta")
-    b, h, m = (1 if packed else 2), 4, 1024
-    q, k = (empty(b, m, heads, d, dtype=dtype).transpose(1, 2) for heads in (h, hk))
+    b, h = 1 if packed else b, 4
+    q, k = (empty(b, rows, heads, d, dtype=dtype).transpose(1, 2) for rows, heads in ((m, h), (n, hk)))
     lse = empty(b, h, m)
     if lengths:
         options["key_lengths"] = empty(b, dtype=torch.int32)
     if packed:
         options |= {name: empty(packed + 1, dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}
-    call = Call(scale=0.1, offset=0, **options)
+    call = Call(scale=0.1, offset=n - m, **options)
 
     def run() -> None:
         forward(q, k, k, q, lse, call)
@@ -157,3 +165,11 @@ def test_exponentials_run_beside_products(case: str, compiled: Any) -> None:
         others = re.sub(fine, "", code.events).count("E")
         firsts = 0 if code.kernel == "_hopper_bwd_dkdv_kernel" else 2
         assert others <= firsts * per_step, code.events
+
+
+@pytest.mark.parametrize("case", ["bfloat16-128-causal", "bfloat16-64-window", "bfloat16-64-packed"])
+def test_new_lengths_and_batch_sizes_do_not_recompile(case: str) -> None:
+    shapes = [(2, 1024, 1024), (1, 1, 1), (3, 16, 513), (2, 100, 37), (1, 1000, 70000)]
+    keys = [{x.key(TARGET) for x in launches(**CASES[case] | {"b": b, "m": m, "n": n})} for b, m, n in shapes]
+    assert len(keys[0]) == 3
+    assert all(key == keys[0] for key in keys)
