@@ -24,6 +24,8 @@ _NOT_RUN = (
     "FlexAttention is not in this run, because it compiles for 20 s or so per shape: "
     "`pytest benchmarks --benchmark-only -k FlexAttention` in a checkout times it."
 )
+# What the plain cases may take.
+SECONDS, QUICK_SECONDS = 110.0, 10.0
 # A round of the longest shapes takes seconds.
 _EFFORT = Effort(min_rounds=3)
 
@@ -40,7 +42,7 @@ def run(out_dir: Path, *, quick: bool = False, console: Console | None = None) -
         One row per case, direction and peer. A row with status "failed" is a wrong result.
     """
     console = console or Console()
-    cases, seconds = (CPU_QUICK_CASES, 10.0) if quick else (CPU_CASES, 110.0)
+    cases, seconds = (CPU_QUICK_CASES, QUICK_SECONDS) if quick else (CPU_CASES, SECONDS)
     limit = Limit(dict.fromkeys(case.dtype_name for case in cases))
     rows: list[Row] = []
     answers: dict[Subject, list[Row]] = {subject.quick() if quick else subject: [] for subject in SUBJECTS}

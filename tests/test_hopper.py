@@ -21,9 +21,9 @@ from pyattn.backends import hopper as backend_module
 from pyattn.backends.hopper import HopperBackend
 from pyattn.spec import AttentionSpec
 from pyattn.testing import CASES, Case
-from pyattn.triton_kernels import config
+from pyattn.triton_kernels import config, hopper
 
-# Tiles of several blocks, with full ones between masked ones, several tiles to a program, several sections of heads.
+# Tiles of several blocks, with full ones between masked ones, several tiles to a program.
 LARGE = {"b": 1, "h": 2, "hk": 2, "m": 300, "n": 420}
 MORE = [
     Case("long", **LARGE),
@@ -32,6 +32,8 @@ MORE = [
     Case("long-window", **LARGE, window=(130, 50)),
     Case("long-past", **LARGE, window=(200, None)),
     Case("long-lengths", **LARGE | {"b": 2}, key_lengths=(0, 300), unseen_nan=True),
+    Case("unseen-after", **LARGE, causal=True, top_left=True, unseen_nan=True),
+    Case("unseen-around", **LARGE | {"m": 150}, window=(20, 0), unseen_nan=True),
     Case("wide", **LARGE, d=128, causal=True),
     Case("group", **LARGE | {"h": 4, "hk": 1}, d=40, dv=72, causal=True),
     Case("fewer-keys", **LARGE | {"n": 150}, causal=True, layout="bmhd"),
@@ -119,30 +121,63 @@ def test_call_without_work_launches_nothing(schedule: dict[str, int], shape: tup
     assert not any(t.grad.any() for t in (q, k, v))
 
 
-@pytest.mark.parametrize("layout", ["expanded heads", "odd offset", "broadcast gradient"])
+@pytest.mark.parametrize("layout", ["expanded heads", "odd offset", "of a longer cache", "shared gradient"])
 def test_rows_that_no_descriptor_can_say_are_copied(schedule: dict[str, int], layout: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 40, 64, generator=generator).bfloat16() for _ in range(3))
+    q, k, v = (torch.randn(2, 2, 40, 64, generator=generator).bfloat16() for _ in range(3))
+    weight = torch.randn(2, 2, 40, 64, generator=generator)
     if layout == "expanded heads":
         k = k[:, :1].expand(-1, 2, -1, -1)
     if layout == "odd offset":
-        q = torch.randn(40 * 128 + 1, generator=generator).bfloat16()[1:].view(1, 2, 40, 64)
+        q = torch.randn(2 * 40 * 128 + 1, generator=generator).bfloat16()[1:].view(2, 2, 40, 64)
+    if layout == "of a longer cache":  # which a descriptor can say: k alone has other rows from one batch to the next
+        k = torch.randn(2, 2, 90, 64, generator=generator).bfloat16()[:, :, :40]
+    if layout == "shared gradient":
+        weight = weight[:, :1].expand(-1, 2, -1, -1)
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    weight = (
-        torch.ones(1, 1, 1, 1).expand(1, 2, 40, 64) if layout == "broadcast gradient" else torch.randn(1, 2, 40, 64)
-    )
     results = []
     for t, backend in ((leaves, "hopper"), (wide, "reference")):
-        out, _ = core.attend(*t, backend=backend)
-        results.append((out, *torch.autograd.grad(out, t, weight.to(out.dtype))))
+        out, lse = core.attend(*t, backend=backend)
+        results.append(
+            (out, *torch.autograd.grad((out, lse), t, (weight.to(out.dtype), torch.ones_like(lse[:1]).expand_as(lse))))
+        )
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0.02)
 
 
+def test_packed_rows_between_those_of_other_projections_are_not_copied(schedule: dict[str, int]) -> None:
+    qkv = torch.randn(50, 3, 2, 64).bfloat16()
+    starts = torch.tensor([0, 20, 50])
+    with mock.patch.object(torch.Tensor, "clone", side_effect=AssertionError("a copy")):
+        core.attend(*qkv.unbind(1), cu_seqlens_q=starts, cu_seqlens_k=starts, backend="hopper")
+
+
+def test_sections_of_heads_change_no_bit(schedule: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(2, h, 300, 64).bfloat16() for h in (4, 2, 2))
+    found = []
+    for section in (hopper.SECTION_BYTES, 1, 200_000):
+        monkeypatch.setattr(hopper, "SECTION_BYTES", section)
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out, _ = core.attend(*leaves, causal=True, backend="hopper")
+        found.append((out, *torch.autograd.grad(out.sum(), leaves)))
+    assert all(map(torch.equal, found[0] * 2, found[1] + found[2]))
+
+
+def test_length_beyond_the_keys_reads_the_keys_alone(schedule: dict[str, int]) -> None:
+    """The values of a GPU's lengths are not checked."""
+    q = torch.randn(1, 2, 40, 64).bfloat16()
+    x, numbers = core.prepare(q, q, q, key_lengths=torch.tensor([40]))
+    spec, backend = AttentionSpec.of(x, numbers), registry.BACKENDS["hopper"]
+    beyond = x._replace(key_lengths=x.key_lengths + 50)
+    for got, want in zip(backend.forward(spec, beyond), backend.forward(spec, x), strict=True):
+        assert torch.equal(got, want)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "odd head size": ({"d": 20}, "head sizes are multiples of 8, got d=20"),
-    "scale": ({"scale": -1.0}, "scale is at least 1e-30, got -1.0"),
+    "scale": ({"scale": -1.0}, "scale is positive, from 1e-30 to 1e.30, got -1.0"),
+    "large scale": ({"scale": 2e38}, "scale is positive, from 1e-30 to 1e.30"),
     "dtype": ({"dtype": torch.float32}, "accepts bfloat16, float16, got float32"),
     "head size": ({"d": 264}, "head size is at most 256"),
     "packed head size": ({"d": 136, "starts": True}, "packed sequences have head sizes to 128, got d=136, dv=136"),

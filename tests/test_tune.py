@@ -55,14 +55,14 @@ def found_by(fake: FakeTrial, seconds: float = 60.0) -> Found:
 def test_calls_of_a_cell_take_its_row(cell: Cell, monkeypatch):
     """By the launcher's own rule, not by this test's."""
     pytest.importorskip("triton")
-    from pyattn.backends.triton import _call
+    from pyattn.backends.triton import call_of
     from pyattn.spec import AttentionSpec
     from pyattn.triton_kernels import decode, launch
 
     seen = []
 
     def stop(x, numbers, backend):
-        seen.append((x, _call(AttentionSpec.of(x, numbers), x)))
+        seen.append((x, call_of(AttentionSpec.of(x, numbers), x)))
         raise InterruptedError
 
     monkeypatch.setattr("pyattn.ops.attention", stop)

@@ -24,6 +24,9 @@ from . import launch
 from .schedule import keys_seen, queries_seeing, sequence_rows
 
 EXTENT = gl.constexpr(1 << 30)  # of a dimension without an end of its own
+MOST_ROWS = 1 << 30  # that a tensor may have, of all heads and batch elements: coordinates have 32 bits
+_UNBOUNDED = 0x7FFF0000  # more than any coordinate
+_WRAP = 2**34  # elements; EXTENT times as many are a multiple of 2^64 bytes
 WARPGROUPS = gl.constexpr(2)  # that compute; one more warp loads
 SECTION_BYTES = 32 << 20  # of keys and values, which stay in the L2 cache while all their queries pass, and vice versa
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -307,18 +310,20 @@ def padded_size(d: int, dv: int) -> int:
 
 def outers(**tensors: Tensor) -> dict[str, int]:
     """outer_NAME: how many rows lie from one batch element [heads, rows, size] to the next."""
-    return {f"outer_{name}": t.stride(0) // t.stride(2) for name, t in tensors.items()}
+    return {f"outer_{name}": t.stride(0) // t.stride(2) if t.shape[0] > 1 else 0 for name, t in tensors.items()}
 
 
 def fits(t: Tensor) -> bool:
     """Whether a descriptor can say where the rows of [b, heads, rows, size] lie."""
-    return t.data_ptr() % 16 == 0 and _strides_fit(t.stride(), t.element_size())
+    return t.data_ptr() % 16 == 0 and _layout_fits(t.shape[0], t.stride(), t.element_size())
 
 
-@lru_cache
-def _strides_fit(strides: tuple[int, ...], element_size: int) -> bool:
-    b, head, row, _ = strides
-    return head > 0 and row > 0 and b % row == 0 and all(stride * element_size % 16 == 0 for stride in (b, head, row))
+@lru_cache(maxsize=1024)
+def _layout_fits(batch: int, strides: tuple[int, ...], element_size: int) -> bool:
+    outer, head, row, _ = strides
+    if min(head, row) <= 0 or any(stride * element_size % 16 for stride in (head, row)):
+        return False
+    return batch == 1 or (outer % row == 0 and batch * outer // row < MOST_ROWS)
 
 
 def descriptor(t: Tensor, rows: int, size: int) -> TensorDescriptor:
@@ -331,15 +336,15 @@ def descriptor(t: Tensor, rows: int, size: int) -> TensorDescriptor:
     return made
 
 
-@lru_cache
+@lru_cache(maxsize=1024)
 def _descriptor(
     heads: int, columns: int, strides: tuple[int, ...], dtype: torch.dtype, rows: int, size: int
 ) -> TensorDescriptor:
-    wide, row, block = 0x7FFF0000, strides[2], [1, 1, 1, rows, size]
+    row, block = strides[2], [1, 1, 1, rows, size]
     return TensorDescriptor(
         torch.empty((), dtype=dtype, device="meta"),
-        [wide, wide, heads, EXTENT.value, columns],
-        [2**34 - row, row, strides[1], row, 1],
+        [_UNBOUNDED, _UNBOUNDED, heads, EXTENT.value, columns],
+        [_WRAP - row, row, strides[1], row, 1],
         block,
         gl.NVMMASharedLayout.get_default_for(block, _DTYPES[dtype]),
     )

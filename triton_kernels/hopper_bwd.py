@@ -177,7 +177,7 @@ def _dq_compute(
             for step in range(1, masked):
                 start_n = visited(step, blocks) * BLOCK_N
                 state = _dq_step(state, start_n, tiles, (k_ring, v_ring), begin, limits, unit, True, S_LAYOUT)
-        for _step in range(masked, blocks[0]):
+        for _ in range(masked, blocks[0]):
             state = _dq_step(state, 0, tiles, (k_ring, v_ring), begin, limits, unit, False, S_LAYOUT)
         count, ds, dq = state
         dq = warpgroup_mma(ds, tile(k_ring, count), dq, is_async=True)
@@ -312,7 +312,10 @@ def _dkdv_step(
     p_half = gl.convert_layout(p.to(DTYPE), A_LAYOUT)
     dv = warpgroup_mma(p_half, do_tile, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))
-    ds = gl.convert_layout((p * dp).to(DTYPE), A_LAYOUT)
+    ds = p * dp
+    if MASKED:  # a value that no query sees may be NaN, and so is its dp
+        ds = gl.where(p == 0.0, 0.0, ds)
+    ds = gl.convert_layout(ds.to(DTYPE), A_LAYOUT)
     dk = warpgroup_mma(ds, q_tile, dk, is_async=True)
     dv, p_half = warpgroup_mma_wait(1, deps=(dv, p_half))
     leave(do_ring, count)

@@ -163,7 +163,7 @@ def _compute(
             for step in range(1, masked):
                 start_n = visited(step, blocks) * BLOCK_N
                 state = _step(state, start_n, rings, limits, unit, WARPGROUP, True, S_LAYOUT)
-        for _step_number in range(masked, blocks[0]):
+        for _ in range(masked, blocks[0]):
             state = _step(state, 0, rings, limits, unit, WARPGROUP, False, S_LAYOUT)
         count, p, acc, row_max, row_sum = state
         wait_full(v_ring, count)

@@ -14,8 +14,7 @@ from pyattn.spec import AttentionSpec, Grads, Inputs, empty_gradients, empty_out
 # The releases whose machine code was looked at (tests/test_hopper_compile.py). Gluon moves between them.
 _TESTED = ("3.6", "3.7", "3.8")
 _MOST_PACKED = 128  # columns; beside more of them, the numbers that say where a sequence lies would spill
-_LEAST_SCALE = 1e-30  # lse divided by it stays in float32's range
-_MOST_ROWS = 2**31  # of a tensor, heads and batch elements together: TMA counts them in 32 bits
+_SCALES = (1e-30, 1e30)  # products times it, and lse divided by it, stay in float32's range
 
 
 class HopperBackend(TritonBackend):
@@ -79,7 +78,8 @@ class HopperBackend(TritonBackend):
         return grads
 
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
-        # Two float32 per query, and d_out once more where it comes with strides the kernels do not take.
+        # Two float32 per query, and d_out once more where it comes with strides the kernels do not take. An input whose
+        # rows do not lie as TMA's descriptors can say is copied, too; its spec does not know.
         return 0, spec.b * spec.h * spec.m * (8 + spec.dv * spec.dtype.itemsize)
 
 
@@ -92,14 +92,16 @@ def _rows(t: Tensor) -> Tensor:
 
 def _undescribable(spec: AttentionSpec) -> str | None:
     """What the kernels, or TMA's descriptors, cannot say of a call whose features they have."""
+    from pyattn.triton_kernels.hopper import MOST_ROWS
+
     if spec.d % 8 or spec.dv % 8:
         return f"head sizes are multiples of 8, got d={spec.d}, dv={spec.dv}"
     if spec.sequences is not None and max(spec.d, spec.dv) > _MOST_PACKED:
         return f"packed sequences have head sizes to {_MOST_PACKED}, got d={spec.d}, dv={spec.dv}"
-    if spec.scale < _LEAST_SCALE:
-        return f"scale is at least {_LEAST_SCALE}, got {spec.scale}"
-    if spec.b * spec.h * max(spec.m, spec.n) >= _MOST_ROWS:
-        return f"b * h * m and b * h * n are below 2^31, got b={spec.b}, h={spec.h}, m={spec.m}, n={spec.n}"
+    if not _SCALES[0] <= spec.scale <= _SCALES[1]:
+        return f"scale is positive, from {_SCALES[0]} to {_SCALES[1]}, got {spec.scale}"
+    if spec.b * spec.h * max(spec.m, spec.n) >= MOST_ROWS:
+        return f"b * h * m and b * h * n are below 2^30, got b={spec.b}, h={spec.h}, m={spec.m}, n={spec.n}"
     return None
 
 
