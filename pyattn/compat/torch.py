@@ -75,15 +75,19 @@ def scaled_dot_product_attention(
         return _folded_attention(query, key, value, attn_mask, enable_gqa, options)
     if query.dim() == 4:
         return _attention(query, key, value, attn_mask, options)
-    return _attention(query[None], key[None], value[None], attn_mask, options)[0]
+    q, k, v = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+    return _attention(q, k, v, attn_mask, options).squeeze(0)
 
 
 def _is_batch(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> bool:
     """Whether q, k and v are [b, h, m, d] or [h, m, d] already. Most are, and folding takes longer than a call."""
-    if not q.dim() == k.dim() == v.dim() or not 3 <= q.dim() <= 4 or k.shape[:-2] != v.shape[:-2]:
+    rank = q.dim()
+    if not rank == k.dim() == v.dim() or not 3 <= rank <= 4:
         return False
-    h, hk = q.shape[-3], k.shape[-3]
-    return q.shape[:-3] == k.shape[:-3] and (hk == h or (enable_gqa and hk > 0 and h % hk == 0))
+    of_q, of_k, of_v = q.shape, k.shape, v.shape
+    h, hk = of_q[-3], of_k[-3]
+    same_batch = rank == 3 or of_q[0] == of_k[0] == of_v[0]
+    return same_batch and hk == of_v[-3] and (hk == h or (enable_gqa and hk > 0 and h % hk == 0))
 
 
 def _folded_attention(
