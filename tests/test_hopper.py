@@ -121,7 +121,9 @@ def test_call_without_work_launches_nothing(schedule: dict[str, int], shape: tup
     assert not any(t.grad.any() for t in (q, k, v))
 
 
-@pytest.mark.parametrize("layout", ["expanded heads", "odd offset", "of a longer cache", "shared gradient"])
+@pytest.mark.parametrize(
+    "layout", ["expanded heads", "odd offset", "of a longer cache", "shared gradient", "sequence first", "mixed"]
+)
 def test_rows_that_no_descriptor_can_say_are_copied(schedule: dict[str, int], layout: str) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 2, 40, 64, generator=generator).bfloat16() for _ in range(3))
@@ -132,6 +134,10 @@ def test_rows_that_no_descriptor_can_say_are_copied(schedule: dict[str, int], la
         q = torch.randn(2 * 40 * 128 + 1, generator=generator).bfloat16()[1:].view(2, 2, 40, 64)
     if layout == "of a longer cache":  # which a descriptor can say: k alone has other rows from one batch to the next
         k = torch.randn(2, 2, 90, 64, generator=generator).bfloat16()[:, :, :40]
+    if layout == "sequence first":
+        q, k, v = (torch.randn(40, 2, 2, 64, generator=generator).bfloat16().permute(1, 2, 0, 3) for _ in range(3))
+    if layout == "mixed":  # as is this
+        v = torch.randn(2, 40, 2, 64, generator=generator).bfloat16().transpose(1, 2)
     if layout == "shared gradient":
         weight = weight[:, :1].expand(-1, 2, -1, -1)
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
