@@ -360,8 +360,11 @@ class TensorMap:
         self.extents, self.steps = extents, [stride * self.size for stride in strides]
         self.block_shape, self.padding = block_shape, padding
         self.nbytes = math.prod(block_shape) * self.size
-        if not all(0 <= step < 2**40 for step in self.steps) or not all(0 < extent <= 2**32 for extent in extents):
-            raise error(f"no descriptor has strides of {self.steps} bytes and extents {extents}")
+        steps_fit = all(0 < step < 2**40 and step % 16 == 0 for step in self.steps[:-1])
+        if not steps_fit or base.data_ptr() % 16 or not all(0 < extent <= 2**32 for extent in extents):
+            raise error(
+                f"no descriptor has strides of {self.steps} bytes, extents {extents} and base {base.data_ptr():#x}"
+            )
 
     def box(self, coordinates: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Where a block's elements lie in the storage, and which of them are in bounds."""

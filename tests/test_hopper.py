@@ -139,14 +139,19 @@ def test_rows_that_no_descriptor_can_say_are_copied(schedule: dict[str, int], la
     if layout == "mixed":  # as is this
         v = torch.randn(2, 40, 2, 64, generator=generator).bfloat16().transpose(1, 2)
     if layout == "shared gradient":
-        weight = weight[:, :1].expand(-1, 2, -1, -1)
+        weight = weight[:, :1]
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
     results = []
     for t, backend in ((leaves, "hopper"), (wide, "reference")):
         out, lse = core.attend(*t, backend=backend)
         results.append(
-            (out, *torch.autograd.grad((out, lse), t, (weight.to(out.dtype), torch.ones_like(lse[:1]).expand_as(lse))))
+            (
+                out,
+                *torch.autograd.grad(
+                    (out, lse), t, (weight.to(out.dtype).expand_as(out), torch.ones_like(lse[:1]).expand_as(lse))
+                ),
+            )
         )
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0.02)
