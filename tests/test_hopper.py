@@ -17,8 +17,10 @@ from triton.runtime.jit import JITFunction
 
 import pyattn
 from pyattn import core, registry, testing
+from pyattn.backends import KernelError
 from pyattn.backends import hopper as backend_module
 from pyattn.backends.hopper import HopperBackend
+from pyattn.backends.triton import TritonBackend
 from pyattn.spec import AttentionSpec
 from pyattn.testing import CASES, Case
 from pyattn.triton_kernels import config, hopper
@@ -167,7 +169,7 @@ def test_packed_rows_between_those_of_other_projections_are_not_copied(schedule:
 def test_sections_of_heads_change_no_bit(schedule: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (torch.randn(2, h, 300, 64).bfloat16() for h in (4, 2, 2))
     found = []
-    for section in (hopper.SECTION_BYTES, 1, 200_000):
+    for section in (hopper.SECTION_BYTES, 1, 240_000):
         monkeypatch.setattr(hopper, "SECTION_BYTES", section)
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]
         out, _ = core.attend(*leaves, causal=True, backend="hopper")
@@ -185,8 +187,30 @@ def test_length_beyond_the_keys_reads_the_keys_alone(schedule: dict[str, int]) -
         assert torch.equal(got, want)
 
 
+def test_wide_heads_have_the_backward_of_triton(schedule: dict[str, int]) -> None:
+    q, v = torch.ones(1, 1, 5, 64).bfloat16(), torch.ones(1, 1, 5, 136).bfloat16()
+    x, numbers = core.prepare(q, q, v)
+    with mock.patch.object(TritonBackend, "backward") as backward:
+        out = torch.ones_like(v)
+        registry.BACKENDS["hopper"].backward(AttentionSpec.of(x, numbers), x, out, out[..., 0], out, None, False)
+    assert backward.called and not schedule["launches"]
+
+
+def test_kernel_that_does_not_compile_is_refused_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = HopperBackend()
+    monkeypatch.setattr(HopperBackend, "unavailable", lambda self: None)
+    monkeypatch.setattr(HopperBackend, "devices", frozenset({"cpu"}))
+    q = torch.ones(1, 1, 5, 64).bfloat16()
+    x, numbers = core.prepare(q, q, q)
+    spec = AttentionSpec.of(x, numbers)
+    with pytest.raises(KernelError, match="cannot be compiled here: ValueError: no"), backend.compiling(spec):
+        raise ValueError("no")
+    assert "cannot be compiled here" in (backend.refusal(spec) or "")
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "odd head size": ({"d": 20}, "head sizes are multiples of 8, got d=20"),
+    "odd value size": ({"dv": 20}, "head sizes are multiples of 8, got d=64, dv=20"),
     "scale": ({"scale": -1.0}, "scale is positive, from 1e-30 to 1e.30, got -1.0"),
     "large scale": ({"scale": 2e38}, "scale is positive, from 1e-30 to 1e.30"),
     "dtype": ({"dtype": torch.float32}, "accepts bfloat16, float16, got float32"),
@@ -200,11 +224,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_call_it_does_not_do_is_refused_by_name(schedule: dict[str, int], options: dict[str, Any], words: str) -> None:
     options = dict(options)
     q = torch.ones(1, 1, 5, options.pop("d", 64), dtype=options.pop("dtype", torch.bfloat16))
+    v = q.new_ones(*q.shape[:-1], options.pop("dv", q.shape[-1]))
     if options.pop("starts", False):
-        q = q[0].transpose(0, 1)
+        q, v = (t[0].transpose(0, 1) for t in (q, v))
         options |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.tensor([0, 5]))
     with pytest.raises(pyattn.UnsupportedError, match=words):
-        core.attend(q, q, q, backend="hopper", **options)
+        core.attend(q, q, v, backend="hopper", **options)
 
 
 @pytest.mark.parametrize("version", ["3.5.1", "4.0.0"])
