@@ -247,5 +247,10 @@ def test_gpu_that_is_no_hopper_is_the_reason(monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
+def test_reason_is_that_of_hopper_before_that_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_module, "_shortcoming", lambda: "because")
+    assert HopperBackend().unavailable() == "because"
+
+
 def test_auto_waits_for_a_run_on_a_gpu() -> None:
     assert registry.HOPPER_ALLOWED_BY is None and "hopper" not in registry.AUTOMATIC
