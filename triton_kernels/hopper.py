@@ -36,8 +36,11 @@ _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 @gluon.jit
-def _sequence_of(number, cu_ptr, S, BLOCK: gl.constexpr):
-    """The packed sequence that owns block `number` (see `schedule`), by bisection: Gluon has no free scan layout."""
+def _rows_of_block(number, cu_ptr, other_cu_ptr, S, TOTAL, OTHER_TOTAL, BLOCK: gl.constexpr):
+    """As `schedule.locate`, by bisection: Gluon has no free scan layout.
+
+    Returns (block, first, length, other_first, other_length). A block that the sequence lacks begins past its end.
+    """
     low = number * 0
     high = low + S - 1
     while low < high:
@@ -45,7 +48,9 @@ def _sequence_of(number, cu_ptr, S, BLOCK: gl.constexpr):
         owns = gl.load(cu_ptr + middle) // BLOCK + middle <= number
         low = gl.where(owns, middle, low)
         high = gl.where(owns, high, middle - 1)
-    return low
+    first, length = sequence_rows(cu_ptr, low, TOTAL)
+    other_first, other_length = sequence_rows(other_cu_ptr, low, OTHER_TOTAL)
+    return number - (first // BLOCK + low), first, length, other_first, other_length
 
 
 @gluon.jit
@@ -89,10 +94,7 @@ def tile_of_queries(t, problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     n_queries = M
     n_keys = N
     if cu_q_ptr is not None:
-        i_s = _sequence_of(block, cu_q_ptr, S, BLOCK_M)
-        first_m, n_queries = sequence_rows(cu_q_ptr, i_s, M)
-        first_n, n_keys = sequence_rows(cu_k_ptr, i_s, N)
-        block = block - (first_m // BLOCK_M + i_s)
+        block, first_m, n_queries, first_n, n_keys = _rows_of_block(block, cu_q_ptr, cu_k_ptr, S, M, N, BLOCK_M)
         offset = n_keys - n_queries
     if lengths_ptr is not None:
         n_keys = gl.minimum(gl.load(lengths_ptr + i_b), N)
@@ -120,10 +122,7 @@ def tile_of_keys(t, problem, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr):
     n_queries = M
     rows = N
     if cu_k_ptr is not None:
-        i_s = _sequence_of(block, cu_k_ptr, S, BLOCK_N)
-        first_m, n_queries = sequence_rows(cu_q_ptr, i_s, M)
-        first_n, rows = sequence_rows(cu_k_ptr, i_s, N)
-        block = block - (first_n // BLOCK_N + i_s)
+        block, first_n, rows, first_m, n_queries = _rows_of_block(block, cu_k_ptr, cu_q_ptr, S, N, M, BLOCK_N)
         offset = rows - n_queries
     n_keys = rows
     if lengths_ptr is not None:
