@@ -1,36 +1,49 @@
-"""GPT-2: a decoder-only Transformer language model (Radford et al. 2019, "Language Models are Unsupervised
-Multitask Learners"; code released as openai/gpt-2).
+"""GPT: decoder-only Transformer language models.
 
-    x     = wte[tokens] + wpe[positions]
-    x     = x + attention(ln_1(x))                   for each block; LayerNorm stands before, not after
-    x     = x + c_proj(gelu(c_fc(ln_2(x))))
-    logits = ln_f(x) @ wte.T                         the head is the token embedding, transposed
+GPT-1 (Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training") normalizes after each part
+of a block, GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners") before it and at the end:
 
-Parameters carry the names of the released checkpoints (`wte`, `wpe`, `h.N.attn.c_attn`, ...). Their weight matrices
-are stored [in, out]; ours are `nn.Linear`'s [out, in].
+    x      = wte[tokens] + wpe[positions]
+    x      = x + attn(ln_1(x));   x = x + mlp(ln_2(x))         norm="pre":  GPT-2
+    x      = ln_1(x + attn(x));   x = ln_2(x + mlp(x))         norm="post": GPT-1
+    logits = ln_f(x) @ wte.T                                   the head is the token embedding, transposed
+
+Parameters carry the names of the released GPT-2 checkpoints (`wte`, `wpe`, `h.N.attn.c_attn`, ...). The weight
+matrices of those are stored [in, out]; ours are `nn.Linear`'s [out, in].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyattn.api import attention
 from pyattn.check import RangeError
+from pyattn.models.pretrained import Fields, Pretrained
+from pyattn.nn.attend import ATTENTIONS, check_attention
+from pyattn.nn.kv_cache import KVCache
 
 
 @dataclass(frozen=True, slots=True)
 class GPTConfig:
     """Sizes of one GPT. The defaults are the smallest released GPT-2 (124 million parameters).
 
+    Args:
+        vocab: tokens.
+        context: positions, the most tokens that the model looks at.
+        layers, heads, width: blocks, attention heads per block, size of a token's vector.
+        norm: "pre" (GPT-2) or "post" (GPT-1): where the LayerNorms stand.
+        dropout: probability, of embeddings, attention weights and what each part of a block adds.
+        attention: a name out of `pyattn.nn.attend.ATTENTIONS`.
+        end: the token that ends a text, where there is one.
+
     Raises:
-        RangeError: a size below 1, heads that do not divide width, dropout outside [0, 1), an unknown attention.
+        RangeError: a size below 1, heads that do not divide width, dropout outside [0, 1), an unknown name.
     """
 
     vocab: int = 50257
@@ -38,8 +51,10 @@ class GPTConfig:
     layers: int = 12
     heads: int = 12
     width: int = 768
+    norm: str = "pre"
     dropout: float = 0.0
     attention: str = "pyattn"
+    end: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab", "context", "layers", "heads", "width"):
@@ -47,29 +62,21 @@ class GPTConfig:
                 raise RangeError(f"{name}: expected at least 1, got {size}")
         if self.width % self.heads:
             raise RangeError(f"heads: expected a divisor of width={self.width}, got {self.heads}")
+        if self.norm not in ("pre", "post"):
+            raise RangeError(f"norm: expected pre or post, got {self.norm}")
         if not 0 <= self.dropout < 1:
             raise RangeError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
-        if self.attention not in ATTENTIONS:
-            raise RangeError(f"attention: expected one of {', '.join(ATTENTIONS)}, got {self.attention}")
+        check_attention(self.attention)
 
 
-class KVCache:
-    """The keys and values of every token read so far, so that a step costs one token and not the whole text."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        self.context = config.context
-        self.length = 0
-        self._buffers: list[tuple[Tensor, Tensor] | None] = [None] * config.layers
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k, v [b, h, m, d] behind what `layer` has; returns all of it, [b, h, length + m, d]."""
-        b, h, m, d = k.shape
-        buffers = self._buffers[layer] or (k.new_empty(b, h, self.context, d), v.new_empty(b, h, self.context, d))
-        self._buffers[layer] = buffers
-        end = self.length + m
-        for buffer, new in zip(buffers, (k, v), strict=True):
-            buffer[:, :, self.length : end] = new
-        return buffers[0][:, :, :end], buffers[1][:, :, :end]
+# The published models by their names on the Hugging Face hub.
+PUBLISHED = {
+    "openai-gpt": GPTConfig(vocab=40478, context=512, norm="post"),
+    "gpt2": GPTConfig(end=50256),
+    "gpt2-medium": GPTConfig(layers=24, heads=16, width=1024, end=50256),
+    "gpt2-large": GPTConfig(layers=36, heads=20, width=1280, end=50256),
+    "gpt2-xl": GPTConfig(layers=48, heads=25, width=1600, end=50256),
+}
 
 
 class SelfAttention(nn.Module):
@@ -78,7 +85,7 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.heads = config.heads
         self.dropout = config.dropout
-        self.attend = ATTENTIONS[config.attention]
+        self.attention = ATTENTIONS[config.attention]
         self.c_attn = nn.Linear(config.width, 3 * config.width)
         self.c_proj = nn.Linear(config.width, config.width)
 
@@ -86,9 +93,10 @@ class SelfAttention(nn.Module):
         b, m, width = x.shape
         qkv = self.c_attn(x).view(b, m, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [b, h, m, d]
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        out = self.attend(q, k, v, self.dropout if self.training else 0.0)
+        if cache is None:
+            out = self.attention.full(q, k, v, True, None, self.dropout if self.training else 0.0)
+        else:
+            out = cache.attend(self.attention, self.layer, q, k, v)
         return F.dropout(self.c_proj(out.transpose(1, 2).reshape(b, m, width)), self.dropout, self.training)
 
 
@@ -107,18 +115,26 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
+        self.post_norm = config.norm == "post"
         self.ln_1 = nn.LayerNorm(config.width)
         self.attn = SelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.width)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        if self.post_norm:
+            x = self.ln_1(x + self.attn(x, cache))
+            return self.ln_2(x + self.mlp(x))
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
-class GPT(nn.Module):
+class GPT(Pretrained):
     """The language model. Attention runs on whatever `config.attention` and pyattn's registry choose."""
+
+    config: GPTConfig
+    # Causal masks that old files hold, and the head, which is the embedding.
+    ignored = re.compile(r"\.attn\.(masked_)?bias$|^lm_head\.weight$")
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -126,62 +142,108 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab, config.width)
         self.wpe = nn.Embedding(config.context, config.width)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.ln_f = nn.LayerNorm(config.width)
+        self.ln_f = nn.LayerNorm(config.width) if config.norm == "pre" else nn.Identity()
         self._initialize()
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         """Next-token logits.
 
         Args:
-            tokens: [b, m] integer. With a cache they follow the tokens it holds, and are added to it.
-            cache: from `new_cache`; None reads the tokens as the whole text.
+            tokens: [b, m] integer. Padding behind a text changes nothing before it.
         Returns:
             [b, m, vocab]
         Raises:
             RangeError: more tokens than the context has positions.
         """
-        start = 0 if cache is None else cache.length
-        end = start + tokens.shape[1]
-        if end > self.config.context:
-            raise RangeError(f"tokens: expected at most {self.config.context} with those in the cache, got {end}")
-        positions = torch.arange(start, end, device=tokens.device)
+        if tokens.shape[1] > self.config.context:
+            raise RangeError(f"tokens: expected at most context={self.config.context}, got {tokens.shape[1]}")
+        return self._logits(self._blocks(tokens, torch.arange(tokens.shape[1], device=tokens.device), None))
+
+    def prefill(
+        self, prompt: Tensor, lengths: Tensor | None = None, *, room: int | None = None, page: int | None = None
+    ) -> tuple[Tensor, KVCache]:
+        """Reads the prompts, for decoding (`pyattn.decoding`).
+
+        Args:
+            prompt: [b, m] integer, padded behind.
+            lengths: [b] integer, tokens of each prompt, at least 1; all m by default.
+            room: the most tokens that prompt and continuation may have; the context by default.
+            page: tokens per page of the cache.
+        Returns:
+            logits [b, vocab] of the token behind each prompt, and the cache that `step` goes on with.
+        """
+        room = self.config.context if room is None else room
+        if not 1 <= room <= self.config.context:
+            raise RangeError(f"room: expected 1 to context={self.config.context}, got {room}")
+        cache = KVCache(self.config.layers, len(prompt), room, page=page)
+        x = self._blocks(prompt, cache.extend(prompt.shape[1], prompt.device), cache)
+        if lengths is None:
+            return self._logits(x[:, -1]), cache
+        cache.truncate(lengths.tolist())
+        return self._logits(x[torch.arange(len(x), device=x.device), lengths.long() - 1]), cache
+
+    def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Reads one more token of each row, tokens [b]. Returns the logits [b, vocab] of the one after it."""
+        tokens = tokens[:, None]
+        return self._logits(self._blocks(tokens, cache.extend(1, tokens.device), cache)[:, -1])
+
+    def _blocks(self, tokens: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
         x = F.dropout(self.wte(tokens) + self.wpe(positions), self.config.dropout, self.training)
         for block in self.h:
             x = block(x, cache)
-        if cache is not None:
-            cache.length = end
+        return x
+
+    def _logits(self, x: Tensor) -> Tensor:
         return F.linear(self.ln_f(x), self.wte.weight)
 
-    def new_cache(self) -> KVCache:
-        """An empty cache for one batch of texts."""
-        return KVCache(self.config)
-
     def _initialize(self) -> None:
-        """N(0, 0.02); projections into the residual stream divided by the root of their number (section 2.3)."""
+        """N(0, 0.02); in GPT-2, projections into the residual stream over the root of their number (section 2.3)."""
         for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):
+            if name.endswith("c_proj.weight") and self.config.norm == "pre":
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.layers))
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
+    @classmethod
+    def config_from(cls, fields: Fields) -> GPTConfig:
+        fields.expect(model_type=("gpt2", "openai-gpt"), tie_word_embeddings=True, layer_norm_epsilon=1e-5)
+        fields.expect(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+        fields.expect(n_inner=4 * fields["n_embd"], activation_function=("gelu_new", "gelu_pytorch_tanh"), afn="gelu")
+        return GPTConfig(
+            vocab=fields["vocab_size"],
+            context=fields["n_positions"],
+            layers=fields["n_layer"],
+            heads=fields["n_head"],
+            width=fields["n_embd"],
+            norm="pre" if fields["model_type"] == "gpt2" else "post",
+            end=fields.get("eos_token_id"),
+        )
 
-def _pyattn_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-    return cast(Tensor, attention(q, k, v, causal=True, dropout_p=dropout_p))
+    def config_fields(self) -> dict[str, Any]:
+        c = self.config
+        fields: dict[str, Any] = {
+            "vocab_size": c.vocab, "n_positions": c.context, "n_layer": c.layers, "n_head": c.heads, "n_embd": c.width,
+            "layer_norm_epsilon": 1e-5, "attn_pdrop": c.dropout, "embd_pdrop": c.dropout, "resid_pdrop": c.dropout,
+            "bos_token_id": c.end, "eos_token_id": c.end,
+        }  # fmt: skip
+        if c.norm == "pre":
+            own = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"}
+        else:
+            own = {"model_type": "openai-gpt", "architectures": ["OpenAIGPTLMHeadModel"], "afn": "gelu"}
+        return own | fields
 
+    def stored(self) -> dict[str, Tensor]:
+        names = {} if self.config.norm == "pre" else {"wte": "tokens_embed", "wpe": "positions_embed"}
+        tensors = {}
+        for name, parameter in self.named_parameters():
+            first, _, rest = name.partition(".")
+            matrix_of_block = first == "h" and parameter.ndim == 2
+            tensors[f"transformer.{names.get(first, first)}.{rest}"] = parameter.T if matrix_of_block else parameter
+        return tensors
 
-def _torch_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
-    m, n = q.shape[2], k.shape[2]
-    if m == n:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
-    # torch's is_causal aligns the first query with the first key; with a cache the last ones stand together.
-    mask = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
-
-
-# What `GPTConfig.attention` may name: q [b, h, m, d] over k, v [b, h, n, d], causal, last query at the last key.
-ATTENTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
-    "pyattn": _pyattn_attention,
-    "torch": _torch_attention,
-}
+    @classmethod
+    def current_name(cls, name: str) -> str:
+        """The files on the hub have no `transformer.` before their names."""
+        return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"

@@ -1,0 +1,188 @@
+"""Models in the folders of transformers: config.json and model.safetensors, whole or in shards."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pyattn.check import PyattnError
+from pyattn.training.files import replacing
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_SHOWN = 5  # names per list, in an error
+Self = TypeVar("Self", bound="Pretrained")
+
+
+class PretrainedError(PyattnError, ValueError):
+    """A folder holds no model, a damaged one, or one of another architecture."""
+
+
+class Pretrained(nn.Module):
+    """A model that is read from and written to a folder as transformers does it, with the names and shapes it uses."""
+
+    config: Any
+    ignored: ClassVar[re.Pattern[str]] = re.compile("$^")  # tensors of a file that this model does without
+
+    @classmethod
+    def config_from(cls, fields: Fields) -> Any:
+        """This model's configuration out of a config.json; raises PretrainedError where it says something else."""
+        raise NotImplementedError
+
+    def config_fields(self) -> dict[str, Any]:
+        """What config.json says of this model."""
+        raise NotImplementedError
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors of the file by their names there: parameters, or views of them in the file's shape."""
+        raise NotImplementedError
+
+    @classmethod
+    def current_name(cls, name: str) -> str:
+        """The name in `stored` of a tensor that another version of transformers called `name`."""
+        return name
+
+    @classmethod
+    def from_pretrained(cls: type[Self], folder: str | Path, **changes: Any) -> Self:
+        """Reads a model, in eval mode. No pickle is ever loaded.
+
+        Args:
+            folder: with config.json and model.safetensors (or model.safetensors.index.json and its shards).
+            changes: fields of the configuration that the folder does not decide, such as attention and dropout.
+        Raises:
+            PretrainedError: a file is missing or damaged; the model is of another architecture; tensors are missing,
+                unknown or of another shape: all of them are named.
+        """
+        folder = Path(folder)
+        fields = Fields.read(folder / CONFIG)
+        model = cls(replace(cls.config_from(fields), **changes))
+        model.load_stored(_tensors(folder), folder)
+        return model.eval()
+
+    @torch.no_grad()
+    def load_stored(self, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+        """Copies tensors named as in a file into the parameters. Changes nothing when it raises.
+
+        Raises:
+            PretrainedError: as `from_pretrained`; `source` is what it calls the tensors' origin.
+        """
+        given = {self.current_name(name): tensor for name, tensor in tensors.items()}
+        expected = self.stored()
+        given = {name: t for name, t in given.items() if name in expected or not self.ignored.search(name)}
+        misshapen = [
+            f"{name} {list(given[name].shape)} for {list(t.shape)}"
+            for name, t in expected.items()
+            if name in given and given[name].shape != t.shape
+        ]
+        lists = {
+            "missing": [name for name in expected if name not in given],
+            "unknown": [name for name in given if name not in expected],
+            "of another shape": misshapen,
+        }
+        if problems := [f"{what}: {_few(names)}" for what, names in lists.items() if names]:
+            model = type(self).__name__
+            raise PretrainedError(f"model: the tensors of {source} do not fit {model}; {'; '.join(problems)}")
+        for name, target in expected.items():
+            target.copy_(given[name])
+
+    def save_pretrained(self, folder: str | Path, *, max_shard_size: str = "5GB") -> None:
+        """Writes the model so that transformers reads it. A failure leaves what the folder held before."""
+        from huggingface_hub import split_torch_state_dict_into_shards
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.stored().items()}
+        plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+        texts = {CONFIG: self.config_fields()}
+        if plan.is_sharded:
+            texts[INDEX] = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        with ExitStack() as files:
+            for name, names in plan.filename_to_tensors.items():
+                part = {tensor: tensors[tensor] for tensor in names}
+                save_file(part, files.enter_context(replacing(folder / name)), metadata={"format": "pt"})
+            for name, fields in texts.items():
+                path = files.enter_context(replacing(folder / name))
+                path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        (folder / (WEIGHTS if plan.is_sharded else INDEX)).unlink(missing_ok=True)  # an older model's
+
+
+class Fields:
+    """A config.json, which knows its path for the errors."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self.path = path
+        self.values = values
+
+    @classmethod
+    def read(cls, path: Path) -> Fields:
+        return cls(path, _json(path))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field that may be missing. null counts as missing, as it does in transformers."""
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def __getitem__(self, name: str) -> Any:
+        """A field that must be there."""
+        if self.values.get(name) is None:
+            raise PretrainedError(f"model: {self.path} has no {name}")
+        return self.values[name]
+
+    def expect(self, **expected: Any) -> None:
+        """Raises PretrainedError unless each field, where it is given, has its value (or one out of a tuple)."""
+        for name, value in expected.items():
+            allowed = value if isinstance(value, tuple) else (value,)
+            if self.get(name, allowed[0]) not in allowed:
+                wanted = " or ".join(map(repr, allowed))
+                raise PretrainedError(f"model: expected {name} {wanted} in {self.path}, got {self.values[name]!r}")
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the folder's weights."""
+    if (folder / WEIGHTS).is_file():
+        return dict(_file_tensors(folder / WEIGHTS))
+    if not (folder / INDEX).is_file():
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        reason = f"; {pickles[0]} is a pickle, which runs code when it is loaded: convert it" if pickles else ""
+        raise PretrainedError(f"model: expected {WEIGHTS} or {INDEX} in {folder}{reason}")
+    shards = _json(folder / INDEX).get("weight_map")
+    if not isinstance(shards, dict) or any(Path(str(shard)).name != shard for shard in shards.values()):
+        raise PretrainedError(f"model: {folder / INDEX} is damaged: its weight_map does not name files of the folder")
+    return {name: t for shard in sorted(set(shards.values())) for name, t in _file_tensors(folder / shard)}
+
+
+def _file_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise PretrainedError(f"model: expected a file {path}, there is none")
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise PretrainedError(f"model: {path} is truncated or damaged ({error})") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise PretrainedError(f"model: expected a file {path}, there is none") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PretrainedError(f"model: {path} is damaged ({error})") from error
+    if not isinstance(values, dict):
+        raise PretrainedError(f"model: {path} is damaged (no object)")
+    return values
+
+
+def _few(names: list[str]) -> str:
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
