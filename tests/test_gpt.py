@@ -1,17 +1,19 @@
-"""GPT held against transformers' GPT-2, and generation with a cache against generation without."""
+"""GPT held against transformers' GPT-1 and GPT-2, and reading step by step against reading at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 import pyattn
-from pyattn.decoding.sampling import choose, generate
-from pyattn.models.gpt import GPT, GPTConfig
+from pyattn.models.gpt import GPT, PUBLISHED, GPTConfig
 
 SIZES = {"vocab": 97, "context": 48, "layers": 3, "heads": 4, "width": 32}
 
@@ -42,51 +44,74 @@ def _tokens(b: int, m: int, seed: int = 0) -> Tensor:
     return torch.randint(0, SIZES["vocab"], (b, m), generator=torch.Generator().manual_seed(seed))
 
 
-def _gpt(attention: str = "torch", **options: float) -> GPT:
+def _gpt(attention: str = "torch", **options: object) -> GPT:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**SIZES, attention=attention, **options))
+    model = GPT(GPTConfig(**SIZES, attention=attention, **options))  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in model.parameters():  # larger than at the start, so that every part shows in the logits
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
 
 
-def _peer(model: GPT) -> tuple[torch.nn.Module, dict[str, str]]:
-    """transformers' GPT-2 with the weights of `model`, and their names there by ours."""
+def _transformers_class(norm: str) -> type:
     transformers = pytest.importorskip("transformers")
-    c = model.config
-    config = transformers.GPT2Config(
-        vocab_size=c.vocab, n_positions=c.context, n_embd=c.width, n_layer=c.layers, n_head=c.heads,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="eager",
-    )  # fmt: skip
-    peer = transformers.GPT2LMHeadModel(config).eval()
-    names = {name: f"transformer.{name}" for name in model.state_dict()}
-    weights = {names[name]: _as_stored(name, tensor) for name, tensor in model.state_dict().items()}
-    missing, unexpected = peer.load_state_dict(weights, strict=False)
-    assert missing == ["lm_head.weight"], missing  # tied to wte
-    assert not unexpected
-    peer.tie_weights()
-    return peer, names
+    return {"pre": transformers.GPT2LMHeadModel, "post": transformers.OpenAIGPTLMHeadModel}[norm]
 
 
-def _as_stored(name: str, tensor: Tensor) -> Tensor:
-    """GPT-2's checkpoints hold the matrices of a block as [in, out]."""
-    return tensor.T.contiguous() if name.startswith("h.") and tensor.ndim == 2 else tensor
-
-
-def test_gpt_logits_and_gradients_equal_transformers(attention: str) -> None:
-    model = _gpt(attention)
-    peer, names = _peer(model)
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_gpt_logits_and_gradients_equal_transformers(tmp_path: Path, attention: str, norm: str) -> None:
+    model = _gpt(attention, norm=norm)
+    model.save_pretrained(tmp_path)
+    options = {"attn_implementation": "eager"} if norm == "pre" else {}
+    peer = _transformers_class(norm).from_pretrained(tmp_path, **options).eval()
     tokens, targets = _tokens(2, 48), _tokens(2, 48, seed=1)
     logits, expected = model(tokens), peer(tokens).logits
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=0)
     for result in (logits, expected):
         F.cross_entropy(result.flatten(0, 1), targets.flatten()).backward()
+    ours = dict(model.named_parameters())
+    for parameter in ours.values():
+        parameter.data = parameter.grad  # so that `stored` gives the gradients by their names in the file
     theirs = dict(peer.named_parameters())
-    for name, parameter in model.named_parameters():
-        grad = _as_stored(name, parameter.grad)
-        difference = (grad - theirs[names[name]].grad).norm() / theirs[names[name]].grad.norm()
+    for name, grad in model.stored().items():
+        difference = (grad - theirs[name].grad).norm() / theirs[name].grad.norm()
         assert difference < 1e-4, (name, difference)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("shards", ["5GB", "20KB"])
+def test_gpt_from_the_folder_of_transformers(tmp_path: Path, norm: str, shards: str) -> None:
+    model = _gpt(norm=norm)
+    model.save_pretrained(tmp_path / "ours", max_shard_size=shards)
+    peer = _transformers_class(norm).from_pretrained(tmp_path / "ours").eval()
+    peer.save_pretrained(tmp_path / "theirs", max_shard_size=shards)
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists() == (shards == "20KB")
+    again = GPT.from_pretrained(tmp_path / "theirs", attention="pyattn")
+    assert again.config == replace(model.config, attention="pyattn")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_gpt_reads_files_without_prefix_with_masks_and_head(tmp_path: Path) -> None:
+    """As the released gpt2 is stored, and as transformers once saved it."""
+    model = _gpt()
+    model.save_pretrained(tmp_path)
+    stored = {name.removeprefix("transformer."): t.detach().clone().contiguous() for name, t in model.stored().items()}
+    stored |= {"h.0.attn.bias": torch.ones(1, 1, 48, 48), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    stored["lm_head.weight"] = stored["wte.weight"].clone()
+    save_file(stored, tmp_path / "model.safetensors")
+    assert torch.equal(GPT.from_pretrained(tmp_path).wte.weight, model.wte.weight)
+
+
+# Parameters as the papers and releases state them, in millions.
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("openai-gpt", 117), ("gpt2", 124), ("gpt2-medium", 355), ("gpt2-large", 774), ("gpt2-xl", 1558)],
+)
+def test_gpt_published_sizes(name: str, millions: int) -> None:
+    with torch.device("meta"):
+        model = GPT(PUBLISHED[name])
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.6)
 
 
 def test_gpt_new_model_follows_gpt2_initialization() -> None:
@@ -110,80 +135,31 @@ def test_gpt_dropout_acts_in_training_only() -> None:
     assert not torch.equal(model(tokens), model(tokens))
 
 
-def test_generate_greedy_with_cache_equals_without(attention: str) -> None:
-    model, prompt = _gpt(attention), _tokens(3, 7)
-    expected = prompt
-    with torch.no_grad():
-        for _ in range(30):
-            expected = torch.cat([expected, model(expected)[:, -1].argmax(-1, keepdim=True)], 1)
-    assert torch.equal(generate(model, prompt, 30, temperature=0), expected)
-
-
-def test_gpt_tokens_in_pieces_give_the_logits_of_the_whole(attention: str) -> None:
-    model, tokens, cache = _gpt(attention), _tokens(2, 40), None
-    with torch.no_grad():
-        cache = model.new_cache()
-        pieces = [model(piece, cache) for piece in tokens.split([11, 1, 20, 8], 1)]
-        torch.testing.assert_close(torch.cat(pieces, 1), model(tokens), atol=2e-5, rtol=0)
-
-
-def test_generate_beyond_the_context_goes_on() -> None:
-    model, prompt = _gpt(), _tokens(2, 60)
-    out = generate(model, prompt, 80, temperature=0)
-    assert out.shape == (2, 140)
-    assert torch.equal(out[:, :60], prompt)
-    with torch.no_grad():
-        first = model(prompt[:, -48:])[:, -1].argmax(-1)
-    assert torch.equal(out[:, 60], first)
-
-
-def test_generate_same_generator_seed_gives_same_text() -> None:
-    model, prompt = _gpt(), _tokens(2, 5)
-    runs = [
-        generate(model, prompt, 20, temperature=0.9, top_k=20, top_p=0.9, generator=torch.Generator().manual_seed(seed))
-        for seed in (0, 0, 1)
-    ]
-    assert torch.equal(runs[0], runs[1])
-    assert not torch.equal(runs[0], runs[2])
+@torch.no_grad()
+@pytest.mark.parametrize("page", [None, 4, 7])
+def test_gpt_step_by_step_equals_the_whole(attention: str, page: int | None) -> None:
+    """Unequal prompts, then rows that multiply, change places and go."""
+    model, orders = _gpt(attention), {0: [0, 0, 1, 1, 1, 2], 4: [5, 3, 3, 0, 1, 0], 5: [1, 0, 2, 4, 3, 5], 9: [0, 2, 5]}
+    tokens, lengths = _tokens(3, 20), torch.tensor([7, 20, 13])
+    logits, state = model.prefill(tokens, lengths, count=20, page=page)
+    texts = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    assert state.read == texts
+    for step in range(20):
+        for text, found in zip(texts, logits, strict=True):
+            torch.testing.assert_close(found, model(torch.tensor([text]))[0, -1], atol=2e-5, rtol=0)
+        if step in orders:
+            state.reorder(orders[step])
+            texts = [list(texts[row]) for row in orders[step]]
+        new = _tokens(1, len(texts), seed=step)[0]
+        for text, token in zip(texts, new.tolist(), strict=True):
+            text.append(token)
+        logits = model.step(new, state)
+    with pytest.raises(pyattn.RangeError, match="at most 40"):
+        model.step(_tokens(1, 3)[0], state)
 
 
 @pytest.mark.parametrize(
-    ("options", "allowed"),
-    [
-        ({"top_k": 2}, {1, 3}),
-        ({"top_k": 1}, {3}),
-        ({"top_p": 0.5}, {3}),
-        ({"top_p": 0.6}, {1, 3}),
-        ({"top_p": 1.0}, {0, 1, 2, 3}),
-        ({"top_k": 3, "top_p": 0.6}, {1, 3}),
-        ({}, {0, 1, 2, 3}),
-    ],
-)
-def test_choose_draws_from_the_allowed_tokens_only(options: dict[str, float], allowed: set[int]) -> None:
-    logits = torch.tensor([0.1, 0.25, 0.1, 0.55]).log().expand(2000, 4)
-    arguments = {"top_k": None, "top_p": None} | options
-    drawn = choose(logits, 1.0, generator=torch.Generator().manual_seed(0), **arguments)
-    assert set(drawn.flatten().tolist()) == allowed
-
-
-def test_choose_temperature_sharpens_the_distribution() -> None:
-    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20000, 3)
-    drawn = choose(logits, 0.5, None, None, torch.Generator().manual_seed(0)).flatten()
-    expected = torch.tensor([0.25, 0.09, 0.04]) / 0.38
-    torch.testing.assert_close(drawn.bincount() / 20000, expected, atol=0.02, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"prompt": _tokens(2, 0)}]
-)
-def test_generate_bad_argument_is_named(options: dict) -> None:
-    arguments = {"prompt": _tokens(1, 3)} | options
-    with pytest.raises(pyattn.RangeError, match=next(iter(options))):
-        generate(_gpt(), count=1, **arguments)
-
-
-@pytest.mark.parametrize(
-    "change", [{"layers": 0}, {"heads": 5}, {"dropout": 1.0}, {"attention": "flash"}, {"context": -1}]
+    "change", [{"layers": 0}, {"heads": 5}, {"dropout": 1.0}, {"attention": "flash"}, {"context": -1}, {"norm": "no"}]
 )
 def test_gpt_config_bad_value_is_named(change: dict) -> None:
     with pytest.raises(pyattn.RangeError, match=next(iter(change))):
@@ -191,5 +167,5 @@ def test_gpt_config_bad_value_is_named(change: dict) -> None:
 
 
 def test_gpt_more_tokens_than_context_is_an_error() -> None:
-    with pytest.raises(pyattn.RangeError, match="at most 48"):
+    with pytest.raises(pyattn.RangeError, match="at most context=48"):
         _gpt()(_tokens(1, 49))

@@ -1,94 +1,141 @@
-"""Greedy and random continuation of a text, one token after another, with a key/value cache."""
+"""Greedy and random continuation of texts, one token after another."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyattn.check import RangeError
+from pyattn.decoding.protocol import Decoder, State, check_prompt, pad_batch
+from pyattn.decoding.rules import NOTHING, Rules, history_of
 
 
-class Cache(Protocol):
-    """What a model remembers of the tokens it has read."""
-
-    length: int
-    context: int
-
-
-class LanguageModel(Protocol):
-    """What `generate` needs from a model: logits [b, m, vocab] of tokens [b, m] that follow those in the cache."""
-
-    def __call__(self, tokens: Tensor, cache: Any) -> Tensor: ...
-
-    def new_cache(self) -> Cache: ...
-
-
-@torch.no_grad()
-def generate(
-    model: LanguageModel,
-    prompt: Tensor,
-    count: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Continues each prompt by `count` tokens. Put the model into eval mode first.
-
-    A text that outgrows the model's context goes on from its last half: the cache is filled anew with that.
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn from its logits. The restrictions act one after the other, in this order.
 
     Args:
-        prompt: [b, m] integer, m >= 1.
         temperature: divides the logits; 0 takes the most probable token (greedy).
         top_k: draw from the k most probable tokens only.
         top_p: draw from the smallest set of tokens whose probabilities reach p (Holtzman et al. 2020, section 3.1).
-        generator: source of randomness, on the prompt's device.
-    Returns:
-        [b, m + count], dtype of prompt.
+        min_p: draw from tokens at least min_p times as probable as the first one (Nguyen et al. 2024, section 3).
     Raises:
-        RangeError: an empty prompt, a negative temperature, top_k below 1, top_p outside (0, 1].
+        RangeError: a negative temperature, top_k below 1, top_p outside (0, 1], min_p outside [0, 1].
     """
-    _check(prompt, temperature, top_k, top_p)
-    tokens, cache = prompt, model.new_cache()
-    unread = prompt[:, -cache.context :]
-    for _ in range(count):
-        if cache.length + unread.shape[1] > cache.context:
-            cache = model.new_cache()
-            unread = tokens[:, -max(1, cache.context // 2) :]
-        logits = model(unread, cache)[:, -1].float()
-        unread = choose(logits, temperature, top_k, top_p, generator)
-        tokens = torch.cat([tokens, unread.to(tokens.dtype)], 1)
-    return tokens
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise RangeError(f"temperature: expected 0 (greedy) or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise RangeError(f"top_k: expected at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise RangeError(f"top_p: expected a probability in (0, 1], got {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise RangeError(f"min_p: expected a probability in [0, 1], got {self.min_p}")
+
+    def draw(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One token for each row of logits [rows, vocab]: int64 [rows]."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            least = logits.topk(self.top_k).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        p = logits.softmax(-1)
+        if self.top_p is not None:
+            p_sorted, order = p.sort(descending=True)
+            # A token stays when those before it have not reached top_p yet, so the first one always does.
+            outside = p_sorted.cumsum(-1) - p_sorted >= self.top_p
+            p = p.masked_fill(outside.scatter(-1, order, outside), 0.0)
+        if self.min_p is not None:
+            p = p.masked_fill(p < self.min_p * p.amax(-1, keepdim=True), 0.0)
+        return torch.multinomial(p, 1, generator=generator)[:, 0]
 
 
-def choose(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Tensor:
-    """One token per row of logits [b, vocab]; the arguments are `generate`'s. Returns int64 [b, 1]."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    p = logits.softmax(-1)
-    if top_p is not None:
-        p_sorted, order = p.sort(descending=True)
-        # A token stays when those before it have not reached top_p yet, so the first one always does.
-        outside = p_sorted.cumsum(-1) - p_sorted >= top_p
-        p = p.masked_fill(outside.scatter(-1, order, outside), 0.0)
-    return torch.multinomial(p, 1, generator=generator)
+GREEDY = Sampling(temperature=0)
 
 
-def _check(prompt: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if prompt.ndim != 2 or prompt.shape[1] < 1:
-        raise RangeError(f"prompt: expected [b, m] with m >= 1, got {list(prompt.shape)}")
-    if temperature < 0:
-        raise RangeError(f"temperature: expected 0 (greedy) or more, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise RangeError(f"top_k: expected at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise RangeError(f"top_p: expected a probability in (0, 1], got {top_p}")
+def generate(model: Decoder, prompt: Tensor, count: int, **options: Any) -> list[list[int]]:
+    """What `stream` yields, as one list of new tokens for each prompt."""
+    texts: list[list[int]] = [[] for _ in prompt]
+    for tokens in stream(model, prompt, count, **options):
+        for text, token in zip(texts, tokens, strict=True):
+            text += [] if token is None else [token]
+    return texts
+
+
+@torch.no_grad()
+def stream(
+    model: Decoder,
+    prompt: Tensor,
+    count: int,
+    *,
+    lengths: Tensor | None = None,
+    sampling: Sampling = GREEDY,
+    rules: Rules = Rules(),  # noqa: B008 (it is frozen)
+    end: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[list[int | None]]:
+    """Continues each prompt by at most `count` tokens, yielded as they come. Put the model into eval mode first.
+
+    A language model's text that outgrows the context goes on from its last half.
+
+    Args:
+        prompt: [b, m] integer, m >= 1, padded behind.
+        lengths: integer [b], tokens of each prompt; all m by default.
+        sampling: how tokens are drawn; the most probable ones by default.
+        rules: which tokens may come.
+        end: the token that ends a text; it is not yielded.
+        generator: source of randomness, on the prompt's device.
+    Yields:
+        The next token of each prompt's text, None for texts that have ended.
+    Raises:
+        RangeError: an empty prompt, lengths that do not fit it; a model that does not continue its prompt (a
+            translation) is asked for more tokens than it has positions.
+    """
+    check_prompt(prompt, lengths)
+    if count < 1 or not len(prompt):
+        return
+    logits, state, steps = _begin(model, prompt, lengths, count - 1)
+    history = history_of(state.read, prompt.device)
+    running = list(range(len(prompt)))  # the prompt of each row
+    for generated in range(count):
+        tokens = sampling.draw(rules(logits.float(), history, generated, end), generator)
+        chosen = tokens.tolist()
+        alive = [row for row, token in enumerate(chosen) if token != end]
+        if alive:
+            by_prompt = {running[row]: chosen[row] for row in alive}
+            yield [by_prompt.get(i) for i in range(len(prompt))]
+        if not alive or generated + 1 == count:
+            return
+        if len(alive) < len(running):
+            state.reorder(alive)
+            tokens, history, running = tokens[alive], history[alive], [running[row] for row in alive]
+        history = torch.cat([history, tokens[:, None]], 1)
+        if steps:
+            logits, steps = model.step(tokens, state), steps - 1
+        else:
+            half = history[:, -max(1, model.config.context // 2) :].tolist()
+            texts = [[token for token in row if token != NOTHING] for row in half]
+            logits, state, steps = _begin(model, *pad_batch(texts, prompt.device), count - generated - 2)
+
+
+def _begin(model: Decoder, prompt: Tensor, lengths: Tensor | None, steps: int) -> tuple[Tensor, State, int]:
+    """Prefills for `steps` steps, or as many as a language model's context has room for, and says how many."""
+    if model.continues_prompt:
+        context = model.config.context
+        if prompt.shape[1] > context:
+            counts = [prompt.shape[1]] * len(prompt) if lengths is None else lengths.tolist()
+            texts = [row[:held][-context:] for row, held in zip(prompt.tolist(), counts, strict=True)]
+            prompt, lengths = pad_batch(texts, prompt.device)
+        steps = min(steps, context - prompt.shape[1])
+    return *model.prefill(prompt, lengths, count=steps), steps

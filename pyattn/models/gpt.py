@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,16 @@ PUBLISHED = {
 }
 
 
+class Reading(NamedTuple):
+    """Texts that are being decoded: the prompts, and the keys and values of all that has been read."""
+
+    read: list[list[int]]
+    cache: KVCache
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        self.cache.reorder(rows)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -133,6 +144,7 @@ class GPT(Pretrained):
     """The language model. Attention runs on whatever `config.attention` and pyattn's registry choose."""
 
     config: GPTConfig
+    continues_prompt = True
     # Causal masks that old files hold, and the head, which is the embedding.
     ignored = re.compile(r"\.attn\.(masked_)?bias$|^lm_head\.weight$")
 
@@ -160,32 +172,37 @@ class GPT(Pretrained):
         return self._logits(self._blocks(tokens, torch.arange(tokens.shape[1], device=tokens.device), None))
 
     def prefill(
-        self, prompt: Tensor, lengths: Tensor | None = None, *, room: int | None = None, page: int | None = None
-    ) -> tuple[Tensor, KVCache]:
-        """Reads the prompts, for decoding (`pyattn.decoding`).
+        self, prompt: Tensor, lengths: Tensor | None = None, *, count: int, page: int | None = None
+    ) -> tuple[Tensor, Reading]:
+        """Reads the prompts (`pyattn.decoding.protocol`).
 
         Args:
             prompt: [b, m] integer, padded behind.
             lengths: [b] integer, tokens of each prompt, at least 1; all m by default.
-            room: the most tokens that prompt and continuation may have; the context by default.
+            count: how many tokens `step` may be given afterwards.
             page: tokens per page of the cache.
         Returns:
-            logits [b, vocab] of the token behind each prompt, and the cache that `step` goes on with.
+            logits [b, vocab] of the token behind each prompt, and what `step` goes on with.
+        Raises:
+            RangeError: prompt and count exceed the context.
         """
-        room = self.config.context if room is None else room
-        if not 1 <= room <= self.config.context:
-            raise RangeError(f"room: expected 1 to context={self.config.context}, got {room}")
-        cache = KVCache(self.config.layers, len(prompt), room, page=page)
-        x = self._blocks(prompt, cache.extend(prompt.shape[1], prompt.device), cache)
-        if lengths is None:
-            return self._logits(x[:, -1]), cache
-        cache.truncate(lengths.tolist())
-        return self._logits(x[torch.arange(len(x), device=x.device), lengths.long() - 1]), cache
+        b, m = prompt.shape
+        if m + count > self.config.context:
+            raise RangeError(
+                f"count: expected prompt and count within context={self.config.context}, got {m} and {count} tokens"
+            )
+        cache = KVCache(self.config.layers, b, m + count, page=page)
+        x = self._blocks(prompt, cache.extend(m, prompt.device), cache)
+        counts = [m] * b if lengths is None else lengths.tolist()
+        cache.truncate(counts)
+        last = torch.tensor(counts, device=x.device) - 1
+        read = [row[:length] for row, length in zip(prompt.tolist(), counts, strict=True)]
+        return self._logits(x[torch.arange(b, device=x.device), last]), Reading(read, cache)
 
-    def step(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def step(self, tokens: Tensor, state: Reading) -> Tensor:
         """Reads one more token of each row, tokens [b]. Returns the logits [b, vocab] of the one after it."""
-        tokens = tokens[:, None]
-        return self._logits(self._blocks(tokens, cache.extend(1, tokens.device), cache)[:, -1])
+        positions = state.cache.extend(1, tokens.device)
+        return self._logits(self._blocks(tokens[:, None], positions, state.cache)[:, -1])
 
     def _blocks(self, tokens: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
         x = F.dropout(self.wte(tokens) + self.wpe(positions), self.config.dropout, self.training)

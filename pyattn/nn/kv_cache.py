@@ -72,7 +72,8 @@ class KVCache:
         store = self._stores[layer]
         if store is None:
             shape = (self._pages, k.shape[1], self.page, k.shape[3])
-            store = self._stores[layer] = (k.new_empty(shape), v.new_empty(shape))
+            # Zeros, because torch's attention multiplies what no query sees by 0, and memory may hold a NaN.
+            store = self._stores[layer] = (k.new_zeros(shape), v.new_zeros(shape))
         for pages, new in zip(store, (k, v), strict=True):
             tokens = new if isinstance(self._pages_now, slice) else new.transpose(1, 2).flatten(0, 1)
             pages[self._pages_now, :, self._places_now] = tokens
@@ -130,5 +131,5 @@ class KVCache:
         self._pages = pages
         for layer, store in enumerate(self._stores):
             if store is not None:
-                k, v = (torch.cat([old, old.new_empty(pages - len(old), *old.shape[1:])]) for old in store)
+                k, v = (torch.cat([old, old.new_zeros(pages - len(old), *old.shape[1:])]) for old in store)
                 self._stores[layer] = (k, v)
