@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ class GPT(Pretrained):
     """The language model. Attention runs on whatever `config.attention` and pyattn's registry choose."""
 
     config: GPTConfig
-    continues_prompt = True
+    continues_prompt: ClassVar[bool] = True
     # Causal masks that old files hold, and the head, which is the embedding.
     ignored = re.compile(r"\.attn\.(masked_)?bias$|^lm_head\.weight$")
 

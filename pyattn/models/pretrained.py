@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pyattn.check import PyattnError
+from pyattn.check import PyattnError, RangeError
 from pyattn.training.files import replacing
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -62,7 +62,11 @@ class Pretrained(nn.Module):
         """
         folder = Path(folder)
         fields = Fields.read(folder / CONFIG)
-        model = cls(replace(cls.config_from(fields), **changes))
+        try:
+            config = cls.config_from(fields)
+        except (RangeError, TypeError) as error:  # a size that cannot be, or is no number
+            raise PretrainedError(f"model: {fields.path} is damaged ({error})") from error
+        model = cls(replace(config, **changes))
         model.load_stored(_tensors(folder), folder)
         return model.eval()
 

@@ -129,7 +129,10 @@ class KVCache:
         if pages <= self._pages:
             return
         self._pages = pages
+        used = sorted({page for row in self.table for page in row})
         for layer, store in enumerate(self._stores):
             if store is not None:
-                k, v = (torch.cat([old, old.new_zeros(pages - len(old), *old.shape[1:])]) for old in store)
+                k, v = (old.new_zeros(pages, *old.shape[1:]) for old in store)
+                for new, old in zip((k, v), store, strict=True):
+                    new[used] = old[used]
                 self._stores[layer] = (k, v)

@@ -1,0 +1,202 @@
+"""Folders of models: what is refused, and that it is named; what a failure leaves behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pyattn.models.gpt import GPT, GPTConfig
+from pyattn.models.pretrained import Pretrained, PretrainedError
+from pyattn.models.transformer import Transformer, TransformerConfig
+
+MODELS: dict[str, Callable[[], Pretrained]] = {
+    "gpt": lambda: GPT(GPTConfig(vocab=31, context=8, layers=1, heads=2, width=8)),
+    "transformer": lambda: Transformer(
+        TransformerConfig(vocab=31, context=8, layers=1, heads=2, width=8, hidden=12, dropout=0.1)
+    ),
+}
+# Of each model: an embedding in its file, and a tensor that is a view of a parameter there.
+EMBEDDING = {"gpt": "transformer.wte.weight", "transformer": "model.shared.weight"}
+VIEW = {
+    "gpt": "transformer.h.0.attn.c_attn.weight",
+    "transformer": "model.encoder.layers.0.self_attn.k_proj.weight",
+}
+
+
+@pytest.fixture(params=MODELS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def _saved(kind: str, folder: Path, **options: str) -> Pretrained:
+    torch.manual_seed(0)
+    model = MODELS[kind]()
+    model.save_pretrained(folder, **options)
+    return model
+
+
+def _change(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _refused(kind: str, folder: Path, *words: str) -> None:
+    with pytest.raises(PretrainedError) as caught:
+        type(MODELS[kind]()).from_pretrained(folder)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_pretrained_names_every_tensor_that_does_not_fit(kind: str, tmp_path: Path) -> None:
+    model = _saved(kind, tmp_path)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors[VIEW[kind]]
+        tensors["extra.weight"] = torch.zeros(2)
+        tensors[EMBEDDING[kind]] = torch.zeros(30, 8)
+
+    _change(tmp_path, change)
+    missing, unknown = f"missing: {VIEW[kind]}", "unknown: "
+    _refused(
+        kind, tmp_path, missing, unknown, "extra.weight", f"of another shape: {EMBEDDING[kind]} [30, 8] for [31, 8]"
+    )
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(PretrainedError):
+        model.load_stored({name: t + 1 for name, t in load_file(tmp_path / "model.safetensors").items()}, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_pretrained_many_missing_tensors_are_counted(kind: str, tmp_path: Path) -> None:
+    _saved(kind, tmp_path)
+    _change(tmp_path, dict.clear)
+    _refused(kind, tmp_path, "missing: ", " more")
+
+
+def test_pretrained_model_is_read_in_eval_mode_with_changes(kind: str, tmp_path: Path) -> None:
+    model = _saved(kind, tmp_path)
+    again = type(model).from_pretrained(tmp_path, dropout=0.2, attention="torch")
+    assert not again.training
+    assert (again.config.dropout, again.config.attention) == (0.2, "torch")
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_pretrained_pickle_is_refused(kind: str, tmp_path: Path) -> None:
+    model = _saved(kind, tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    _refused(kind, tmp_path, "model.safetensors", "pytorch_model.bin is a pickle")
+    (tmp_path / "pytorch_model.bin").unlink()
+    _refused(kind, tmp_path, "expected model.safetensors or model.safetensors.index.json in")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff\xfe"])
+def test_pretrained_damaged_config_is_named(kind: str, tmp_path: Path, text: bytes) -> None:
+    _saved(kind, tmp_path)
+    (tmp_path / "config.json").write_bytes(text)
+    _refused(kind, tmp_path, str(tmp_path / "config.json"), "is damaged")
+
+
+def test_pretrained_missing_config_is_named(kind: str, tmp_path: Path) -> None:
+    _refused(kind, tmp_path, str(tmp_path / "config.json"), "there is none")
+
+
+def test_pretrained_missing_field_is_named(kind: str, tmp_path: Path) -> None:
+    _saved(kind, tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    for value in ({}, {"vocab_size": None}):
+        path.write_text(json.dumps({name: v for name, v in fields.items() if name != "vocab_size"} | value))
+        _refused(kind, tmp_path, str(path), "has no vocab_size")
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": "31"}, {"vocab_size": 0}, {"n_head": 3, "encoder_attention_heads": 3}]
+)
+def test_pretrained_impossible_size_is_named(kind: str, tmp_path: Path, change: dict) -> None:
+    _saved(kind, tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text()) | change
+    if kind == "transformer":
+        fields |= {
+            "decoder_vocab_size": fields["vocab_size"],
+            "decoder_attention_heads": fields["encoder_attention_heads"],
+        }
+    path.write_text(json.dumps(fields))
+    _refused(kind, tmp_path, f"{path} is damaged (")
+
+
+def test_pretrained_folder_of_another_model_is_refused(kind: str, tmp_path: Path) -> None:
+    for other in MODELS.keys() - {kind}:
+        _saved(other, tmp_path)
+        _refused(kind, tmp_path, "expected model_type", "got ")
+
+
+def test_pretrained_truncated_weights_are_named(kind: str, tmp_path: Path) -> None:
+    _saved(kind, tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    for size in (0, 5, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        _refused(kind, tmp_path, str(path), "truncated or damaged")
+
+
+def test_pretrained_missing_shard_is_named(kind: str, tmp_path: Path) -> None:
+    _saved(kind, tmp_path, max_shard_size="1KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    _refused(kind, tmp_path, str(shard), "there is none")
+
+
+@pytest.mark.parametrize(
+    "weight_map", [None, ["a"], {"a": 1}, {"a": "../model.safetensors"}, {"a": "/model.safetensors"}]
+)
+def test_pretrained_damaged_index_is_refused(kind: str, tmp_path: Path, weight_map: object) -> None:
+    """Also one that names files outside the folder."""
+    _saved(kind, tmp_path / "folder", max_shard_size="1KB")
+    (tmp_path / "folder" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    _saved(kind, tmp_path)
+    _refused(kind, tmp_path / "folder", "model.safetensors.index.json is damaged")
+
+
+@pytest.mark.parametrize("shards", [("5GB", "1KB"), ("1KB", "5GB")])
+def test_pretrained_saving_replaces_an_older_model(kind: str, tmp_path: Path, shards: tuple[str, str]) -> None:
+    for size in shards:
+        model = _saved(kind, tmp_path, max_shard_size=size)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+    model.save_pretrained(tmp_path, max_shard_size=shards[1])
+    again = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_pretrained_failed_save_leaves_the_older_model(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _saved(kind, tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with torch.no_grad(), pytest.raises(OSError, match="no space"):
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_pretrained_shards_hold_no_more_than_asked(kind: str, tmp_path: Path) -> None:
+    """Views of one parameter share its memory, and are yet counted and written one by one."""
+    model = _saved(kind, tmp_path, max_shard_size="2KB")
+    sizes = [sum(t.nbytes for t in load_file(shard).values()) for shard in tmp_path.glob("model-*.safetensors")]
+    assert max(sizes) <= 2000
+    assert sum(sizes) == sum(t.nbytes for t in model.stored().values())
