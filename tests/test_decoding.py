@@ -174,6 +174,14 @@ def test_scores_are_the_model_s_log_probabilities() -> None:
                 assert h.score == pytest.approx(log_prob / divisor(len(text)), abs=1e-4)
 
 
+def test_each_prompt_has_its_own_limit() -> None:
+    model, prompt = _gpt(), _prompts(3, 7)
+    found = beam_search(model, prompt, [3, 20, 1])
+    assert [max(len(h.tokens) for h in best) for best in found] == [3, 20, 1]
+    for row, count, best in zip(prompt, (3, 20, 1), found, strict=True):
+        assert [h.tokens for h in best] == [h.tokens for h in beam_search(model, row[None], count)[0]]
+
+
 def test_beams_share_the_pages_of_their_prompt() -> None:
     model, prompt = _gpt(), _prompts(2, 40)
     with torch.no_grad():
@@ -274,6 +282,7 @@ def test_rules_on_texts_of_unequal_length() -> None:
         (lambda m: generate(m, _prompts(2, 3), 3, lengths=torch.tensor([3, 0])), "lengths: expected 1 to 3"),
         (lambda m: generate(m, _prompts(2, 3), 3, lengths=torch.tensor([3])), r"lengths: expected \[2\]"),
         (lambda m: beam_search(m, _prompts(2, 3), 0), "count: expected at least 1"),
+        (lambda m: beam_search(m, _prompts(2, 3), [3]), "count: expected one number, or 2, got 1"),
         (lambda m: beam_search(m, _prompts(2, 3), 3, beams=0), "beams: expected at least 1"),
         (lambda m: beam_search(m, _prompts(2, 3), 3, early_stopping="always"), "early_stopping: expected True"),
         (lambda m: beam_search(m, _prompts(2, 60), 9), "count: expected prompt and count within context=64"),

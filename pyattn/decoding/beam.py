@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,7 +39,7 @@ def gnmt(alpha: float = 0.6) -> Callable[[int], float]:
 def beam_search(
     model: Decoder,
     prompt: Tensor,
-    count: int,
+    count: int | Sequence[int],
     *,
     beams: int = 4,
     lengths: Tensor | None = None,
@@ -54,7 +54,8 @@ def beam_search(
 
     Args:
         prompt: [b, m] integer, m >= 1, padded behind.
-        count: the most tokens of a continuation, its end token included. One that has not ended by then ends there.
+        count: the most tokens of a continuation, its end token included; one number, or one for each prompt. One that
+            has not ended by then ends there.
         beams: width of the search.
         lengths: integer [b], tokens of each prompt; all m by default.
         normalize: by what a log-probability is divided, given the number of tokens.
@@ -67,18 +68,21 @@ def beam_search(
         RangeError: an argument out of range; prompt and count exceed the model's context.
     """
     check_prompt(prompt, lengths)
-    for name, value in (("count", count), ("beams", beams)):
+    counts = [count] * len(prompt) if isinstance(count, int) else list(count)
+    if len(counts) != len(prompt):
+        raise RangeError(f"count: expected one number, or {len(prompt)}, got {len(counts)}")
+    for name, value in (("count", min(counts, default=1)), ("beams", beams)):
         if value < 1:
             raise RangeError(f"{name}: expected at least 1, got {value}")
     if early_stopping not in (True, False, "never"):
         raise RangeError(f"early_stopping: expected True, False or 'never', got {early_stopping!r}")
-    searches = [_Search(beams, count, end, normalize, early_stopping) for _ in prompt]
+    searches = [_Search(beams, most, end, normalize, early_stopping) for most in counts]
     if not searches:
         return []
-    logits, state = model.prefill(prompt, lengths, count=count - 1, page=_PAGE)
+    logits, state = model.prefill(prompt, lengths, count=max(counts) - 1, page=_PAGE)
     history = history_of(state.read, prompt.device)
     running = searches
-    for generated in range(count):
+    for generated in range(max(counts)):
         log_probs = rules(logits.float().log_softmax(-1), history, generated, end)
         best, tokens = (t.tolist() for t in log_probs.topk(min(2 * beams, log_probs.shape[1])))
         rows: list[int] = []  # of each beam that goes on: the row it continues

@@ -34,7 +34,7 @@ def translate(
     """The best `beams` translations of each sentence, best first; none of a sentence without text.
 
     Sentences of similar length are translated together, `batch` at a time. A translation has at most twice the tokens
-    of the longest of them, and 10 more. The search ends where none would improve by ending at once, as transformers'.
+    of its source, and 10 more. The search ends where none would improve by ending at once, as transformers'.
 
     Args:
         model: in eval mode; its config has pad, start and end.
@@ -52,9 +52,10 @@ def translate(
     found: list[list[Translation]] = [[] for _ in sentences]
     for places in _by_length(sources, batch):
         prompt, lengths = pad_batch([sources[place] for place in places], device)
+        counts = [min(2 * len(sources[place]) + 10, c.context) for place in places]
         hypotheses = beam_search(
-            model, prompt, min(2 * prompt.shape[1] + 10, c.context), beams=beams, lengths=lengths, end=c.end,
-            normalize=normalize, rules=rules, early_stopping=False,
+            model, prompt, counts, beams=beams, lengths=lengths, end=c.end, normalize=normalize, rules=rules,
+            early_stopping=False,
         )  # fmt: skip
         for place, best in zip(places, hypotheses, strict=True):
             found[place] = [Translation(tokenizer.decode(h.tokens), h.score) for h in best]
