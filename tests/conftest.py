@@ -1,7 +1,9 @@
 """Shared by all tests."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -17,3 +19,12 @@ def pytest_configure() -> None:
     # Under pytest-xdist the workers share the cores; two threads in each would wait for one another most of the time.
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small models, which are slower on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

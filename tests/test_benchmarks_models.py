@@ -65,7 +65,9 @@ def test_models_step_trains(monkeypatch: pytest.MonkeyPatch) -> None:
         before = [p.detach().clone() for p in model.parameters()]
         step = original(model, *rest)
         step()
-        moved.append(sum(float((p - old).abs().sum()) for p, old in zip(model.parameters(), before, strict=True)))
+        moved.append(
+            sum(float((p.detach() - old).abs().sum()) for p, old in zip(model.parameters(), before, strict=True))
+        )
         return step
 
     monkeypatch.setattr(model_peers, "_step", watched)

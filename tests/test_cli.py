@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,20 +20,12 @@ from pyattn import testing, verification
 from pyattn.cli import app
 from pyattn.training import checkpoint, metrics
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = argparse.__file__
 TINY = [
     *("train", "gpt", "--text", TEXT, "--attention", "torch", "--device", "cpu", "--layers", "1", "--heads", "2"),
     *("--width", "32", "--context", "32", "--batch", "4", "--vocab", "300", "--sample-tokens", "10"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _run(*arguments: object) -> Result:
@@ -57,7 +48,11 @@ def test_help_shows_every_command_and_an_example() -> None:
     text = _run("--help").output
     for word in ("info", "verify", "bench", "train", "compare", "A whole example"):
         assert word in text
-    assert "pyattn train gpt" in _run("train", "gpt", "--help").output
+    for model, own in (("gpt", "--tokens"), ("transformer", "--validation-source"), ("bert", "--cased")):
+        text = _run("train", model, "--help").output
+        assert f"pyattn train {model} " in text
+        for word in ("A whole example", own, "--attention", "--config", "--label-smoothing", "--patience"):
+            assert word in text
 
 
 def test_info_lists_versions_and_every_backend() -> None:
@@ -192,6 +187,106 @@ def test_train_unusable_checkpoint_is_refused_and_nothing_overwritten(tmp_path: 
     before = _bytes(tmp_path)
     _assert_refused(_run(*TINY, "--out", out, *options), "checkpoint: ")
     assert _bytes(tmp_path) == before
+
+
+def test_train_transformer_then_resume(tmp_path: Path) -> None:
+    source, target = tmp_path / "train.de", tmp_path / "train.en"
+    source.write_text("".join(f"das Haus {i} ist alt\n" for i in range(60)))
+    target.write_text("".join(f"house {i} is old\n" for i in range(60)))
+    out = tmp_path / "run"
+    options = [
+        "--layers",
+        1,
+        "--heads",
+        2,
+        "--width",
+        32,
+        "--hidden",
+        32,
+        "--vocab",
+        300,
+        "--device",
+        "cpu",
+        "--out",
+        out,
+    ]
+    files = ["--source", source, "--target", target]
+    result = _run("train", "transformer", *files, *options, "--steps", 2, "--max-tokens", 200)
+    assert result.exit_code == 0, result.output
+    assert "57 pairs of sentences and 3 for validation" in result.output
+    assert f"best model, validation loss {metrics.read(out)[-1]['val_loss']:.3f}: {out / 'model'}" in result.output
+    result = _run("train", "transformer", "--out", out, "--resume", "--steps", 3)
+    assert result.exit_code == 0, result.output
+    target.write_text("one line\n")
+    _assert_refused(_run("train", "transformer", *files, "--out", tmp_path / "new"), r"got 1 for 60")
+    _assert_refused(_run("train", "transformer", "--out", tmp_path / "new"), "give --source and --target")
+    _assert_refused(_run("train", "bert", "--out", out, "--resume"), "is not of a bert")
+    assert not (tmp_path / "new").exists()
+
+
+def test_train_bert_shows_its_losses_and_what_they_must_beat(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"part {i} begins .\nit goes on .\nit ends .\n\n" for i in range(50)))
+    options = ["--layers", 1, "--heads", 2, "--width", 32, "--hidden", 32, "--vocab", 300, "--device", "cpu"]
+    result = _run("train", "bert", "--text", text, *options, "--steps", 2, "--context", 32, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert re.search(
+        r"step +2/2  validation [\d.]+  masked [\d.]+ \(of [\d.]+\)  next [\d.]+ \(of 0.693\)", result.output
+    )
+
+
+def test_train_stops_when_nothing_gets_better(tmp_path: Path) -> None:
+    options = ["--steps", 50, "--evaluate-every", 1, "--patience", 2, "--lr", 1e-12, "--validation-tokens", 64]
+    result = _run(*TINY, "--out", tmp_path / "run", *options)
+    assert result.exit_code == 0, result.output
+    assert "no better validation loss in 2 evaluations" in result.output
+    assert len(metrics.read(tmp_path / "run")) < 50
+
+
+def test_config_sets_defaults_that_the_command_line_overrides(tmp_path: Path) -> None:
+    config = tmp_path / "tiny.toml"
+    config.write_text(
+        f'text = "{TEXT}"\nattention = "torch"\nlayers = 1\nheads = 2\nwidth = 32\ncontext = 32\nbatch = 4\n'
+        'vocab = 300\nsteps = 2\nlr = 1\nsample-tokens = 0\nmin_lr_rate = 0.5\ncompile = false\ndevice = "cpu"\n'
+    )
+    out = tmp_path / "run"
+    result = _run("train", "gpt", "--config", config, "--steps", 3, "--out", out)
+    assert result.exit_code == 0, result.output
+    settings = checkpoint.load(out / "checkpoint.safetensors").meta["settings"]
+    assert (settings["steps"], settings["lr"], settings["min_lr_rate"], settings["text"]) == (3, 1.0, 0.5, TEXT)
+    assert settings["clip"] == 1.0  # named nowhere
+    assert not (out / "sample.txt").exists()
+    result = _run("train", "gpt", "--out", out, "--resume", "--config", config, "--steps", 4)
+    assert result.exit_code == 0, result.output
+    config.write_text(config.read_text() + "seed = 1\n")
+    _assert_refused(
+        _run("train", "gpt", "--out", out, "--resume", "--config", config, "--steps", 5), "seed is 0 there and 1 here"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"layer = 2\n", r"bad\.toml has the key layer, which is no option of this command"),
+        (b"[model]\nlayers = 2\n", r"bad\.toml has the key model"),
+        (b"layers = 2.5\n", r"bad\.toml: expected a whole number for layers, got 2\.5"),
+        (b"layers = true\n", r"bad\.toml: expected a whole number for layers, got True"),
+        (b'lr = "high"\n', r"bad\.toml: expected a number for lr, got 'high'"),
+        (b"compile = 1\n", r"bad\.toml: expected true or false for compile, got 1"),
+        (b"attention = [1]\n", r"bad\.toml: expected a string for attention, got \[1\]"),
+        (b"layers = \n", r"bad\.toml is no TOML \(.*line 1"),
+        (b"layers = 2\nlayers = 3\n", r"bad\.toml is no TOML"),
+        (b"\xff", r"bad\.toml is no TOML"),
+        (b"dropout = 2\n", r"dropout: expected a number in \[0, 1\), got 2"),
+        (None, r"bad\.toml: No such file"),
+    ],
+)
+def test_config_that_is_wrong_is_refused_by_file_and_key(tmp_path: Path, content: bytes | None, message: str) -> None:
+    config = tmp_path / "bad.toml"
+    if content is not None:
+        config.write_bytes(content)
+    _assert_refused(_run("train", "gpt", "--config", config, "--out", tmp_path / "run"), message)
+    assert not (tmp_path / "run").exists()
 
 
 def test_compare_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -1,24 +1,27 @@
-"""Data, schedule, loop, checkpoints and curves."""
+"""Language data, schedules, loop, checkpoints and curves."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 import pyattn
 from pyattn.training import checkpoint, metrics, plot
 from pyattn.training.checkpoint import CheckpointError
-from pyattn.training.data import Corpus, TextError, load_corpus, training_batch, validation_batches
 from pyattn.training.files import replacing
-from pyattn.training.loop import DivergedError, Plan, train
-from pyattn.training.run import Run, Settings, open_run
-from pyattn.training.schedules import warmup_cosine
+from pyattn.training.language import Corpus, LanguageTask, load_corpus, training_starts, windows, write_sample
+from pyattn.training.loop import DivergedError, train
+from pyattn.training.recipes import GPTSettings
+from pyattn.training.run import Run, open_run
+from pyattn.training.schedules import learning_rate
+from pyattn.training.text import TextError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = Path(argparse.__file__)  # 100 kB of real text on every machine
 TINY = {
     "text": str(TEXT), "attention": "torch", "seed": 0, "steps": 6, "layers": 2, "heads": 2, "width": 32, "context": 32,
@@ -26,26 +29,17 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def _corpus(tmp_path: Path, source: Path | None = TEXT, **options: int) -> Corpus:
-    return load_corpus(source, **({"vocab": 300, "context": 32, "batch": 4, "cache": tmp_path / "cache"} | options))
+def _corpus(tmp_path: Path, source: Path | None = TEXT, tokens: str = "bpe") -> Corpus:
+    return load_corpus(source, tokens=tokens, vocab=300, context=32, batch=4, cache=tmp_path / "cache")
 
 
 def _open(folder: Path, given: dict | None = None, resume: bool = False, overwrite: bool = False) -> Run:
     given = given or {}
-    return open_run(folder, TINY | given, set(given), "cpu", resume=resume, overwrite=overwrite)
+    return open_run(folder, GPTSettings, TINY | given, set(given), "cpu", resume=resume, overwrite=overwrite)
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_corpus_tokens_decode_to_the_text(tmp_path: Path) -> None:
@@ -116,44 +110,69 @@ def test_corpus_bad_text_is_an_error(tmp_path: Path, content: bytes | None, mess
         _corpus(tmp_path, source)
 
 
-def test_training_batch_targets_are_the_next_tokens() -> None:
-    inputs, targets = training_batch(torch.arange(1000), batch=5, context=16, seed=3, step=7)
-    assert inputs.shape == targets.shape == (5, 16)
+def test_corpus_of_characters_has_one_token_for_each(tmp_path: Path) -> None:
+    source = tmp_path / "text.txt"
+    source.write_text("a🙂\u0301\r\n" * 200, newline="")  # combining marks and line ends are characters, too
+    corpus = _corpus(tmp_path, source, "characters")
+    assert corpus.tokenizer.get_vocab_size() == 5
+    assert len(corpus.train) == 900
+    assert len(corpus.validation) == 100
+    assert corpus.tokenizer.decode(torch.cat([corpus.train, corpus.validation]).tolist()) == "a🙂\u0301\r\n" * 200
+
+
+def test_windows_targets_are_the_next_tokens() -> None:
+    inputs, targets = windows(torch.arange(1000), torch.tensor([0, 7, 983]), 16)
+    assert inputs.shape == targets.shape == (3, 16)
+    assert torch.equal(inputs[:, 0], torch.tensor([0, 7, 983]))
     assert torch.equal(inputs + 1, targets)
 
 
-def test_training_batch_depends_on_seed_and_step_alone() -> None:
+def test_training_starts_depend_on_seed_and_step_alone() -> None:
     def drawn(seed: int, step: int) -> list[int]:
-        return training_batch(torch.arange(10000), batch=8, context=4, seed=seed, step=step)[0][:, 0].tolist()
+        return training_starts(10000, batch=8, context=4, seed=seed, step=step)
 
     assert drawn(0, 1) == drawn(0, 1)
     assert len({tuple(drawn(seed, step)) for seed in range(3) for step in range(3)}) == 9
 
 
-def test_training_batch_reaches_both_ends_of_the_text() -> None:
-    starts = {
-        start
-        for step in range(60)
-        for start in training_batch(torch.arange(12), batch=4, context=4, seed=0, step=step)[0][:, 0].tolist()
-    }
+def test_training_starts_reach_both_ends_of_the_text() -> None:
+    starts = {start for step in range(60) for start in training_starts(12, batch=4, context=4, seed=0, step=step)}
     assert starts == set(range(8))
 
 
 @pytest.mark.parametrize("length", [33, 64, 65, 1000])
-def test_validation_batches_stay_inside_the_text(length: int) -> None:
-    batches = validation_batches(torch.arange(length), batch=3, context=32, count=2)
+def test_validation_windows_stay_inside_the_text(length: int) -> None:
+    corpus = Corpus(torch.arange(100), torch.arange(length), Tokenizer(models.BPE()), "")
+    batches = LanguageTask(corpus, batch=3, context=32, validation_tokens=6 * 32, seed=0).validation()
     assert batches
-    assert sum(len(inputs) for inputs, _ in batches) <= 6
+    assert sum(len(inputs) for inputs, _ in batches) == min(6, (length - 1) // 32)
     assert all(torch.equal(inputs + 1, targets) for inputs, targets in batches)
 
 
-def test_schedule_warms_up_peaks_and_ends_at_the_floor() -> None:
-    rates = [warmup_cosine(step, 100, 2.0, warmup=10) for step in range(1, 101)]
-    assert rates[0] == pytest.approx(0.2)
-    assert max(rates) == rates[9] == pytest.approx(2.0)
+def _rates(schedule: str) -> list[float]:
+    return [learning_rate(schedule, step, steps=100, peak=2.0, warmup=10, floor=0.1) for step in range(1, 101)]
+
+
+def test_schedules_warm_up_to_the_peak() -> None:
+    for schedule in ("cosine", "noam", "constant"):
+        rates = _rates(schedule)
+        assert rates[0] == pytest.approx(0.2)
+        assert max(rates) == rates[9] == pytest.approx(2.0)
+        assert sorted(rates[9:], reverse=True) == rates[9:]
+
+
+def test_schedule_cosine_ends_at_the_floor() -> None:
+    rates = _rates("cosine")
     assert rates[54] == pytest.approx(1.1)  # half of the way from 10 to 100
     assert rates[-1] == pytest.approx(0.2)
-    assert sorted(rates[9:], reverse=True) == rates[9:]
+
+
+def test_schedule_noam_is_the_paper_s() -> None:
+    width, warmup = 512, 4000
+    for step in (1, 3999, 4000, 4001, 100_000):
+        paper = width**-0.5 * min(step**-0.5, step * warmup**-1.5)  # Vaswani et al. 2017, eq. 3
+        peak = (width * warmup) ** -0.5
+        assert learning_rate("noam", step, steps=10**6, peak=peak, warmup=warmup, floor=0.1) == pytest.approx(paper)
 
 
 def test_run_tiny_model_loss_falls(tmp_path: Path) -> None:
@@ -204,15 +223,21 @@ def test_run_attentions_of_one_seed_give_the_same_losses(tmp_path: Path) -> None
     assert ours == pytest.approx(torchs, rel=1e-4)
 
 
+def _sample(run: Run) -> str:
+    return write_sample(run.model, run.task.tokenizer, run.folder / "sample.txt", 20, seed=0)
+
+
 def test_run_leaves_checkpoint_curve_metrics_and_sample(tmp_path: Path) -> None:
     run = _open(tmp_path / "run")
     list(run.steps())
-    text = run.sample(20)
+    text = _sample(run)
     assert (tmp_path / "run" / "sample.txt").read_text("utf-8") == text
     assert text
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(_bytes(tmp_path / "run")) == ["checkpoint.safetensors", "loss.png", "metrics.jsonl", "sample.txt"]
-    assert run.sample(20) == text
+    model = ["model/config.json", "model/model.safetensors", "model/tokenizer.json"]
+    files = ["checkpoint.safetensors", "loss.png", "metrics.jsonl", *model, "sample.txt"]
+    assert sorted(_bytes(tmp_path / "run")) == files
+    assert _sample(run) == text
 
 
 def test_run_diverged_loss_is_an_error_and_keeps_the_weights(tmp_path: Path) -> None:
@@ -221,7 +246,7 @@ def test_run_diverged_loss_is_an_error_and_keeps_the_weights(tmp_path: Path) -> 
         run.model.ln_f.bias.fill_(torch.nan)
     before = run.model.wte.weight.clone()
     with pytest.raises(DivergedError, match="--lr"):
-        next(train(run.model, run.optimizer, run.corpus, Plan(6, 4, 32, 1e-2, 0)))
+        next(train(run.model, run.optimizer, run.task, run.settings))
     assert torch.equal(run.model.wte.weight, before)
 
 
@@ -328,7 +353,7 @@ def test_replacing_failure_keeps_the_old_file(tmp_path: Path) -> None:
 )
 def test_settings_bad_value_is_named(change: dict) -> None:
     with pytest.raises(pyattn.RangeError, match=next(iter(change))):
-        Settings(**(TINY | change))
+        GPTSettings(**(TINY | change))
 
 
 def test_comparison_draws_every_run(tmp_path: Path) -> None:

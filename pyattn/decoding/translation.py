@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ def translate(
     normalize: Callable[[int], float] = by_length(),  # noqa: B008 (a pure function)
     rules: Rules = Rules(),  # noqa: B008 (it is frozen)
     first: int = 1,
+    watch: Callable[[list[list[int]]], Iterable[list[int]]] = iter,
 ) -> list[list[Translation]]:
     """The best `beams` translations of each sentence, best first; none of a sentence without text.
 
@@ -40,6 +41,7 @@ def translate(
         model: in eval mode; its config has pad, start and end.
         tokenizer: whose `encode` gives a source with its end token.
         first: the number of the first sentence, for errors.
+        watch: gets the list of batches and yields them again, as `rich.progress.track` does.
     Raises:
         RangeError: a sentence has more tokens than the model has positions; says which.
     """
@@ -50,7 +52,7 @@ def translate(
         if len(source) > c.context:
             raise RangeError(f"line {number:,}: expected at most context={c.context} tokens, got {len(source)}")
     found: list[list[Translation]] = [[] for _ in sentences]
-    for places in _by_length(sources, batch):
+    for places in watch(_by_length(sources, batch)):
         prompt, lengths = pad_batch([sources[place] for place in places], device)
         counts = [min(2 * len(sources[place]) + 10, c.context) for place in places]
         hypotheses = beam_search(
@@ -62,8 +64,7 @@ def translate(
     return found
 
 
-def _by_length(sources: Sequence[Sequence[int]], batch: int) -> Iterator[list[int]]:
+def _by_length(sources: Sequence[Sequence[int]], batch: int) -> list[list[int]]:
     """Places of the sources that are not empty, in groups of similar length."""
     order = sorted((place for place, source in enumerate(sources) if source), key=lambda place: len(sources[place]))
-    for first in range(0, len(order), batch):
-        yield order[first : first + batch]
+    return [order[first : first + batch] for first in range(0, len(order), batch)]

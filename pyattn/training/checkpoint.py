@@ -1,6 +1,7 @@
 """One file from which a run goes on exactly as if it had never stopped.
 
-safetensors (no pickle: loading runs no code) with tensors `model.*`, `optimizer.*`, `rng.*`, and JSON in its header.
+safetensors (no pickle: loading runs no code) with tensors `model.*` and `optimizer.*`, and JSON in its header.
+Random numbers need no state: the loop draws them from the seed and the step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from pyattn.check import PyattnError
 from pyattn.training.files import replacing
 
-FORMAT = "pyattn checkpoint 1"
+FORMAT = "pyattn checkpoint 2"
 
 
 class CheckpointError(PyattnError, ValueError):
@@ -43,9 +44,6 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, step
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(contiguous, temporary, metadata={"format": FORMAT, "meta": json.dumps({"step": step} | meta)})
@@ -78,7 +76,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts model, optimizer and torch's random generators where the checkpoint was. Changes nothing when it raises.
+    """Puts model and optimizer where the checkpoint was. Changes nothing when it raises.
 
     Raises:
         CheckpointError: its parameters are not those of `model`.
@@ -100,9 +98,6 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
         index, key = name.split(".")
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(checkpoint.tensors["rng.cpu"])
-    if "rng.cuda" in checkpoint.tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(checkpoint.tensors["rng.cuda"])
 
 
 def _group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

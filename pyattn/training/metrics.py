@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pyattn.check import PyattnError
-from pyattn.training.files import replacing
+from pyattn.training.files import append_line, replacing
 
 FILE = "metrics.jsonl"
 
@@ -26,8 +26,7 @@ def start(folder: Path, step: int) -> None:
 
 def append(folder: Path, **values: float) -> None:
     """Adds one line; `values` has a `step`."""
-    with open(folder / FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+    append_line(folder / FILE, json.dumps(values))
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

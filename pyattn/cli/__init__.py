@@ -1,0 +1,47 @@
+"""The `pyattn` command. Commands only: each parses, calls the package, and prints."""
+
+from __future__ import annotations
+
+try:
+    import rich  # noqa: F401 (the commands use it)
+    import typer
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"pyattn: the command needs {missing.name}: pip install 'pyattn[tools]'") from None
+
+from pyattn.cli import checks, text, train
+from pyattn.cli.console import Commands
+
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
+)
+
+
+@app.callback()
+def _help() -> None:
+    """Fused attention for PyTorch: what runs here, whether it is right, how fast it is, and models trained with it.
+
+    [bold]A whole example[/bold]
+
+    pyattn info\n
+    pyattn verify\n
+    pyattn bench --out runs/bench\n
+    pyattn train gpt --text my-book.txt --out runs/pyattn\n
+    pyattn train gpt --text my-book.txt --out runs/torch --attention torch\n
+    pyattn compare runs/pyattn runs/torch --out runs/compare.png\n
+    pyattn generate --model runs/pyattn/model --prompt "Once upon a time"
+    """
+
+
+app.command()(checks.info)
+app.command()(checks.verify)
+app.command()(checks.bench)
+app.add_typer(train.app, name="train")
+app.command()(train.compare)
+app.command()(text.translate)
+app.command()(text.generate)
+app.command()(text.fill_mask)
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    app()

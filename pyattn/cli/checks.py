@@ -1,0 +1,95 @@
+"""`pyattn info`, `verify` and `bench`: what runs here, whether it is right, how fast it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from pyattn.cli.console import console, make_console
+from pyattn.spec import FEATURES, dtype_name
+
+if TYPE_CHECKING:
+    from pyattn.verification import Verdict
+
+
+def info() -> None:
+    """Show this machine as pyattn sees it, and which backends can run on it."""
+    from pyattn import machine
+
+    facts = Table.grid(padding=(0, 2))
+    for name, value in machine.describe().items():
+        facts.add_row(Text(name, "bold"), value)
+    console.print(facts)
+    console.print()
+    states = Table("backend", "state")
+    for name, state in machine.backends().items():
+        states.add_row(name, Text(state, "green" if state == "ready" else ""))
+    console.print(states)
+
+
+def verify(
+    backend: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.")] = None,
+) -> None:
+    """Hold every ready backend against the float64 definition, forward and backward. Exit code 1 if a case fails.
+
+    A case passes when its error is at most twice that of plain PyTorch in the same dtype, plus rounding.
+    """
+    from pyattn import verification
+
+    jobs = verification.jobs(verification.ready(backend))
+    bar = track(jobs, "verifying", console=console, transient=True, disable=not console.is_terminal)
+    verdicts = [verification.verify(*job) for job in bar]
+    console.print(_verification_table(verdicts))
+    failed = [verdict for verdict in verdicts if verdict.failures]
+    refused = [verdict for verdict in verdicts if verdict.refusal is not None]
+    for verdict in failed:
+        for failure in verdict.failures:
+            name = f"{verdict.backend} {verdict.case} {dtype_name(verdict.dtype)}"
+            console.print(f"{name} {failure}", style="red")
+    passed = len(verdicts) - len(failed) - len(refused)
+    console.print(f"{passed} cases passed, {len(failed)} failed, {len(refused)} are refused by declaration")
+    if failed:
+        raise typer.Exit(1)
+
+
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder for the chart and the figures.")] = Path("runs/bench"),
+    quick: Annotated[bool, typer.Option("--quick", help="A little of everything, on small shapes.")] = False,
+) -> None:
+    """Time pyattn side by side with torch's own attention on this CPU. Exit code 1 if a result is wrong.
+
+    A case is checked for correctness before it is timed, or it is not timed.
+    """
+    from pyattn.benchmarks import cpu
+
+    rows = cpu.run(out, quick=quick, console=make_console(markup=True))
+    if any(row.status == "failed" for row in rows):
+        raise typer.Exit(1)
+
+
+def _verification_table(verdicts: list[Verdict]) -> Table:
+    """backend x feature x dtype: the largest error over the cases, and how many times plain PyTorch's it is."""
+    from pyattn import verification
+
+    dtypes = list(dict.fromkeys(verdict.dtype for verdict in verdicts))
+    caption = "largest error against float64, forward and backward (in brackets: as a multiple of plain PyTorch's)"
+    table = Table("backend", "feature", *map(dtype_name, dtypes), caption=caption)
+    for (backend, feature), cells in verification.by_feature(verdicts).items():
+        row = [_verification_cell(cells.get(dtype, [])) for dtype in dtypes]
+        table.add_row(backend, FEATURES.get(feature, feature), *row)
+    return table
+
+
+def _verification_cell(verdicts: list[Verdict]) -> Text:
+    from pyattn import verification
+
+    worst = verification.worst(verdicts)
+    numbers = "" if worst is None else f"{worst.error:.1e} ({worst.ratio:.2f})"
+    if any(verdict.failures for verdict in verdicts):
+        return Text(f"{numbers} FAILED".strip(), "red")
+    return Text(numbers) if numbers else Text("refused", "dim")

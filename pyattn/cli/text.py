@@ -1,0 +1,248 @@
+"""`pyattn translate`, `pyattn generate` and `pyattn fill-mask`: text in, text out, in a terminal or a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from pyattn.check import RangeError
+from pyattn.cli.console import chosen_device
+from pyattn.cli.options import configurable
+from pyattn.training.files import replacing
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_LINES_AT_ONCE = 1024  # so that sentences of similar length meet, and a pipe of any length goes through
+
+Model = Annotated[Path, typer.Option(help="Folder with config.json, model.safetensors and tokenizer.json.")]
+Attention = Annotated[str, typer.Option(help="pyattn or torch (its own fused attention).")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")]
+Beams = Annotated[int, typer.Option(min=1, help="Width of the beam search.")]
+Penalty = Annotated[float, typer.Option(help="Divide the scores of tokens that the text has already by this.")]
+Ngram = Annotated[int, typer.Option(min=0, help="Let no run of so many tokens come twice; 0: any may.")]
+
+
+@configurable
+def translate(
+    model: Model,
+    source: Annotated[Path | None, typer.Option(help="Sentences, one per line.", show_default="standard input")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where they go.", show_default="standard output")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Right translations: prints BLEU to standard error.")] = None,
+    beams: Beams = 4,
+    best: Annotated[int, typer.Option(min=1, help="Translations per sentence, with their scores if several.")] = 1,
+    length_penalty: Annotated[float, typer.Option(help="Scores are divided by length to this power.")] = 1.0,
+    gnmt: Annotated[float | None, typer.Option(help="Divide by GNMT's length penalty with this alpha instead.")] = None,
+    repetition_penalty: Penalty = 1.0,
+    no_repeat_ngram: Ngram = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Sentences translated at once.")] = 64,
+    attention: Attention = "pyattn",
+    device: Device = None,
+) -> None:
+    """Translate sentences with a Transformer, or a MarianMT model with a tokenizer.json.
+
+    [bold]A whole example[/bold]
+
+    pyattn train transformer --source train.de --target train.en --out runs/de-en\n
+    echo "Ein Hund läuft über eine Wiese." | pyattn translate --model runs/de-en/model\n
+    pyattn translate --model runs/de-en/model --source test.de --reference test.en --out test.translated
+    """
+    from pyattn.decoding.beam import by_length
+    from pyattn.decoding.beam import gnmt as by_gnmt
+    from pyattn.decoding.rules import Rules
+    from pyattn.decoding.translation import translate as run
+    from pyattn.models.transformer import Transformer
+    from pyattn.training import text
+
+    if best > beams:
+        raise RangeError(f"best: expected at most beams={beams}, got {best}")
+    references = None if reference is None else text.lines(reference)
+    network = Transformer.from_pretrained(model, attention=attention).to(chosen_device(device))
+    tokenizer = _tokenizer(model, network.config.vocab)
+    rules = Rules(repetition_penalty, no_repeat_ngram, forbidden=(network.config.pad, network.config.start))
+    normalize = by_length(length_penalty) if gnmt is None else by_gnmt(gnmt)
+    given: Iterable[str] = sys.stdin if source is None else text.lines(source)
+    if references is not None and isinstance(given, list) and len(references) != len(given):
+        raise RangeError(
+            f"reference: expected {len(given):,} lines, as {source} has, {reference} has {len(references):,}"
+        )
+    size = 1 if source is None and sys.stdin.isatty() else _LINES_AT_ONCE
+    told: list[str] = []
+    errors = Console(stderr=True)
+    bar: dict[str, Any] = {"console": errors, "transient": True, "disable": source is None or not errors.is_terminal}
+    with _opened(out) as file:
+        for sentences in _portions(given, size):
+            try:
+                found = run(
+                    network, tokenizer, sentences, beams=beams, batch=batch, normalize=normalize, rules=rules,
+                    first=len(told) + 1, watch=partial(track, description="translating", **bar),
+                )  # fmt: skip
+            except RangeError as error:
+                raise RangeError(f"{source or 'standard input'}, {error}") from None
+            for translations in found:
+                told.append(translations[0].text if translations else "")
+                scored = [f"{translation.score:.4f}\t{translation.text}" for translation in translations[:best]]
+                print(*(scored if best > 1 else told[-1:]), sep="\n", file=file, flush=True)
+    if references is not None:
+        import sacrebleu
+
+        bleu = sacrebleu.metrics.BLEU()
+        typer.echo(f"{bleu.corpus_score(told, [references])}  {bleu.get_signature()}", err=True)
+
+
+@configurable
+def generate(
+    model: Model,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to go on from; several are continued together.", show_default="standard input"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=0, help="Most tokens to add.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many most probable tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the fewest tokens that reach this probability.")
+    ] = 0.95,
+    min_p: Annotated[
+        float | None, typer.Option(help="Draw from tokens at least so probable, relative to the first.")
+    ] = None,
+    beams: Annotated[int, typer.Option(min=1, help="More than 1: beam search, and nothing is drawn.")] = 1,
+    repetition_penalty: Penalty = 1.0,
+    no_repeat_ngram: Ngram = 0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    attention: Attention = "pyattn",
+    device: Device = None,
+) -> None:
+    """Continue a text with a GPT, token by token as they come.
+
+    [bold]A whole example[/bold]
+
+    pyattn train gpt --text my-book.txt --out runs/book\n
+    pyattn generate --model runs/book/model --prompt "Once upon a time" --tokens 100\n
+    cat chapter-1.txt | pyattn generate --model runs/book/model --temperature 0 > chapter-2.txt
+    """
+    from pyattn.decoding.beam import beam_search
+    from pyattn.decoding.protocol import pad_batch
+    from pyattn.decoding.rules import Rules
+    from pyattn.decoding.sampling import Sampling, stream
+    from pyattn.models.gpt import GPT
+    from pyattn.training.language import first_token
+
+    chosen = chosen_device(device)
+    network = GPT.from_pretrained(model, attention=attention).to(chosen)
+    tokenizer = _tokenizer(model, network.config.vocab)
+    texts = prompt or [sys.stdin.read() if not sys.stdin.isatty() else ""]
+    prompts = [tokenizer.encode(text).ids or [first_token(tokenizer)] for text in texts]
+    padded, lengths = pad_batch(prompts, chosen)
+    rules = Rules(repetition_penalty, no_repeat_ngram)
+    if beams > 1:
+        found = beam_search(network, padded, tokens, beams=beams, lengths=lengths, rules=rules, end=network.config.end)
+        for text, best in zip(texts, found, strict=True):
+            typer.echo(text + tokenizer.decode(best[0].tokens))
+        return
+    steps = stream(
+        network, padded, tokens, lengths=lengths, sampling=Sampling(temperature, top_k, top_p, min_p), rules=rules,
+        end=network.config.end, generator=torch.Generator(chosen).manual_seed(seed),
+    )  # fmt: skip
+    if len(texts) > 1:
+        for text, column in zip(texts, zip(*steps, strict=True), strict=True):
+            typer.echo(text + tokenizer.decode([token for token in column if token is not None]))
+        return
+    typer.echo(texts[0], nl=False)
+    added: list[int] = []
+    told = ""
+    for tokens_of_step in steps:
+        added += [token for token in tokens_of_step if token is not None]
+        now = tokenizer.decode(added)
+        if not now.endswith("\ufffd"):  # else the bytes of a character have not all come yet
+            print(now[len(told) :], end="", flush=True)
+            told = now
+    typer.echo(tokenizer.decode(added)[len(told) :])
+
+
+@configurable
+def fill_mask(
+    model: Model,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text with [MASK] in it.", show_default="standard input")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Words to show for each mask.")] = 5,
+    attention: Attention = "pyattn",
+    device: Device = None,
+) -> None:
+    """Show what BERT would put in place of each [MASK], with its probability.
+
+    [bold]A whole example[/bold]
+
+    pyattn train bert --text my-books.txt --out runs/bert\n
+    echo "The capital of France is [MASK]." | pyattn fill-mask --model runs/bert/model
+    """
+    from pyattn.models.bert import BertForMaskedLM
+    from pyattn.training.text import TextError
+
+    network = BertForMaskedLM.from_pretrained(model, attention=attention).to(chosen_device(device))
+    tokenizer = _tokenizer(model, network.config.vocab)
+    tokenizer.encode_special_tokens = False  # [MASK] is meant
+    mask = tokenizer.token_to_id("[MASK]")
+    for line in text or map(str.rstrip, sys.stdin):
+        ids = tokenizer.encode(line).ids
+        if mask not in ids:
+            raise TextError(f"text: expected [MASK] in it, got {line!r}")
+        with torch.no_grad():
+            logits = network(torch.tensor([ids], device=network.bert.tokens.weight.device))[0]
+        for place in [place for place, token in enumerate(ids) if token == mask]:
+            p, tokens = logits[place].softmax(-1).topk(min(top, logits.shape[-1]))
+            for probability, token in zip(p.tolist(), tokens.tolist(), strict=True):
+                filled = [*ids[:place], token, *ids[place + 1 :]]
+                typer.echo(f"{probability:.4f}\t{tokenizer.id_to_token(token)}\t{tokenizer.decode(filled)}")
+
+
+def _tokenizer(folder: Path, vocab: int) -> Tokenizer:
+    """The tokenizer.json beside a model.
+
+    Raises:
+        PretrainedError: there is none, it is damaged, or it has more tokens than the model.
+    """
+    from tokenizers import Tokenizer
+
+    from pyattn.models.pretrained import PretrainedError
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise PretrainedError(f"model: expected a file {path}, there is none")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # what the library raises has no class of its own
+        raise PretrainedError(f"model: {path} is damaged ({error})") from error
+    if tokenizer.get_vocab_size() > vocab:
+        raise PretrainedError(
+            f"model: {path} has {tokenizer.get_vocab_size():,} tokens, more than the {vocab:,} of the model beside it"
+        )
+    tokenizer.encode_special_tokens = True  # "</s>" in a text is text; the file does not say so
+    return tokenizer
+
+
+def _portions(lines: Iterable[str], size: int) -> Iterator[list[str]]:
+    remaining = (line.rstrip("\r\n") for line in lines)
+    while portion := list(islice(remaining, size)):
+        yield portion
+
+
+@contextmanager
+def _opened(out: Path | None) -> Iterator[TextIO]:
+    """The file to write to, which replaces an older one only when all is written; or standard output."""
+    if out is None:
+        yield sys.stdout
+        return
+    with replacing(out) as path, path.open("w", encoding="utf-8") as file:
+        yield file

@@ -1,0 +1,232 @@
+"""`pyattn train` and `pyattn compare`."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pyattn.cli.console import chosen_device, console
+from pyattn.cli.options import settings_options, settings_values
+from pyattn.training import parallel
+from pyattn.training.recipes import BertSettings, GPTSettings, TransformerSettings
+from pyattn.training.settings import Settings
+
+if TYPE_CHECKING:
+    from pyattn.training.loop import Step
+    from pyattn.training.run import Run
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Train a model on text.")
+
+Out = Annotated[Path, typer.Option(help="Folder for checkpoint, metrics, curve and the best model.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew where a checkpoint is.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")]
+
+
+@app.command("gpt")
+@settings_options(GPTSettings)
+def train_gpt(
+    ctx: typer.Context,
+    out: Out = Path("runs/gpt"),
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    sample_tokens: Annotated[int, typer.Option(min=0, help="Length of the text written at the end.")] = 200,
+    **settings: Any,
+) -> None:
+    """Train a GPT-2 on a text, then let it write.
+
+    [bold]A whole example[/bold]
+
+    pyattn train gpt --text my-book.txt --out runs/book --steps 2000\n
+    pyattn train gpt --out runs/book --resume          [dim]# after Ctrl-C, or with more --steps[/dim]\n
+    torchrun --nproc-per-node 2 --no-python pyattn train gpt --text my-book.txt --out runs/book
+
+    With --resume every setting comes from the checkpoint; --steps and --patience may be raised.
+    """
+    with _training(ctx, GPTSettings, out, device, resume=resume, overwrite=overwrite) as run:
+        if sample_tokens and parallel.rank() == 0:
+            from pyattn.training.language import write_sample
+
+            text = write_sample(run.model, run.task.tokenizer, out / "sample.txt", sample_tokens, run.settings.seed)
+            console.rule("sample")
+            console.print(text, soft_wrap=True)
+
+
+@app.command("transformer")
+@settings_options(TransformerSettings)
+def train_transformer(
+    ctx: typer.Context,
+    out: Out = Path("runs/transformer"),
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    **settings: Any,
+) -> None:
+    """Train a Transformer to translate, from two files of which each line of one translates that line of the other.
+
+    [bold]A whole example[/bold]
+
+    pyattn train transformer --source train.de --target train.en --validation-source val.de --validation-target val.en
+    --out runs/de-en\n
+    pyattn train transformer --out runs/de-en --resume          [dim]# after Ctrl-C, or with more --steps[/dim]
+
+    With --resume every setting comes from the checkpoint; --steps and --patience may be raised.
+    """
+    with _training(ctx, TransformerSettings, out, device, resume=resume, overwrite=overwrite):
+        pass
+
+
+@app.command("bert")
+@settings_options(BertSettings)
+def train_bert(
+    ctx: typer.Context,
+    out: Out = Path("runs/bert"),
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    **settings: Any,
+) -> None:
+    """Train a BERT on text with a sentence in each line and an empty line between documents.
+
+    It learns to guess masked tokens, and whether one passage follows another; evaluations show both losses, next to
+    what guessing by frequency and by coin would reach.
+
+    [bold]A whole example[/bold]
+
+    pyattn train bert --text articles.txt --out runs/bert --steps 20000\n
+    pyattn train bert --out runs/bert --resume          [dim]# after Ctrl-C, or with more --steps[/dim]
+
+    With --resume every setting comes from the checkpoint; --steps and --patience may be raised.
+    """
+    with _training(ctx, BertSettings, out, device, resume=resume, overwrite=overwrite):
+        pass
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders written by `pyattn train`.")],
+    out: Annotated[Path, typer.Option(help="The picture to write, PNG.")] = Path("runs/compare.png"),
+) -> None:
+    """Draw the loss curves of several runs and their tokens per second into one picture.
+
+    [bold]A whole example[/bold]
+
+    pyattn compare runs/gpt-pyattn runs/gpt-torch --out runs/gpt.png
+    """
+    from pyattn.training import metrics, plot
+
+    lines = [metrics.read(folder) for folder in runs]
+    table = Table("run", "steps", "training loss", "validation loss", "tokens/s", f"/ {runs[-1].name}")
+    speeds = [metrics.tokens_per_second(line) for line in lines]
+    for folder, line, speed in zip(runs, lines, speeds, strict=True):
+        steps, losses = metrics.curve(line, "loss")
+        values = metrics.curve(line, "val_loss")[1]
+        table.add_row(
+            folder.name, str(steps[-1]), f"{losses[-1]:.4f}", f"{values[-1]:.4f}" if values else "",
+            f"{speed:,.0f}", f"{speed / speeds[-1]:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(f"picture {plot.comparison(runs, out)}", soft_wrap=True)
+
+
+@contextmanager
+def _training(
+    ctx: typer.Context, recipe: type[Settings], out: Path, device: str | None, *, resume: bool, overwrite: bool
+) -> Iterator[Run]:
+    """Opens a run, trains it to its end, and yields it: alone, or as one of torchrun's processes."""
+    from pyattn.training.run import open_run
+
+    values, given = settings_values(ctx, recipe)
+    with parallel.group(chosen_device(device)) as chosen, _first_process_speaks():
+        run = open_run(out, recipe, values, given, chosen, resume=resume, overwrite=overwrite)
+        _show_run(run)
+        _finish(run)
+        yield run
+
+
+@contextmanager
+def _first_process_speaks() -> Iterator[None]:
+    """Of several processes, which all come to the same, the others print errors only."""
+    console.quiet = parallel.rank() > 0
+    try:
+        yield
+    finally:
+        console.quiet = False
+
+
+def _finish(run: Run) -> None:
+    with _interruptible() as interrupted:
+        for step in _watched(run):
+            if parallel.anywhere(interrupted(), run.device):
+                run.save()
+                console.print(
+                    f"stopped after step {step.step} of {run.settings.steps}; go on with: "
+                    f"pyattn train {run.settings.kind} --out {run.folder} --resume",
+                    soft_wrap=True,
+                )
+                raise typer.Exit(130)
+    if run.out_of_patience:
+        console.print(
+            f"stopped after step {run.step}: no better validation loss in {run.evaluations_since_best} evaluations"
+        )
+    console.print(f"checkpoint {run.checkpoint_path}, loss curve {run.folder / 'loss.png'}", soft_wrap=True)
+    console.print(f"best model, validation loss {run.best_loss:.3f}: {run.model_path}", soft_wrap=True)
+
+
+def _show_run(run: Run) -> None:
+    parameters = sum(p.numel() for p in run.model.parameters())
+    console.print(
+        f"{type(run.model).__name__} with {parameters:,} parameters and {run.settings.attention} attention "
+        f"on {run.device}; {run.task.describe()}; {run.settings.steps:,} steps"
+        + (f" in {parallel.world()} processes" if parallel.world() > 1 else "")
+        + (f", going on after step {run.step}" if run.step else ""),
+        soft_wrap=True,
+    )
+
+
+def _watched(run: Run) -> Iterator[Step]:
+    """The run's steps, with a progress bar on a terminal and a line for each evaluation anywhere."""
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+    tokens, seconds = 0, 0.0
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("training", total=run.settings.steps, completed=run.step, state="")
+        for step in run.steps():
+            tokens, seconds = tokens + step.tokens, seconds + step.seconds
+            state = f"loss {step.loss:.3f}  {tokens / seconds:,.0f} tokens/s"
+            progress.update(task, completed=step.step, state=state)
+            if step.val_loss is not None:
+                progress.console.print(f"step {step.step:5}/{run.settings.steps}  {_validation(run, step)}  {state}")
+            yield step
+
+
+def _validation(run: Run, step: Step) -> str:
+    """The validation loss, with its parts and what they must beat where it has several."""
+    words = [f"validation {step.val_losses['loss']:.3f}"]
+    for name, baseline in run.task.baselines.items():
+        words.append(f"{name} {step.val_losses[name]:.3f} (of {baseline:.3f})")
+    return "  ".join(words)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Yields whether Ctrl-C was pressed: the first one lets the running step end, a second one stops at once."""
+    before = signal.getsignal(signal.SIGINT)
+    pressed = False
+
+    def stop(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

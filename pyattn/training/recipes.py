@@ -1,0 +1,215 @@
+"""What `pyattn train` trains: for each model its settings, its data, and how both are made.
+
+Models and data are imported where they are used: the command line reads the settings for its help alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
+
+from pyattn.check import RangeError
+from pyattn.training.settings import Settings, at_least, one_of, option, shared
+
+if TYPE_CHECKING:
+    from pyattn.models.bert import BertConfig
+    from pyattn.models.gpt import GPTConfig
+    from pyattn.models.transformer import TransformerConfig
+    from pyattn.training.language import LanguageTask
+    from pyattn.training.masked import MaskedTask
+    from pyattn.training.translation import Files, TranslationTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTSettings(Settings):
+    """A GPT-2 that learns to continue a text."""
+
+    kind: ClassVar[str] = "gpt"
+
+    text: str | None = option(
+        None, "UTF-8 file, or folder of such files.", shown="Python's standard library", path=True
+    )
+    tokens: str = option(
+        "bpe", "bpe: bytes joined to --vocab tokens; characters: one token for each.", one_of("bpe", "characters")
+    )
+    batch: int = option(2, "Windows of context tokens in a step.", at_least(1))
+    validation_tokens: int = option(8192, "Most tokens that an evaluation looks at.", at_least(1))
+
+    def config(self, vocab: int) -> GPTConfig:
+        from pyattn.models.gpt import GPTConfig
+
+        return GPTConfig(
+            vocab, self.context, self.layers, self.heads, self.width, dropout=self.dropout, attention=self.attention
+        )
+
+    def model(self, vocab: int) -> nn.Module:
+        from pyattn.models.gpt import GPT
+
+        return GPT(self.config(vocab))
+
+    def task(self, cache: Path) -> LanguageTask:
+        from pyattn.training.language import LanguageTask, load_corpus
+
+        corpus = load_corpus(
+            None if self.text is None else Path(self.text),
+            tokens=self.tokens,
+            vocab=self.vocab,
+            context=self.context,
+            batch=self.batch,
+            cache=cache,
+        )
+        return LanguageTask(
+            corpus, batch=self.batch, context=self.context, validation_tokens=self.validation_tokens, seed=self.seed
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerSettings(Settings):
+    """The encoder-decoder Transformer that learns to translate.
+
+    The defaults suit some ten thousand pairs of short sentences.
+    """
+
+    kind: ClassVar[str] = "transformer"
+
+    source: str | None = option(None, "Sentences, one per line, UTF-8 or .gz.", shown="required", path=True)
+    target: str | None = option(None, "Their translations, line by line.", shown="required", path=True)
+    validation_source: str | None = option(None, "Other sentences.", shown="some held out", path=True)
+    validation_target: str | None = option(None, "Their translations.", shown="some held out", path=True)
+    max_tokens: int = option(2048, "Tokens in a step on either side, filled up to equal length.", at_least(1))
+    hidden: int = option(512, "Size of the layer between a block's two linear maps.", at_least(1))
+    norm: str = option("pre", "LayerNorm before or after each part: pre, post.", one_of("pre", "post"))
+    positions: str = option("sinusoidal", "sinusoidal or learned.", one_of("sinusoidal", "learned"))
+
+    layers: int = shared("layers", 3)
+    heads: int = shared("heads", 4)
+    width: int = shared("width", 256)
+    context: int = shared("context", 256)
+    vocab: int = shared("vocab", 8000)
+    dropout: float = shared("dropout", 0.3)
+    steps: int = shared("steps", 3500)
+    lr: float = shared("lr", 1.5e-3)
+    warmup: int | None = shared("warmup", 400)
+    min_lr_rate: float = shared("min_lr_rate", 0.02)
+    weight_decay: float = shared("weight_decay", 1e-4)
+    beta2: float = shared("beta2", 0.98)
+    label_smoothing: float = shared("label_smoothing", 0.1)
+
+    def config(self, vocab: int) -> TransformerConfig:
+        from pyattn.models.transformer import TransformerConfig
+
+        return TransformerConfig(
+            vocab=vocab,
+            context=self.context,
+            layers=self.layers,
+            heads=self.heads,
+            width=self.width,
+            hidden=self.hidden,
+            dropout=self.dropout,
+            norm=self.norm,
+            positions=self.positions,
+            attention=self.attention,
+            pad=0,
+            start=1,
+            end=2,
+        )
+
+    def model(self, vocab: int) -> nn.Module:
+        from pyattn.models.transformer import Transformer
+
+        return Transformer(self.config(vocab))
+
+    def task(self, cache: Path) -> TranslationTask:
+        from pyattn.training.translation import TranslationTask, load_parallel
+
+        training = self._files("source", "target")
+        if training is None:
+            raise RangeError("source: expected two files of sentences; give --source and --target")
+        corpus = load_parallel(
+            training,
+            self._files("validation_source", "validation_target"),
+            vocab=self.vocab,
+            context=self.context,
+            max_tokens=self.max_tokens,
+            cache=cache,
+        )
+        return TranslationTask(corpus, max_tokens=self.max_tokens, seed=self.seed)
+
+    def _files(self, source: str, target: str) -> Files | None:
+        from pyattn.training.translation import Files
+
+        paths = {name: getattr(self, name) for name in (source, target)}
+        missing = [name for name, path in paths.items() if path is None]
+        if len(missing) == 1:
+            raise RangeError(f"{missing[0]}: expected a file, because {source} and {target} go together")
+        return None if missing else Files(Path(paths[source]), Path(paths[target]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertSettings(Settings):
+    """A BERT that learns to guess masked tokens, and whether one passage follows another."""
+
+    kind: ClassVar[str] = "bert"
+
+    text: str | None = option(
+        None,
+        "UTF-8 file, or folder of such files: a sentence per line, an empty line between documents.",
+        shown="required",
+        path=True,
+    )
+    batch: int = option(32, "Pairs of passages in a step.", at_least(1))
+    cased: bool = option(False, "Keep capital letters and accents.")
+    hidden: int = option(1024, "Size of the layer between a block's two linear maps.", at_least(1))
+    validation_tokens: int = option(32768, "Most tokens that an evaluation looks at.", at_least(1))
+
+    layers: int = shared("layers", 4)
+    heads: int = shared("heads", 4)
+    width: int = shared("width", 256)
+    context: int = shared("context", 128)
+    vocab: int = shared("vocab", 8000)
+    dropout: float = shared("dropout", 0.1)
+    steps: int = shared("steps", 3000)
+    lr: float = shared("lr", 5e-4)
+    weight_decay: float = shared("weight_decay", 0.01)
+    beta2: float = shared("beta2", 0.98)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.context < 8:
+            raise RangeError(f"context: expected at least 8 for two passages and their marks, got {self.context}")
+
+    def config(self, vocab: int) -> BertConfig:
+        from pyattn.models.bert import BertConfig
+
+        return BertConfig(
+            vocab=vocab,
+            context=self.context,
+            layers=self.layers,
+            heads=self.heads,
+            width=self.width,
+            hidden=self.hidden,
+            dropout=self.dropout,
+            attention=self.attention,
+            pad=0,
+        )
+
+    def model(self, vocab: int) -> nn.Module:
+        from pyattn.models.bert import BertForPreTraining
+
+        return BertForPreTraining(self.config(vocab))
+
+    def task(self, cache: Path) -> MaskedTask:
+        from pyattn.training.masked import MaskedTask, load_documents
+
+        if self.text is None:
+            raise RangeError("text: expected a file of sentences; give --text")
+        return MaskedTask(
+            load_documents(Path(self.text), vocab=self.vocab, cased=self.cased, cache=cache),
+            batch=self.batch,
+            context=self.context,
+            validation_tokens=self.validation_tokens,
+            seed=self.seed,
+        )

@@ -1,0 +1,116 @@
+"""Reading what a user gives, in UTF-8, plain or compressed by gzip; and places to keep its tokens."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from pyattn.check import PyattnError
+from pyattn.training.files import replacing
+
+# Parts of the standard library that are no prose of it: tests, tables, another program, and what pip put beside it.
+_NOT_CORPUS = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "encodings", "pydoc_data"}
+_NOT_CORPUS |= {"site-packages", "dist-packages", "__pycache__"}
+
+
+class TextError(PyattnError, ValueError):
+    """The text to train on is missing, empty, not UTF-8, too short, or not of the form that the model needs."""
+
+
+class Sentences:
+    """Many rows of tokens in one tensor."""
+
+    def __init__(self, tokens: Tensor, ends: Tensor) -> None:
+        self.tokens = tokens  # int32 [all tokens]
+        self.ends = ends  # int64 [sentences]: where each one ends in tokens
+        self.lengths = ends.diff(prepend=ends.new_zeros(1))  # int64 [sentences]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> Tensor:
+        end = int(self.ends[index])
+        return self.tokens[end - int(self.lengths[index]) : end].long()
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]]) -> Sentences:
+        tokens = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
+        return cls(tokens, torch.tensor([len(row) for row in rows], dtype=torch.int64).cumsum(0))
+
+
+def standard_library() -> list[str]:
+    """The source text of the running Python's standard library, one document per file."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [path for path in sorted(root.rglob("*.py")) if not _NOT_CORPUS & set(path.relative_to(root).parts)]
+    return [read(path) for path in files]
+
+
+def documents(source: Path) -> list[str]:
+    """The text of a file, or of every file in a folder that is not hidden; those without any text are left out."""
+    if not source.exists():
+        raise TextError(f"text: expected a file or folder, {source} does not exist")
+    paths = [source] if source.is_file() else [path for path in sorted(source.rglob("*")) if path.is_file()]
+    shown = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(source).parts)]
+    found = [text for path in shown if (text := read(path)).strip()]
+    if not found:
+        raise TextError(f"text: expected some text, {source} is empty")
+    return found
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a file, without their ends. Only a newline ends a line, as in every other tool for parallel text."""
+    if not path.is_file():
+        raise TextError(f"text: expected a file, {path} {'is none' if path.exists() else 'does not exist'}")
+    found = read(path).split("\n")
+    return [line.removesuffix("\r") for line in (found if found[-1] else found[:-1])]
+
+
+def read(path: Path) -> str:
+    """A whole file, decompressed if its name ends in .gz."""
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        byte, line = error.object[error.start], error.object.count(b"\n", 0, error.start) + 1
+        raise TextError(
+            f"text: expected UTF-8, {path} has the byte 0x{byte:02x} at {error.start}, line {line}"
+        ) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise TextError(f"text: {path} is no whole gzip file ({error})") from error
+    except OSError as error:
+        raise TextError(f"text: cannot read {path}: {error.strerror}") from error
+
+
+def digest(texts: Iterable[str], *choices: object) -> str:
+    """Names texts and everything that decides how they are turned into tokens."""
+    whole = hashlib.sha256(repr(choices).encode())
+    for text in texts:
+        whole.update(hashlib.sha256(text.encode()).digest())
+    return whole.hexdigest()[:16]
+
+
+def cached(
+    stored: Path, make: Callable[[], tuple[Tokenizer, dict[str, Tensor]]]
+) -> tuple[Tokenizer, dict[str, Tensor]]:
+    """A tokenizer and tensors out of `stored`; where there is nothing readable, they are made and stored."""
+    try:
+        with safe_open(stored, "pt") as file:
+            tokenizer = Tokenizer.from_str(file.metadata()["tokenizer"])
+            return tokenizer, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (SafetensorError, FileNotFoundError):
+        pass
+    tokenizer, tensors = make()
+    with replacing(stored) as path:
+        save_file(tensors, path, metadata={"tokenizer": tokenizer.to_str()})
+    return tokenizer, tensors
