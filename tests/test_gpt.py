@@ -169,3 +169,10 @@ def test_gpt_config_bad_value_is_named(change: dict) -> None:
 def test_gpt_more_tokens_than_context_is_an_error() -> None:
     with pytest.raises(pyattn.RangeError, match="at most context=48"):
         _gpt()(_tokens(1, 49))
+
+
+def test_gpt_token_outside_the_vocabulary_is_named() -> None:
+    with pytest.raises(pyattn.RangeError, match=r"tokens: expected values in \[0, 97\), got 3 to 97"):
+        _gpt()(torch.tensor([[3, 97]]))
+    with pytest.raises(pyattn.DtypeError, match="tokens: expected int64 or int32, got float32"):
+        _gpt()(torch.zeros(1, 3))

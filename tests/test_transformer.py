@@ -435,3 +435,11 @@ def test_transformer_refuses_what_it_does_not_compute(tmp_path: Path, change: di
         PretrainedError, match=f"model: expected {next(iter(change))} .* got {next(iter(change.values()))!r}"
     ):
         Transformer.from_pretrained(tmp_path)
+
+
+def test_transformer_token_outside_the_vocabulary_is_named() -> None:
+    model, vocab = _model(), SIZES["vocab"]
+    wrong = {"source": (torch.tensor([[3, vocab]]), _target(1)), "target": (_source()[:1], torch.tensor([[-1]]))}
+    for name, tokens in wrong.items():
+        with pytest.raises(pyattn.RangeError, match=rf"{name}: expected values in \[0, {vocab}\)"):
+            model(*tokens)

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyattn.check import DtypeError, RangeError, ShapeError, is_traced
+from pyattn.check import RangeError, ShapeError, is_traced
 from pyattn.models.pretrained import CONFIG, Fields, Pretrained
 from pyattn.nn.attend import ATTENTIONS, check_attention
-from pyattn.spec import dtype_name
+from pyattn.nn.embedding import embed
 
 _EPS = 1e-12  # of every LayerNorm
 _SEGMENTS = 2
@@ -210,13 +210,13 @@ class Bert(_BertModel):
                 lengths outside [1, m]. Reading a GPU's would stall it.
         """
         _check(tokens, segments, lengths, self.config.context)
-        x = _rows("tokens", tokens, self.tokens.weight, self.config.pad)
+        x = embed("tokens", tokens, self.tokens.weight, self.config.pad)
         # The tables of m positions are added first: they are smaller than [b, m, width].
         places = self.positions.weight[: tokens.shape[1]]
         if segments is None:
             x = x + (places + self.segments.weight[0])
         else:
-            x = x + places + _rows("segments", segments, self.segments.weight)
+            x = x + places + embed("segments", segments, self.segments.weight)
         x = F.dropout(self.norm(x), self.config.dropout, self.training)
         for layer in self.layers:
             x = layer(x, lengths)
@@ -248,7 +248,7 @@ class MaskedTokens(nn.Module):
         if positions is not None:
             if positions.ndim != 1:
                 raise ShapeError(f"positions: expected [p], places in tokens.flatten(), got {list(positions.shape)}")
-            hidden = _rows("positions", positions, hidden.flatten(0, 1))
+            hidden = embed("positions", positions, hidden.flatten(0, 1))
         return F.linear(self.norm(F.gelu(self.transform(hidden))), embedding, self.bias)
 
     def stored(self) -> dict[str, Tensor]:
@@ -425,17 +425,6 @@ def _initialize(module: Module) -> Module:
 def _parameters(name: str, module: nn.Module) -> dict[str, Tensor]:
     """The parameters of a module that files call `name`."""
     return {f"{name}.{kind}": parameter for kind, parameter in module.named_parameters()}
-
-
-def _rows(name: str, ids: Tensor, table: Tensor, padding: int | None = None) -> Tensor:
-    """table[ids]. Rows of `padding` get no gradient. An error names the argument, `name`."""
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise DtypeError(f"{name}: expected int64 or int32, got {dtype_name(ids.dtype)}")
-    try:
-        return F.embedding(ids, table, padding)
-    except IndexError:  # on the CPU alone: the kernels of a GPU have no way to raise it
-        low, high = ids.aminmax()
-        raise RangeError(f"{name}: expected values in [0, {len(table)}), got {int(low)} to {int(high)}") from None
 
 
 def _check(tokens: Tensor, segments: Tensor | None, lengths: Tensor | None, context: int) -> None:

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from pyattn.check import RangeError
 from pyattn.models.pretrained import Fields, Pretrained
 from pyattn.nn.attend import ATTENTIONS, check_attention
+from pyattn.nn.embedding import embed
 from pyattn.nn.kv_cache import KVCache
 
 
@@ -165,7 +166,7 @@ class GPT(Pretrained):
         Returns:
             [b, m, vocab]
         Raises:
-            RangeError: more tokens than the context has positions.
+            RangeError: more tokens than the context has positions; on the CPU also tokens outside the vocabulary.
         """
         if tokens.shape[1] > self.config.context:
             raise RangeError(f"tokens: expected at most context={self.config.context}, got {tokens.shape[1]}")
@@ -205,7 +206,8 @@ class GPT(Pretrained):
         return self._logits(self._blocks(tokens[:, None], positions, state.cache)[:, -1])
 
     def _blocks(self, tokens: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
-        x = F.dropout(self.wte(tokens) + self.wpe(positions), self.config.dropout, self.training)
+        x = embed("tokens", tokens, self.wte.weight) + self.wpe(positions)
+        x = F.dropout(x, self.config.dropout, self.training)
         for block in self.h:
             x = block(x, cache)
         return x

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from pyattn.check import RangeError, ShapeError
 from pyattn.models.pretrained import Fields, Pretrained
 from pyattn.nn.attend import ATTENTIONS, check_attention
+from pyattn.nn.embedding import embed
 from pyattn.nn.kv_cache import KVCache
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
@@ -323,7 +324,7 @@ class Transformer(Pretrained):
         Returns:
             [b, m, vocab]
         Raises:
-            RangeError: more tokens than the context has positions.
+            RangeError: more tokens than the context has positions; on the CPU also tokens outside the vocabulary.
             ShapeError: targets or lengths do not fit the sources in number.
         """
         if len(target) % max(len(source), 1):
@@ -331,7 +332,7 @@ class Transformer(Pretrained):
         self._check_context("target", target)
         memory = self._memory("source", source, source_lengths)
         positions = torch.arange(target.shape[1], device=target.device)
-        return self._logits(self.decoder(self.shared(target), positions, memory=memory))
+        return self._logits(self.decoder(embed("target", target, self.shared.weight), positions, memory=memory))
 
     def prefill(
         self, prompt: Tensor, lengths: Tensor | None = None, *, count: int, page: int | None = None
@@ -360,7 +361,8 @@ class Transformer(Pretrained):
     def step(self, tokens: Tensor, state: Reading) -> Tensor:
         """Reads one more token of each row, tokens [b]. Returns the logits [b, vocab] of the one after it."""
         positions = state.cache.extend(1, tokens.device)
-        x = self.decoder(self.shared(tokens[:, None]), positions, memory=state.memory, cache=state.cache)
+        embedded = embed("tokens", tokens[:, None], self.shared.weight)
+        x = self.decoder(embedded, positions, memory=state.memory, cache=state.cache)
         return self._logits(x[:, 0])
 
     def _memory(self, name: str, source: Tensor, lengths: Tensor | None) -> Memory:
@@ -369,7 +371,7 @@ class Transformer(Pretrained):
         if lengths is not None and lengths.shape != source.shape[:1]:
             raise ShapeError(f"lengths: expected [{len(source)}], one for each {name}, got {list(lengths.shape)}")
         positions = torch.arange(source.shape[1], device=source.device)
-        encoded = self.encoder(self.shared(source), positions, lengths)
+        encoded = self.encoder(embed(name, source, self.shared.weight), positions, lengths)
         return Memory([cast(Layer, layer).encoder_attn.keys_values(encoded) for layer in self.decoder.layers], lengths)
 
     def _check_context(self, name: str, tokens: Tensor) -> None:

@@ -1,0 +1,26 @@
+"""Looking up rows of a table by integers that come from a user."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyattn.check import DtypeError, RangeError
+from pyattn.spec import dtype_name
+
+
+def embed(name: str, ids: Tensor, table: Tensor, padding: int | None = None) -> Tensor:
+    """table[ids]. Rows of `padding` get no gradient.
+
+    Raises:
+        DtypeError: ids are not int64 or int32; names the argument, `name`.
+        RangeError: an id outside the table. On the CPU alone: the kernels of a GPU have no way to raise it.
+    """
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise DtypeError(f"{name}: expected int64 or int32, got {dtype_name(ids.dtype)}")
+    try:
+        return F.embedding(ids, table, padding)
+    except IndexError:
+        low, high = ids.aminmax()
+        raise RangeError(f"{name}: expected values in [0, {len(table)}), got {int(low)} to {int(high)}") from None
