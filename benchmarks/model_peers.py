@@ -117,6 +117,10 @@ def _berts(dropout: float, context: int) -> dict[str, nn.Module]:
 
 def _peers(first: Any, ours: Callable[..., nn.Module], theirs: Any) -> dict[str, nn.Module]:
     """Every peer with the weights of `first`."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         first.save_pretrained(folder)
         found = {name: ours(folder, attention=attention) for attention, name in OURS.items()}

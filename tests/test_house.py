@@ -26,7 +26,7 @@ LEVELS = (
     ("pyattn.testing",),
     ("pyattn.api",),
     ("pyattn.core",),
-    ("pyattn.check", "pyattn.registry", "pyattn.autograd", "pyattn.transforms", "pyattn.ops"),
+    ("pyattn.check", "pyattn.files", "pyattn.registry", "pyattn.autograd", "pyattn.transforms", "pyattn.ops"),
     ("pyattn.backends",),
     ("triton_kernels", "pyattn.triton_kernels", "pyattn._C"),
     ("pyattn.spec", "pyattn.dropout"),

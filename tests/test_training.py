@@ -11,9 +11,9 @@ import torch
 from tokenizers import Tokenizer, models
 
 import pyattn
+from pyattn.files import replacing
 from pyattn.training import checkpoint, metrics, plot
 from pyattn.training.checkpoint import CheckpointError
-from pyattn.training.files import replacing
 from pyattn.training.language import Corpus, LanguageTask, load_corpus, training_starts, windows, write_sample
 from pyattn.training.loop import DivergedError, train
 from pyattn.training.recipes import GPTSettings

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import pyattn
+from pyattn.files import WriteError, append_line, replacing
 from pyattn.training import checkpoint, metrics, run
-from pyattn.training.files import WriteError, append_line, replacing
 from pyattn.training.loop import Step, adamw, evaluate, train
 from pyattn.training.recipes import GPTSettings
 from pyattn.training.run import Run, open_run

@@ -18,7 +18,7 @@ from rich.progress import track
 from pyattn.check import RangeError
 from pyattn.cli.console import chosen_device
 from pyattn.cli.options import configurable
-from pyattn.training.files import replacing
+from pyattn.files import replacing
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

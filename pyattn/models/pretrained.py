@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyattn.check import PyattnError, RangeError
-from pyattn.training.files import replacing
+from pyattn.files import replacing
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _SHOWN = 5  # names per list, in an error

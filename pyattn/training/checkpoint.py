@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyattn.check import PyattnError
-from pyattn.training.files import replacing
+from pyattn.files import replacing
 
 FORMAT = "pyattn checkpoint 2"
 

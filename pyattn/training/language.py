@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyattn.decoding.sampling import Sampling, generate
+from pyattn.files import replacing
 from pyattn.training import text
-from pyattn.training.files import replacing
 from pyattn.training.text import TextError
 
 END_OF_TEXT = "<|endoftext|>"

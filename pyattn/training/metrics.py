@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pyattn.check import PyattnError
-from pyattn.training.files import append_line, replacing
+from pyattn.files import append_line, replacing
 
 FILE = "metrics.jsonl"
 

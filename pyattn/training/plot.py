@@ -7,8 +7,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pyattn.files import replacing
 from pyattn.training import metrics
-from pyattn.training.files import replacing
 
 
 def loss_curve(folder: Path) -> Path:

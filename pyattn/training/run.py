@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from pyattn.files import replacing
 from pyattn.training import checkpoint, metrics, parallel, plot
 from pyattn.training.checkpoint import Checkpoint, CheckpointError
-from pyattn.training.files import replacing
 from pyattn.training.loop import Step, adamw, train
 from pyattn.training.settings import Settings
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pyattn.check import PyattnError
-from pyattn.training.files import replacing
+from pyattn.files import replacing
 
 # Parts of the standard library that are no prose of it: tests, tables, another program, and what pip put beside it.
 _NOT_CORPUS = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "encodings", "pydoc_data"}
