@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -56,15 +56,8 @@ class Generation:
 
 
 def training_steps(case: Training, device: str) -> dict[str, Step]:
-    """A step for each peer, all from the same weights on the same batch.
-
-    Raises:
-        AssertionError: a peer's logits are not the others'.
-    """
-    models = _gpts(case.dropout) if case.model.startswith("GPT") else _berts(case.dropout, case.m)
-    for model in models.values():
-        model.to(device)
-    _check(models, device)
+    """A step for each peer, all from the same weights on the same batch."""
+    models = _trained(case.model, case.dropout, device)
     steps = _gpt_losses if case.model.startswith("GPT") else _bert_losses
     losses = steps(models, case, device)
     return {name: _step(models[name].train(), loss, case, device) for name, loss in losses.items()}
@@ -72,13 +65,23 @@ def training_steps(case: Training, device: str) -> dict[str, Step]:
 
 def generations(case: Generation, device: str) -> dict[str, Callable[[], list[list[int]]]]:
     """A call for each peer, which returns its texts."""
-    models = {name: m.to(device, getattr(torch, case.dtype)).eval() for name, m in _gpts(0.0).items()}
-    del models[THEIRS["eager"]]
     prompt = torch.randint(0, 50256, (case.b, case.prompt), generator=torch.Generator().manual_seed(1)).to(device)
     return {
         name: partial(_ours if name in OURS.values() else _transformers_texts, model, prompt, case)
-        for name, model in models.items()
+        for name, model in _writers(case.dtype, device).items()
     }
+
+
+# Models of the last case, for the next one with the same.
+@lru_cache(maxsize=1)
+def _trained(model: str, dropout: float, device: str) -> dict[str, nn.Module]:
+    return (_gpts if model.startswith("GPT") else _berts)(dropout, device)
+
+
+@lru_cache(maxsize=1)
+def _writers(dtype: str, device: str) -> dict[str, nn.Module]:
+    models = _gpts(0.0, device)
+    return {name: m.to(getattr(torch, dtype)).eval() for name, m in models.items() if name != THEIRS["eager"]}
 
 
 def _ours(model: Any, prompt: Tensor, case: Generation) -> list[list[int]]:
@@ -95,36 +98,46 @@ def _transformers_texts(model: Any, prompt: Tensor, case: Generation) -> list[li
     return out[:, prompt.shape[1] :].tolist()
 
 
-def _gpts(dropout: float) -> dict[str, nn.Module]:
+def _gpts(dropout: float, device: str) -> dict[str, nn.Module]:
     from transformers import GPT2LMHeadModel
 
     torch.manual_seed(0)
     first = gpt.GPT(replace(gpt.PUBLISHED["gpt2"], dropout=dropout))
-    return _peers(first, partial(gpt.GPT.from_pretrained, dropout=dropout), GPT2LMHeadModel)
+    return _peers(first, partial(gpt.GPT.from_pretrained, dropout=dropout), GPT2LMHeadModel, device)
 
 
-def _berts(dropout: float, context: int) -> dict[str, nn.Module]:
+def _berts(dropout: float, device: str) -> dict[str, nn.Module]:
     from transformers import BertForPreTraining
 
     torch.manual_seed(0)
-    config = replace(bert.PUBLISHED["bert-base"], dropout=dropout, context=max(512, context))
+    config = replace(bert.PUBLISHED["bert-base"], dropout=dropout, context=1024)
     return _peers(
         bert.BertForPreTraining(config),
         partial(bert.BertForPreTraining.from_pretrained, dropout=dropout),
         BertForPreTraining,
+        device,
     )
 
 
-def _peers(first: Any, ours: Callable[..., nn.Module], theirs: Any) -> dict[str, nn.Module]:
-    """Every peer with the weights of `first`."""
+def _peers(first: Any, ours: Callable[..., nn.Module], theirs: Any, device: str) -> dict[str, nn.Module]:
+    """Every peer with the weights of `first`, if they compute the same.
+
+    Raises:
+        AssertionError: a peer's logits are not the others'.
+    """
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         first.save_pretrained(folder)
-        found = {name: ours(folder, attention=attention) for attention, name in OURS.items()}
-        return found | {name: theirs.from_pretrained(folder, attn_implementation=kind) for kind, name in THEIRS.items()}
+        models = {name: ours(folder, attention=attention) for attention, name in OURS.items()}
+        for kind, name in THEIRS.items():
+            models[name] = theirs.from_pretrained(folder, attn_implementation=kind)
+    for model in models.values():
+        model.to(device)
+    _check(models, device)
+    return models
 
 
 @torch.no_grad()

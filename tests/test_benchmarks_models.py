@@ -24,6 +24,8 @@ TEXTS = (Generation(2, 1, "float32", prompt=9, new=5), Generation(1, 2, "float32
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """The published models, but small."""
+    model_peers._trained.cache_clear()
+    model_peers._writers.cache_clear()
     monkeypatch.setitem(model_peers.gpt.PUBLISHED, "gpt2", GPTConfig(layers=2, heads=2, width=16))
     monkeypatch.setitem(model_peers.bert.PUBLISHED, "bert-base", BertConfig(layers=2, heads=2, width=16, hidden=32))
 
@@ -38,7 +40,7 @@ def test_models_run_leaves_figures_of_every_peer(tmp_path: Path, monkeypatch: py
     trained = [line for line in lines if line["kind"] == "training"]
     assert {line["peer"] for line in trained} == {*model_peers.OURS.values(), *model_peers.THEIRS.values()}
     for line in lines:
-        assert line["p50_ms"] > 0 and line["rounds"] == 2 and line["tokens_per_second"] > 0
+        assert line["p50_ms"] > 0 and line["rounds"] == (2 if line in trained else 1) and line["tokens_per_second"] > 0
         assert {"device", "versions", "commit"} <= line.keys()
     assert all(line["same_texts"] for line in lines if line["kind"] == "generation")
     assert (tmp_path / "models.png").read_bytes().startswith(b"\x89PNG")
