@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from pyattn.cli import app
+from pyattn.cli import app, text
 from pyattn.decoding.sampling import GREEDY, generate
 from pyattn.decoding.translation import translate
 from pyattn.models.bert import BertConfig, BertForPreTraining
@@ -80,9 +80,9 @@ def test_translate_pipe_keeps_lines_in_order(translator: Path) -> None:
         Transformer.from_pretrained(translator),
         translation.Tokenizer.from_file(str(translator / "tokenizer.json")),
     )
-    for line, text in zip(lines, found[:-1], strict=True):
+    for line, told in zip(lines, found[:-1], strict=True):
         (alone,) = translate(model, tokenizer, [line])
-        assert text == (alone[0].text if line else "")
+        assert told == (alone[0].text if line else "")
     assert found[0] == found[5] != ""
 
 
@@ -156,8 +156,8 @@ def test_fill_mask_shows_words_and_probabilities(guesser: Path) -> None:
 
 def test_help_shows_a_whole_example() -> None:
     for command in ("translate", "generate", "fill-mask"):
-        text = _run(command, "--help").output
-        assert "A whole example" in text and f"pyattn {command} --model" in re.sub(r"\s+", " ", text)
+        shown = _run(command, "--help").output
+        assert "A whole example" in shown and f"pyattn {command} --model" in re.sub(r"\s+", " ", shown)
 
 
 @pytest.mark.parametrize("command", ["translate", "generate", "fill-mask"])
@@ -190,8 +190,47 @@ def test_bad_numbers_are_refused(translator: Path, writer: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("command", ["translate", "generate", "fill-mask"])
+def test_input_that_is_no_text_is_refused_with_its_line(
+    command: str, translator: Path, writer: Path, guesser: Path
+) -> None:
+    model = {"translate": translator, "generate": writer, "fill-mask": guesser}[command]
+    result = CliRunner().invoke(app, [command, "--model", str(model)], input=b"ein [MASK]\nzwei \xff\n")
+    _assert_refused(result, "standard input has the byte 0xff, line 2")
+
+
+def test_lines_of_another_kind_are_named(guesser: Path) -> None:
+    _assert_refused(
+        _run("fill-mask", "--model", guesser, stdin="ein [MASK]\n\nzwei\n"), "standard input, line 3: expected"
+    )
+    long = "[MASK] " + "Hund " * 60
+    _assert_refused(
+        _run("fill-mask", "--model", guesser, stdin=long), "standard input, line 1: expected at most context=40"
+    )
+
+
+def test_translation_with_a_line_s_end_stays_one_line() -> None:
+    assert text._one_line("a\nb\rc\td") == "a b c d"
+
+
+def test_generate_several_prompts_without_a_token(writer: Path) -> None:
+    options = ["generate", "--model", writer, "--prompt", "a", "--prompt", "b", "--tokens", 0]
+    assert _run(*options).stdout == "a\nb\n"
+
+
+def test_generate_character_that_the_model_does_not_know_is_refused(tmp_path: Path) -> None:
+    tokenizer, _ = language._characters(["abc abc"], 0)
+    GPT(GPTConfig(tokenizer.get_vocab_size(), context=32, layers=1, heads=2, width=16)).save_pretrained(tmp_path)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    _assert_refused(_run("generate", "--model", tmp_path, "--prompt", "Q?"), "the tokenizer cannot read 'Q\\?'")
+
+
 def test_reference_of_another_length_is_refused(translator: Path, tmp_path: Path) -> None:
     (tmp_path / "source").write_text("eins\nzwei\n")
     (tmp_path / "reference").write_text("one\n")
     files = ["--source", tmp_path / "source", "--reference", tmp_path / "reference"]
     _assert_refused(_run("translate", "--model", translator, *files), "expected 2 lines, as .*source has, .*has 1")
+    result = _run("translate", "--model", translator, *files[2:], stdin="eins\nzwei\n")
+    _assert_refused(result, "expected 2 lines, as standard input has, .*has 1")
+    (tmp_path / "reference").write_text("")
+    assert "no lines" in _run("translate", "--model", translator, *files[2:], stdin="").stderr

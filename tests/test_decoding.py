@@ -205,6 +205,33 @@ def test_generate_beyond_the_context_goes_on_from_its_last_half() -> None:
         assert first[1] == int(model(torch.tensor([text[61 - 24 : 61]]))[0, -1].argmax())
 
 
+def test_text_with_room_is_not_cut_because_another_is_full() -> None:
+    model = _gpt(context=16)
+    texts = [_prompts(1, length, seed=length)[0].tolist() for length in (10, 14, 3)]
+    prompt, lengths = pad_batch(texts)
+    together = generate(model, prompt, 30, lengths=lengths)
+    assert together == [generate(model, torch.tensor([text]), 30)[0] for text in texts]
+
+
+def test_rules_that_leave_nothing_end_the_text() -> None:
+    model, prompt = _gpt(vocab=12), torch.tensor([[6, 7, 8]])
+    rules = Rules(no_repeat_ngram=1)
+    for sampling in (GREEDY, Sampling()):
+        (text,) = generate(model, prompt, 30, rules=rules, sampling=sampling)
+        assert len(text) == 9 and len({6, 7, 8, *text}) == 12
+    best = beam_search(model, prompt, 30, rules=rules)[0]
+    assert best and all(len(h.tokens) == 9 and len({6, 7, 8, *h.tokens}) == 12 for h in best)
+
+
+def test_logits_that_are_nan_are_an_error() -> None:
+    model = _gpt()
+    with torch.no_grad():
+        model.wte.weight[3] = torch.nan
+    for run in (generate, beam_search):
+        with pytest.raises(pyattn.RangeError, match="logits: expected numbers, got NaN"):
+            run(model, _prompts(2, 3), 3)
+
+
 def test_stream_yields_what_generate_returns() -> None:
     model, prompt = _gpt(), _prompts(5, 7)
     texts = generate(model, prompt, 24, end=END)
@@ -286,6 +313,13 @@ def test_rules_on_texts_of_unequal_length() -> None:
         (lambda m: beam_search(m, _prompts(2, 3), 3, beams=0), "beams: expected at least 1"),
         (lambda m: beam_search(m, _prompts(2, 3), 3, early_stopping="always"), "early_stopping: expected True"),
         (lambda m: beam_search(m, _prompts(2, 60), 9), "count: expected prompt and count within context=64"),
+        (
+            lambda m: generate(m, _prompts(2, 3), 3, rules=Rules(forbidden=(61,))),
+            r"rules: expected tokens in \[0, 61\)",
+        ),
+        (lambda m: m.prefill(_prompts(2, 3), torch.tensor([0, 3]), count=1), "lengths: expected 1 to 3"),
+        (lambda m: by_length(math.nan), "alpha: expected a number from -10 to 10"),
+        (lambda m: gnmt(11), "alpha: expected a number from -10 to 10"),
         (lambda m: Sampling(temperature=-1), "temperature"),
         (lambda m: Sampling(temperature=math.nan), "temperature"),
         (lambda m: Sampling(top_k=0), "top_k"),

@@ -372,8 +372,7 @@ def test_transformer_translates_as_transformers(tmp_path: Path, beams: int) -> N
         model.final_logits_bias[0, :3] = torch.tensor([2.0, 0.0, 1.0])  # pad would come, and the end does
     model.save_pretrained(tmp_path)
     peer = _transformers().MarianMTModel.from_pretrained(tmp_path).eval()
-    assert peer.generation_config.forced_eos_token_id == 2  # so that it ends texts that are too long: not so ours
-    peer.generation_config.forced_eos_token_id = None
+    assert peer.generation_config.forced_eos_token_id is None  # it ends no text by force, as we do not
     out = peer.generate(
         input_ids=_source(), attention_mask=(torch.arange(13) < LENGTHS[:, None]).long(), num_beams=beams,
         do_sample=False, max_new_tokens=20, bad_words_ids=[[0]], no_repeat_ngram_size=1,

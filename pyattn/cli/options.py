@@ -93,7 +93,7 @@ def settings_values(ctx: typer.Context, recipe: type[Settings]) -> tuple[dict[st
     values = {}
     for item in fields(recipe):
         value = ctx.params[item.name]
-        values[item.name] = str(value.resolve()) if isinstance(value, Path) else value
+        values[item.name] = str(value.absolute()) if isinstance(value, Path) else value
     sources = {name: ctx.get_parameter_source(name) for name in values}
     given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
     return values, given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -67,15 +68,13 @@ def translate(
     if best > beams:
         raise RangeError(f"best: expected at most beams={beams}, got {best}")
     references = None if reference is None else text.lines(reference)
+    if references is not None:
+        import sacrebleu  # before the work, that none is done where it is missing
     network = Transformer.from_pretrained(model, attention=attention).to(chosen_device(device))
     tokenizer = _tokenizer(model, network.config.vocab)
     rules = Rules(repetition_penalty, no_repeat_ngram, forbidden=(network.config.pad, network.config.start))
     normalize = by_length(length_penalty) if gnmt is None else by_gnmt(gnmt)
-    given: Iterable[str] = sys.stdin if source is None else text.lines(source)
-    if references is not None and isinstance(given, list) and len(references) != len(given):
-        raise RangeError(
-            f"reference: expected {len(given):,} lines, as {source} has, {reference} has {len(references):,}"
-        )
+    given = text.standard_input() if source is None else text.lines(source)
     size = 1 if source is None and sys.stdin.isatty() else _LINES_AT_ONCE
     told: list[str] = []
     errors = Console(stderr=True)
@@ -90,14 +89,17 @@ def translate(
             except RangeError as error:
                 raise RangeError(f"{source or 'standard input'}, {error}") from None
             for translations in found:
-                told.append(translations[0].text if translations else "")
-                scored = [f"{translation.score:.4f}\t{translation.text}" for translation in translations[:best]]
+                told.append(_one_line(translations[0].text) if translations else "")
+                scored = [f"{each.score:.4f}\t{_one_line(each.text)}" for each in translations[:best]]
                 print(*(scored if best > 1 else told[-1:]), sep="\n", file=file, flush=True)
     if references is not None:
-        import sacrebleu
-
+        if len(told) != len(references):
+            raise RangeError(
+                f"reference: expected {len(told):,} lines, as {source or 'standard input'} has, "
+                f"{reference} has {len(references):,}"
+            )
         bleu = sacrebleu.metrics.BLEU()
-        typer.echo(f"{bleu.corpus_score(told, [references])}  {bleu.get_signature()}", err=True)
+        typer.echo(f"{bleu.corpus_score(told, [references])}  {bleu.get_signature()}" if told else "no lines", err=True)
 
 
 @configurable
@@ -119,7 +121,7 @@ def generate(
     beams: Annotated[int, typer.Option(min=1, help="More than 1: beam search, and nothing is drawn.")] = 1,
     repetition_penalty: Penalty = 1.0,
     no_repeat_ngram: Ngram = 0,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of what is drawn.")] = 0,
     attention: Attention = "pyattn",
     device: Device = None,
 ) -> None:
@@ -137,26 +139,30 @@ def generate(
     from pyattn.decoding.sampling import Sampling, stream
     from pyattn.models.gpt import GPT
     from pyattn.training.language import first_token
+    from pyattn.training.text import standard_input
 
     chosen = chosen_device(device)
     network = GPT.from_pretrained(model, attention=attention).to(chosen)
     tokenizer = _tokenizer(model, network.config.vocab)
-    texts = prompt or [sys.stdin.read() if not sys.stdin.isatty() else ""]
-    prompts = [tokenizer.encode(text).ids or [first_token(tokenizer)] for text in texts]
+    texts = prompt or ["" if sys.stdin.isatty() else "\n".join(standard_input())]
+    prompts = [_encoded(tokenizer, text) or [first_token(tokenizer)] for text in texts]
     padded, lengths = pad_batch(prompts, chosen)
     rules = Rules(repetition_penalty, no_repeat_ngram)
     if beams > 1:
         found = beam_search(network, padded, tokens, beams=beams, lengths=lengths, rules=rules, end=network.config.end)
         for text, best in zip(texts, found, strict=True):
-            typer.echo(text + tokenizer.decode(best[0].tokens))
+            typer.echo(text + tokenizer.decode(best[0].tokens if best else []))
         return
     steps = stream(
         network, padded, tokens, lengths=lengths, sampling=Sampling(temperature, top_k, top_p, min_p), rules=rules,
         end=network.config.end, generator=torch.Generator(chosen).manual_seed(seed),
     )  # fmt: skip
     if len(texts) > 1:
-        for text, column in zip(texts, zip(*steps, strict=True), strict=True):
-            typer.echo(text + tokenizer.decode([token for token in column if token is not None]))
+        columns: list[list[int]] = [[] for _ in texts]
+        for column, token in ((columns[i], token) for step in steps for i, token in enumerate(step)):
+            column += [] if token is None else [token]
+        for text, column in zip(texts, columns, strict=True):
+            typer.echo(text + tokenizer.decode(column))
         return
     typer.echo(texts[0], nl=False)
     added: list[int] = []
@@ -188,16 +194,23 @@ def fill_mask(
     echo "The capital of France is [MASK]." | pyattn fill-mask --model runs/bert/model
     """
     from pyattn.models.bert import BertForMaskedLM
-    from pyattn.training.text import TextError
+    from pyattn.training.text import TextError, standard_input
 
     network = BertForMaskedLM.from_pretrained(model, attention=attention).to(chosen_device(device))
     tokenizer = _tokenizer(model, network.config.vocab)
     tokenizer.encode_special_tokens = False  # [MASK] is meant
-    mask = tokenizer.token_to_id("[MASK]")
-    for line in text or map(str.rstrip, sys.stdin):
-        ids = tokenizer.encode(line).ids
+    if (mask := tokenizer.token_to_id("[MASK]")) is None:
+        raise TextError(f"text: the tokenizer beside {model} has no [MASK]")
+    for number, line in enumerate(text or standard_input(), 1):
+        where = "text" if text else f"standard input, line {number:,}"
+        if not line.strip():
+            typer.echo()
+            continue
+        ids = _encoded(tokenizer, line)
         if mask not in ids:
-            raise TextError(f"text: expected [MASK] in it, got {line!r}")
+            raise TextError(f"{where}: expected [MASK] in it, got {line!r}")
+        if len(ids) > network.config.context:
+            raise TextError(f"{where}: expected at most context={network.config.context} tokens, got {len(ids)}")
         with torch.no_grad():
             logits = network(torch.tensor([ids], device=network.bert.tokens.weight.device))[0]
         for place in [place for place, token in enumerate(ids) if token == mask]:
@@ -224,16 +237,30 @@ def _tokenizer(folder: Path, vocab: int) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # what the library raises has no class of its own
         raise PretrainedError(f"model: {path} is damaged ({error})") from error
-    if tokenizer.get_vocab_size() > vocab:
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= vocab:
         raise PretrainedError(
-            f"model: {path} has {tokenizer.get_vocab_size():,} tokens, more than the {vocab:,} of the model beside it"
+            f"model: {path} has {largest + 1:,} tokens, more than the {vocab:,} of the model beside it"
         )
     tokenizer.encode_special_tokens = True  # "</s>" in a text is text; the file does not say so
     return tokenizer
 
 
+def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
+    from pyattn.training.text import TextError
+
+    try:
+        return tokenizer.encode(text).ids
+    except Exception as error:  # what the library raises has no class of its own
+        raise TextError(f"text: the tokenizer cannot read {text[:80]!r} ({error})") from error
+
+
+def _one_line(text: str) -> str:
+    """A translation for a file of lines: one that has several would move all behind it."""
+    return re.sub(r"[\n\r\t]", " ", text)
+
+
 def _portions(lines: Iterable[str], size: int) -> Iterator[list[str]]:
-    remaining = (line.rstrip("\r\n") for line in lines)
+    remaining = iter(lines)
     while portion := list(islice(remaining, size)):
         yield portion
 
@@ -244,5 +271,7 @@ def _opened(out: Path | None) -> Iterator[TextIO]:
     if out is None:
         yield sys.stdout
         return
+    if out.is_dir():
+        raise RangeError(f"out: expected a file, {out} is a folder")
     with replacing(out) as path, path.open("w", encoding="utf-8") as file:
         yield file

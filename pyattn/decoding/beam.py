@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyattn.check import RangeError
-from pyattn.decoding.protocol import Decoder, check_prompt
+from pyattn.decoding.protocol import Decoder, check_numbers, check_prompt
 from pyattn.decoding.rules import Rules, history_of
 
 _PAGE = 32  # tokens; reordering copies half of one per beam that moved, and attention is slower over smaller ones
@@ -26,13 +26,20 @@ class Hypothesis:
 
 
 def by_length(alpha: float = 1.0) -> Callable[[int], float]:
-    """Scores divided by length**alpha, the length with the end token. 0 leaves the log-probability."""
+    """Scores divided by length**alpha, the length with the end token; alpha in [-10, 10]. 0: the log-probability."""
+    _check_alpha(alpha)
     return lambda length: length**alpha
 
 
 def gnmt(alpha: float = 0.6) -> Callable[[int], float]:
-    """Scores divided by ((5 + length) / 6)**alpha (Wu et al. 2016, arXiv:1609.08144, equation 14)."""
+    """Scores divided by ((5 + length) / 6)**alpha, alpha in [-10, 10] (Wu et al. 2016, arXiv:1609.08144, eq. 14)."""
+    _check_alpha(alpha)
     return lambda length: ((5 + length) / 6) ** alpha
+
+
+def _check_alpha(alpha: float) -> None:
+    if not -10 <= alpha <= 10:
+        raise RangeError(f"alpha: expected a number from -10 to 10, got {alpha}")
 
 
 @torch.no_grad()
@@ -65,7 +72,7 @@ def beam_search(
             can reach a better score, however long it becomes; False when none would if it ended now; True at once.
             (The names are those of transformers.)
     Raises:
-        RangeError: an argument out of range; prompt and count exceed the model's context.
+        RangeError: an argument out of range; prompt and count exceed the model's context; logits are NaN.
     """
     check_prompt(prompt, lengths)
     counts = [count] * len(prompt) if isinstance(count, int) else list(count)
@@ -74,7 +81,7 @@ def beam_search(
     for name, value in (("count", min(counts, default=1)), ("beams", beams)):
         if value < 1:
             raise RangeError(f"{name}: expected at least 1, got {value}")
-    if early_stopping not in (True, False, "never"):
+    if not (isinstance(early_stopping, bool) or early_stopping == "never"):
         raise RangeError(f"early_stopping: expected True, False or 'never', got {early_stopping!r}")
     searches = [_Search(beams, most, end, normalize, early_stopping) for most in counts]
     if not searches:
@@ -84,6 +91,7 @@ def beam_search(
     running = searches
     for generated in range(max(counts)):
         log_probs = rules(logits.float().log_softmax(-1), history, generated, end)
+        check_numbers(logits)
         best, tokens = (t.tolist() for t in log_probs.topk(min(2 * beams, log_probs.shape[1])))
         rows: list[int] = []  # of each beam that goes on: the row it continues
         first = 0
@@ -128,6 +136,12 @@ class _Search:
             for log_prob, token in zip(log_probs[i], tokens[i], strict=True)
             if log_prob > float("-inf")
         ]
+        if not candidates:  # the rules let nothing come: the texts end here
+            length = len(self.beams[0].tokens)
+            scored = [(beam.log_prob / self.normalize(max(1, length)), beam) for beam in self.beams if length]
+            self.ended += [Hypothesis(score, beam.log_prob, beam.tokens) for score, beam in scored]
+            self.ended, self.beams = sorted(self.ended, reverse=True)[: self.width], []
+            return []
         candidates.sort(key=lambda candidate: -candidate[0])
         length = len(self.beams[0].tokens) + 1
         next_beams: list[_Beam] = []

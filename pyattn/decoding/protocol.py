@@ -51,6 +51,12 @@ def check_prompt(prompt: Tensor, lengths: Tensor | None) -> None:
         raise RangeError(f"lengths: expected 1 to {prompt.shape[1]}, got {int(lengths.min())} to {int(lengths.max())}")
 
 
+def check_numbers(logits: Tensor) -> None:
+    """Raises RangeError for logits that are NaN: whatever would be chosen by them means nothing."""
+    if bool(logits.amax().isnan()):
+        raise RangeError("logits: expected numbers, got NaN: the model's weights are damaged, or overflow in its dtype")
+
+
 def pad_batch(texts: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Token lists as prompts: int64 [b, longest], padded behind with 0, and their lengths, int64 [b]."""
     longest = max(map(len, texts))

@@ -60,6 +60,8 @@ class Rules:
             row, place = again.nonzero(as_tuple=True)
             scores = scores.index_put((row, runs[row, place, -1]), scores.new_tensor(-torch.inf))
         banned = [*self.forbidden, end] if end is not None and generated < self.min_tokens else [*self.forbidden]
+        if banned and not 0 <= min(banned) <= max(banned) < scores.shape[1]:
+            raise RangeError(f"rules: expected tokens in [0, {scores.shape[1]}), got {banned}")
         if banned:
             scores = scores.index_fill(1, torch.tensor(banned, device=scores.device), -torch.inf)
         return scores

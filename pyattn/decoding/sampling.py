@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyattn.check import RangeError
-from pyattn.decoding.protocol import Decoder, State, check_prompt, pad_batch
-from pyattn.decoding.rules import NOTHING, Rules, history_of
+from pyattn.decoding.protocol import Decoder, State, check_numbers, check_prompt, pad_batch
+from pyattn.decoding.rules import Rules, history_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,23 +100,29 @@ def stream(
         The next token of each prompt's text, None for texts that have ended.
     Raises:
         RangeError: an empty prompt, lengths that do not fit it; a model that does not continue its prompt (a
-            translation) is asked for more tokens than it has positions.
+            translation) is asked for more tokens than it has positions; logits are NaN.
     """
     check_prompt(prompt, lengths)
     if count < 1 or not len(prompt):
         return
-    logits, state, steps = _begin(model, prompt, lengths, count - 1)
+    counts = [prompt.shape[1]] * len(prompt) if lengths is None else lengths.tolist()
+    texts = [row[:held] for row, held in zip(prompt.tolist(), counts, strict=True)]
+    logits, state, steps = _begin(model, texts, prompt.device, count - 1)
     history = history_of(state.read, prompt.device)
     running = list(range(len(prompt)))  # the prompt of each row
     for generated in range(count):
-        tokens = sampling.draw(rules(logits.float(), history, generated, end), generator)
+        check_numbers(logits)
+        scores = rules(logits.float(), history, generated, end)
+        open_rows = scores.amax(-1) > -torch.inf  # the others' texts end, because the rules let nothing come
+        tokens = sampling.draw(scores.where(open_rows[:, None], 0.0), generator)
         chosen = tokens.tolist()
-        alive = [row for row, token in enumerate(chosen) if token != end]
+        alive = [row for row, is_open in enumerate(open_rows.tolist()) if is_open and chosen[row] != end]
         if alive:
             by_prompt = {running[row]: chosen[row] for row in alive}
             yield [by_prompt.get(i) for i in range(len(prompt))]
         if not alive or generated + 1 == count:
             return
+        texts = [[*texts[row], chosen[row]] for row in alive]
         if len(alive) < len(running):
             state.reorder(alive)
             tokens, history, running = tokens[alive], history[alive], [running[row] for row in alive]
@@ -124,18 +130,14 @@ def stream(
         if steps:
             logits, steps = model.step(tokens, state), steps - 1
         else:
-            half = history[:, -max(1, model.config.context // 2) :].tolist()
-            texts = [[token for token in row if token != NOTHING] for row in half]
-            logits, state, steps = _begin(model, *pad_batch(texts, prompt.device), count - generated - 2)
+            half = max(1, model.config.context // 2)
+            texts = [text[-half:] if len(text) > model.config.context else text for text in texts]
+            logits, state, steps = _begin(model, texts, prompt.device, count - generated - 2)
 
 
-def _begin(model: Decoder, prompt: Tensor, lengths: Tensor | None, steps: int) -> tuple[Tensor, State, int]:
+def _begin(model: Decoder, texts: list[list[int]], device: torch.device, steps: int) -> tuple[Tensor, State, int]:
     """Prefills for `steps` steps, or as many as a language model's context has room for, and says how many."""
     if model.continues_prompt:
-        context = model.config.context
-        if prompt.shape[1] > context:
-            counts = [prompt.shape[1]] * len(prompt) if lengths is None else lengths.tolist()
-            texts = [row[:held][-context:] for row, held in zip(prompt.tolist(), counts, strict=True)]
-            prompt, lengths = pad_batch(texts, prompt.device)
-        steps = min(steps, context - prompt.shape[1])
-    return *model.prefill(prompt, lengths, count=steps), steps
+        texts = [text[-model.config.context :] for text in texts]
+        steps = min(steps, model.config.context - max(map(len, texts)))
+    return *model.prefill(*pad_batch(texts, device), count=steps), steps

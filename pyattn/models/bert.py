@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyattn.check import RangeError, ShapeError, is_traced
-from pyattn.models.pretrained import CONFIG, Fields, Pretrained
+from pyattn.models.pretrained import Fields, Pretrained
 from pyattn.nn.attend import ATTENTIONS, check_attention
 from pyattn.nn.embedding import embed
 
@@ -142,12 +142,12 @@ class _BertModel(Pretrained):
         fields.expect(model_type="bert", hidden_act="gelu", layer_norm_eps=_EPS, type_vocab_size=_SEGMENTS)
         fields.expect(position_embedding_type="absolute", is_decoder=False, tie_word_embeddings=True)
         return BertConfig(
-            vocab=fields["vocab_size"],
-            context=fields["max_position_embeddings"],
-            layers=fields["num_hidden_layers"],
-            heads=fields["num_attention_heads"],
-            width=fields["hidden_size"],
-            hidden=fields["intermediate_size"],
+            vocab=fields.integer("vocab_size"),
+            context=fields.integer("max_position_embeddings"),
+            layers=fields.integer("num_hidden_layers"),
+            heads=fields.integer("num_attention_heads"),
+            width=fields.integer("hidden_size"),
+            hidden=fields.integer("intermediate_size"),
             dropout=fields.get("hidden_dropout_prob", 0.1),
             pad=fields.get("pad_token_id"),
             labels=fields.get("num_labels") or len(fields.get("id2label", range(2))),
@@ -275,7 +275,7 @@ class _BertHead(_BertModel):
             PretrainedError: as `from_pretrained`; tensors of heads may be missing, the body's may not.
         """
         folder = Path(folder)
-        model = cls(replace(cls.config_from(Fields.read(folder / CONFIG)), **changes))
+        model = cls(replace(cls.read_config(folder), **changes))
         body = Bert.from_pretrained(folder, pooler=model.bert.config.pooler and not new_pooler)
         model.bert.load_state_dict(body.state_dict(), strict=not new_pooler)
         return model.eval()

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyattn.check import RangeError
-from pyattn.models.pretrained import Fields, Pretrained
+from pyattn.decoding.protocol import check_prompt
+from pyattn.models.pretrained import Fields, Pretrained, PretrainedError
 from pyattn.nn.attend import ATTENTIONS, check_attention
 from pyattn.nn.embedding import embed
 from pyattn.nn.kv_cache import KVCache
@@ -68,6 +69,8 @@ class GPTConfig:
             raise RangeError(f"norm: expected pre or post, got {self.norm}")
         if not 0 <= self.dropout < 1:
             raise RangeError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
+        if self.end is not None and not 0 <= self.end < self.vocab:
+            raise RangeError(f"end: expected a token in [0, vocab={self.vocab}), got {self.end}")
         check_attention(self.attention)
 
 
@@ -187,6 +190,7 @@ class GPT(Pretrained):
         Raises:
             RangeError: prompt and count exceed the context.
         """
+        check_prompt(prompt, lengths)
         b, m = prompt.shape
         if m + count > self.config.context:
             raise RangeError(
@@ -229,15 +233,17 @@ class GPT(Pretrained):
     def config_from(cls, fields: Fields) -> GPTConfig:
         fields.expect(model_type=("gpt2", "openai-gpt"), tie_word_embeddings=True, layer_norm_epsilon=1e-5)
         fields.expect(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
-        fields.expect(n_inner=4 * fields["n_embd"], activation_function=("gelu_new", "gelu_pytorch_tanh"), afn="gelu")
+        fields.expect(
+            n_inner=4 * fields.integer("n_embd"), activation_function=("gelu_new", "gelu_pytorch_tanh"), afn="gelu"
+        )
         return GPTConfig(
-            vocab=fields["vocab_size"],
-            context=fields["n_positions"],
-            layers=fields["n_layer"],
-            heads=fields["n_head"],
-            width=fields["n_embd"],
+            vocab=fields.integer("vocab_size"),
+            context=fields.integer("n_positions"),
+            layers=fields.integer("n_layer"),
+            heads=fields.integer("n_head"),
+            width=fields.integer("n_embd"),
             norm="pre" if fields["model_type"] == "gpt2" else "post",
-            end=fields.get("eos_token_id"),
+            end=_end(fields),
         )
 
     def config_fields(self) -> dict[str, Any]:
@@ -266,3 +272,13 @@ class GPT(Pretrained):
     def current_name(cls, name: str) -> str:
         """The files on the hub have no `transformer.` before their names."""
         return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+
+
+def _end(fields: Fields) -> int | None:
+    """The token that ends a text. One outside the vocabulary is transformers' default, and ends nothing."""
+    end = fields.get("eos_token_id")
+    if isinstance(end, list):
+        if len(end) != 1:
+            raise PretrainedError(f"model: expected one eos_token_id in {fields.path}, got {end}")
+        (end,) = end
+    return end if end is None or end < fields.integer("vocab_size") else None

@@ -61,14 +61,18 @@ class Pretrained(nn.Module):
                 unknown or of another shape: all of them are named.
         """
         folder = Path(folder)
-        fields = Fields.read(folder / CONFIG)
-        try:
-            config = cls.config_from(fields)
-        except (RangeError, TypeError) as error:  # a size that cannot be, or is no number
-            raise PretrainedError(f"model: {fields.path} is damaged ({error})") from error
-        model = cls(replace(config, **changes))
+        model = cls(replace(cls.read_config(folder), **changes))
         model.load_stored(_tensors(folder), folder)
         return model.eval()
+
+    @classmethod
+    def read_config(cls, folder: Path) -> Any:
+        """The configuration of the folder's model; raises PretrainedError where it is not this one's or cannot be."""
+        fields = Fields.read(folder / CONFIG)
+        try:
+            return cls.config_from(fields)
+        except (RangeError, TypeError) as error:
+            raise PretrainedError(f"model: {fields.path} is damaged ({error})") from error
 
     @torch.no_grad()
     def load_stored(self, tensors: Mapping[str, Tensor], source: str | Path) -> None:
@@ -80,15 +84,14 @@ class Pretrained(nn.Module):
         given = {self.current_name(name): tensor for name, tensor in tensors.items()}
         expected = self.stored()
         given = {name: t for name, t in given.items() if name in expected or not self.ignored.search(name)}
-        misshapen = [
-            f"{name} {list(given[name].shape)} for {list(t.shape)}"
-            for name, t in expected.items()
-            if name in given and given[name].shape != t.shape
-        ]
+        both = {name: (given[name], t) for name, t in expected.items() if name in given}
         lists = {
             "missing": [name for name in expected if name not in given],
             "unknown": [name for name in given if name not in expected],
-            "of another shape": misshapen,
+            "of another shape": [
+                f"{k} {list(a.shape)} for {list(b.shape)}" for k, (a, b) in both.items() if a.shape != b.shape
+            ],
+            "not of floating point": [name for name, (t, _) in both.items() if not t.is_floating_point()],
         }
         if problems := [f"{what}: {_few(names)}" for what, names in lists.items() if names]:
             model = type(self).__name__
@@ -97,7 +100,7 @@ class Pretrained(nn.Module):
             target.copy_(given[name])
 
     def save_pretrained(self, folder: str | Path, *, max_shard_size: str = "5GB") -> None:
-        """Writes the model so that transformers reads it. A failure leaves what the folder held before."""
+        """Writes the model so that transformers reads it. A failure to write leaves what the folder held before."""
         from huggingface_hub import split_torch_state_dict_into_shards
         from safetensors.torch import save_file
 
@@ -107,14 +110,17 @@ class Pretrained(nn.Module):
         texts = {CONFIG: self.config_fields()}
         if plan.is_sharded:
             texts[INDEX] = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        with ExitStack() as files:
-            for name, names in plan.filename_to_tensors.items():
-                part = {tensor: tensors[tensor] for tensor in names}
-                save_file(part, files.enter_context(replacing(folder / name)), metadata={"format": "pt"})
+        with ExitStack() as files:  # which replaces the last first: weights, then what names them
             for name, fields in texts.items():
                 path = files.enter_context(replacing(folder / name))
                 path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        (folder / (WEIGHTS if plan.is_sharded else INDEX)).unlink(missing_ok=True)  # an older model's
+            for name, names in plan.filename_to_tensors.items():
+                part = {tensor: tensors[tensor] for tensor in names}
+                save_file(part, files.enter_context(replacing(folder / name)), metadata={"format": "pt"})
+        written = {*texts, *plan.filename_to_tensors}
+        for older in (*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / INDEX):
+            if older.name not in written:
+                older.unlink(missing_ok=True)
 
 
 class Fields:
@@ -139,6 +145,13 @@ class Fields:
             raise PretrainedError(f"model: {self.path} has no {name}")
         return self.values[name]
 
+    def integer(self, name: str) -> int:
+        """A field that must be there and be a whole number."""
+        value = self[name]
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise PretrainedError(f"model: expected a whole number for {name} in {self.path}, got {value!r}")
+        return value
+
     def expect(self, **expected: Any) -> None:
         """Raises PretrainedError unless each field, where it is given, has its value (or one out of a tuple)."""
         for name, value in expected.items():
@@ -159,7 +172,13 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     shards = _json(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or any(Path(str(shard)).name != shard for shard in shards.values()):
         raise PretrainedError(f"model: {folder / INDEX} is damaged: its weight_map does not name files of the folder")
-    return {name: t for shard in sorted(set(shards.values())) for name, t in _file_tensors(folder / shard)}
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(shards.values())):
+        found = dict(_file_tensors(folder / shard))
+        if found.keys() != {name for name, holder in shards.items() if holder == shard}:
+            raise PretrainedError(f"model: {folder / shard} does not hold the tensors that {INDEX} says")
+        tensors |= found
+    return tensors
 
 
 def _file_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:

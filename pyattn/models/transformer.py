@@ -399,29 +399,29 @@ class Transformer(Pretrained):
     @classmethod
     def config_from(cls, fields: Fields) -> TransformerConfig:
         fields.expect(model_type=("marian", OWN_TYPE), tie_word_embeddings=True, share_encoder_decoder_embeddings=True)
-        fields.expect(decoder_vocab_size=fields["vocab_size"], normalize_embedding=False)
+        fields.expect(decoder_vocab_size=fields.integer("vocab_size"), normalize_embedding=False)
         fields.expect(decoder_attention_heads=fields["encoder_attention_heads"])
-        fields.expect(decoder_ffn_dim=fields["encoder_ffn_dim"], activation_function=(*ACTIVATIONS, "swish"))
+        fields.expect(decoder_ffn_dim=fields.integer("encoder_ffn_dim"), activation_function=(*ACTIVATIONS, "swish"))
         if fields["model_type"] == "marian":  # transformers computes these whatever the file says
             fields.expect(normalize_before=False, add_final_layer_norm=False, static_position_embeddings=True)
         layers, decoder_layers, activation = (
             fields[name] for name in ("encoder_layers", "decoder_layers", "activation_function")
         )
         return TransformerConfig(
-            vocab=fields["vocab_size"],
-            context=fields["max_position_embeddings"],
+            vocab=fields.integer("vocab_size"),
+            context=fields.integer("max_position_embeddings"),
             layers=layers,
             decoder_layers=None if decoder_layers == layers else decoder_layers,
-            heads=fields["encoder_attention_heads"],
-            width=fields["d_model"],
-            hidden=fields["encoder_ffn_dim"],
+            heads=fields.integer("encoder_attention_heads"),
+            width=fields.integer("d_model"),
+            hidden=fields.integer("encoder_ffn_dim"),
             norm="pre" if fields.get("normalize_before", False) else "post",
             positions="sinusoidal" if fields.get("static_position_embeddings", True) else "learned",
             activation="silu" if activation == "swish" else activation,
             scale_embedding=fields.get("scale_embedding", False),
-            pad=fields["pad_token_id"],
-            start=fields["decoder_start_token_id"],
-            end=fields["eos_token_id"],
+            pad=fields.integer("pad_token_id"),
+            start=fields.integer("decoder_start_token_id"),
+            end=fields.integer("eos_token_id"),
         )
 
     def config_fields(self) -> dict[str, Any]:
@@ -439,7 +439,7 @@ class Transformer(Pretrained):
             "dropout": c.dropout, "attention_dropout": c.dropout, "activation_dropout": 0.0,
             "normalize_before": pre_norm, "add_final_layer_norm": pre_norm, "static_position_embeddings": sinusoidal,
             "scale_embedding": c.scale_embedding, "pad_token_id": c.pad, "decoder_start_token_id": c.start,
-            "eos_token_id": c.end, "forced_eos_token_id": c.end, "bos_token_id": None,
+            "eos_token_id": c.end, "forced_eos_token_id": None, "bos_token_id": None,
         }  # fmt: skip
 
     def stored(self) -> dict[str, Tensor]:

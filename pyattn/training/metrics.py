@@ -57,6 +57,10 @@ def tokens_per_second(lines: list[dict[str, Any]]) -> float:
 def _lines(folder: Path) -> list[dict[str, Any]]:
     try:
         # What follows the last newline is a line that a killed run did not finish.
-        return [json.loads(line) for line in (folder / FILE).read_text("utf-8").split("\n")[:-1]]
+        lines = [json.loads(line) for line in (folder / FILE).read_text("utf-8").split("\n")[:-1]]
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RunError(f"run: {folder / FILE} is damaged ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise RunError(f"run: {folder / FILE} is damaged (line {number:,} has no step)")
+    return lines

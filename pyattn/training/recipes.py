@@ -42,7 +42,14 @@ class GPTSettings(Settings):
         from pyattn.models.gpt import GPTConfig
 
         return GPTConfig(
-            vocab, self.context, self.layers, self.heads, self.width, dropout=self.dropout, attention=self.attention
+            vocab=vocab,
+            context=self.context,
+            layers=self.layers,
+            heads=self.heads,
+            width=self.width,
+            dropout=self.dropout,
+            attention=self.attention,
+            end=0 if self.tokens == "bpe" else None,  # language.END_OF_TEXT, which the vocabulary begins with
         )
 
     def model(self, vocab: int) -> nn.Module:

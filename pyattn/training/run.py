@@ -65,6 +65,8 @@ class Run:
         Of several processes the first one alone writes.
         """
         if parallel.rank() == 0:
+            if self.step == 0:
+                self.checkpoint_path.unlink(missing_ok=True)  # of the run that this one overwrites
             metrics.start(self.folder, self.step)
         if self.out_of_patience:
             return

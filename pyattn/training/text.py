@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import sys
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -59,7 +60,8 @@ def documents(source: Path) -> list[str]:
     """The text of a file, or of every file in a folder that is not hidden; those without any text are left out."""
     if not source.exists():
         raise TextError(f"text: expected a file or folder, {source} does not exist")
-    paths = [source] if source.is_file() else [path for path in sorted(source.rglob("*")) if path.is_file()]
+    inside = [path for path in sorted(source.rglob("*")) if path.is_file()]
+    paths = inside if source.is_dir() else [source]  # a pipe is as good as a file
     shown = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(source).parts)]
     found = [text for path in shown if (text := read(path)).strip()]
     if not found:
@@ -69,10 +71,23 @@ def documents(source: Path) -> list[str]:
 
 def lines(path: Path) -> list[str]:
     """The lines of a file, without their ends. Only a newline ends a line, as in every other tool for parallel text."""
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise TextError(f"text: expected a file, {path} {'is none' if path.exists() else 'does not exist'}")
     found = read(path).split("\n")
     return [line.removesuffix("\r") for line in (found if found[-1] else found[:-1])]
+
+
+def standard_input() -> Iterator[str]:
+    """Its lines as they come, without their ends."""
+    for number, raw in enumerate(sys.stdin.buffer, 1):
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise TextError(
+                f"text: expected UTF-8, standard input has the byte 0x{byte:02x}, line {number:,}"
+            ) from error
+        yield (line.removeprefix("\ufeff") if number == 1 else line).removesuffix("\n").removesuffix("\r")
 
 
 def read(path: Path) -> str:
