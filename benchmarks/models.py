@@ -10,7 +10,7 @@ import gc
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -23,20 +23,22 @@ from .model_peers import BASELINE, OURS, Generation, Training, generations, trai
 from .report import table
 from .timing import Timing, interleaved
 
-Case = TypeVar("Case", Training, Generation)
-
 _PYATTN = OURS["pyattn"]
 _DTYPES = ("float32", "bfloat16")
 # As both models are published, with dropout; and the longest without, as many train.
-TRAINING = tuple(
+_CPU_TRAINING = tuple(
     Training(model, max(1, 512 // m), m, dtype, dropout)
     for model in ("GPT-2 124M", "BERT-base")
     for m, dropout in ((128, 0.1), (512, 0.1), (1024, 0.1), (1024, 0.0))
     for dtype in _DTYPES
 )
-GENERATION = tuple(Generation(b, beams, "float32") for b in (1, 8) for beams in (1, 4))
-GPU_TRAINING = (Training("GPT-2 124M", 16, 1024, "bfloat16", 0.0, compiled=True),)
-GPU_GENERATION = tuple(Generation(b, beams, "bfloat16") for b in (1, 8) for beams in (1, 4))
+_CPU_GENERATION = tuple(Generation(b, beams, "float32") for b in (1, 8) for beams in (1, 4))
+_GPU_TRAINING = (Training("GPT-2 124M", 16, 1024, "bfloat16", 0.0, compiled=True),)
+_GPU_GENERATION = tuple(Generation(b, beams, "bfloat16") for b in (1, 8) for beams in (1, 4))
+# By device.
+TRAINING = {"cpu": _CPU_TRAINING, "cuda": _GPU_TRAINING}
+GENERATION = {"cpu": _CPU_GENERATION, "cuda": _GPU_GENERATION}
+KINDS = ("training", "generation")
 _ROUNDS = 3
 
 
@@ -121,35 +123,42 @@ def _short(case: Training | Generation) -> str:
     return f"{case.b} x {case.m}" + ("" if case.dropout else "\nno dropout")
 
 
-def run(out: Path, device: str, console: Console, rounds: int = _ROUNDS) -> list[list[Row]]:
-    """Measures, prints the tables, and writes models.jsonl and models.png into `out`. One list of rows per case."""
-    training, generation = (TRAINING, GENERATION) if device == "cpu" else (GPU_TRAINING, GPU_GENERATION)
-    work: list[tuple[Callable[..., list[Row]], Training | Generation]] = [
-        *((measure_training, case) for case in training),
-        *((measure_generation, case) for case in generation),
-    ]
-    groups = []
-    for measure, case in track(work, "measuring", console=console, transient=True, disable=not console.is_terminal):
-        groups.append(measure(case, device, rounds))
-        console.print(f"{case.label}: {ratio(groups[-1]):.2f} times {BASELINE}", highlight=False)
-        gc.collect()
-    about = environment.describe(device, Path(__file__).parent)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "models.jsonl").write_text(
-        "".join(json.dumps(about | _record(row)) + "\n" for rows in groups for row in rows)
-    )
-    draw_panels(out / "models.png", _panels(groups), environment.title(about))
-    for title, kind in (("training step", Training), ("generation, 512 + 128 tokens", Generation)):
-        if chosen := [rows for rows in groups if isinstance(rows[0].case, kind)]:
-            console.print(_table(title, chosen))
-    console.print(f"wrote {out / 'models.jsonl'} and {out / 'models.png'}", highlight=False, soft_wrap=True)
+def run(
+    out: Path, device: str, console: Console, rounds: int = _ROUNDS, kinds: Sequence[str] = KINDS
+) -> list[list[Row]]:
+    """Measures the kinds of work one after the other, and leaves each one's files. One list of rows per case."""
+    work: dict[str, tuple[Sequence[Any], Callable[..., list[Row]]]] = {
+        "training": (TRAINING[device], measure_training),
+        "generation": (GENERATION[device], measure_generation),
+    }
+    groups: list[list[Row]] = []
+    for kind in kinds:
+        cases, measure = work[kind]
+        found: list[list[Row]] = []
+        for case in track(cases, kind, console=console, transient=True, disable=not console.is_terminal):
+            found.append(measure(case, device, rounds))
+            console.print(f"{case.label}: {ratio(found[-1]):.2f} times {BASELINE}", highlight=False)
+            gc.collect()
+        publish(kind, found, out, device, console)
+        groups += found
     return groups
+
+
+def publish(kind: str, groups: Sequence[Sequence[Row]], out: Path, device: str, console: Console) -> None:
+    """Prints the table, and writes models-KIND.jsonl and models-KIND.png into `out`."""
+    about = environment.describe(device, Path(__file__).parent)
+    lines = [json.dumps(about | {"kind": kind} | _record(row)) for rows in groups for row in rows]
+    out.mkdir(parents=True, exist_ok=True)
+    figures, picture = (out / f"models-{kind}.{suffix}" for suffix in ("jsonl", "png"))
+    figures.write_text("".join(f"{line}\n" for line in lines))
+    draw_panels(picture, _panels(groups), environment.title(about))
+    console.print(_table(kind, groups))
+    console.print(f"wrote {figures} and {picture}", highlight=False, soft_wrap=True)
 
 
 def _record(row: Row) -> dict[str, object]:
     case = {name: getattr(row.case, name) for name in row.case.__slots__}
-    kind = "training" if isinstance(row.case, Training) else "generation"
-    return {"kind": kind} | case | {
+    return case | {
         "peer": row.peer, "p20_ms": row.timing.p20_ms, "p50_ms": row.timing.p50_ms, "p80_ms": row.timing.p80_ms,
         "rounds": row.timing.rounds, "tokens_per_second": row.tokens_per_second, "peak_bytes": row.peak_bytes,
         "same_texts": row.same,
@@ -163,8 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/models"), help="folder (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=_ROUNDS, help="timed rounds of each case (default: %(default)s)")
+    parser.add_argument("--only", choices=KINDS, help="one kind of work (default: both)")
     options = parser.parse_args(arguments)
-    run(options.out, options.device, Console(width=None, highlight=False), options.rounds)
+    kinds = KINDS if options.only is None else (options.only,)
+    run(options.out, options.device, Console(width=None, highlight=False), options.rounds, kinds)
 
 
 if __name__ == "__main__":

@@ -31,11 +31,12 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_models_run_leaves_figures_of_every_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "TRAINING", CASES)
-    monkeypatch.setattr(models, "GENERATION", TEXTS)
+    monkeypatch.setitem(models.TRAINING, "cpu", CASES)
+    monkeypatch.setitem(models.GENERATION, "cpu", TEXTS)
     console = Console(width=200, record=True)
     groups = models.run(tmp_path, "cpu", console, rounds=2)
-    lines = [json.loads(line) for line in (tmp_path / "models.jsonl").read_text("utf-8").splitlines()]
+    files = [tmp_path / f"models-{kind}.jsonl" for kind in models.KINDS]
+    lines = [json.loads(line) for path in files for line in path.read_text("utf-8").splitlines()]
     assert [line["peer"] for line in lines] == [row.peer for rows in groups for row in rows]
     trained = [line for line in lines if line["kind"] == "training"]
     assert {line["peer"] for line in trained} == {*model_peers.OURS.values(), *model_peers.THEIRS.values()}
@@ -43,7 +44,7 @@ def test_models_run_leaves_figures_of_every_peer(tmp_path: Path, monkeypatch: py
         assert line["p50_ms"] > 0 and line["rounds"] == (2 if line in trained else 1) and line["tokens_per_second"] > 0
         assert {"device", "versions", "commit"} <= line.keys()
     assert all(line["same_texts"] for line in lines if line["kind"] == "generation")
-    assert (tmp_path / "models.png").read_bytes().startswith(b"\x89PNG")
+    assert all(path.with_suffix(".png").read_bytes().startswith(b"\x89PNG") for path in files)
     text = console.export_text()
     assert "GPT-2 124M 2 x 16 float32 dropout" in text and "b1 beam 2 float32" in text
 
