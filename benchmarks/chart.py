@@ -50,19 +50,21 @@ def draw(
         for axis, direction in zip(line, DIRECTIONS, strict=True):
             chosen = [row for row in rows if panel(row.case) == name and row.direction == direction]
             _bars(axis, speeds(f"{name}, {direction}", chosen, label, limits))
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=10)
+    _legend(figure, axes[0][0])
     _save(figure, path)
 
 
 def draw_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
-    """Writes a PNG of any panels, two in a row, each with its own legend."""
+    """Writes a PNG of any panels, two in a row, each with its own legend unless all have the same."""
     figure, axes = _figure((len(panels) + 1) // 2, 2, title)
     places = [axis for line in axes for axis in line]
+    alike = len(panels) > 1 and len({tuple(panel.series) for panel in panels}) == 1
     for axis, panel in zip(places, panels, strict=False):
         _bars(axis, panel)
-        if len(panel.series) > 1 or panel.line:
+        if not alike and (len(panel.series) > 1 or panel.line):
             axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    if alike:
+        _legend(figure, places[0])
     for axis in places[len(panels) :]:
         axis.set_visible(False)
     _save(figure, path)
@@ -79,6 +81,12 @@ def speeds(title: str, rows: Sequence[Row], label: Callable[[Case], str], limits
     limit = limits.get(rows[0].case.dtype_name)
     line = None if limit is None else ("machine limit", limit / scale)
     return Panel(title, speed, [label(group[0].case) for group in groups], series, line)
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    """One for all panels, below them."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=10)
 
 
 def _bars(axis: Axes, panel: Panel) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,6 +149,7 @@ def run(
 def publish(kind: str, groups: Sequence[Sequence[Row]], out: Path, device: str, console: Console) -> None:
     """Prints the table, and writes models-KIND.jsonl and models-KIND.png into `out`."""
     about = environment.describe(device, Path(__file__).parent)
+    about["versions"] = environment.versions() | {"transformers": metadata.version("transformers")}
     lines = [json.dumps(about | {"kind": kind} | _record(row)) for rows in groups for row in rows]
     out.mkdir(parents=True, exist_ok=True)
     figures, picture = (out / f"models-{kind}.{suffix}" for suffix in ("jsonl", "png"))
@@ -175,7 +178,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=KINDS, help="one kind of work (default: both)")
     options = parser.parse_args(arguments)
     kinds = KINDS if options.only is None else (options.only,)
-    run(options.out, options.device, Console(width=None, highlight=False), options.rounds, kinds)
+    run(
+        options.out,
+        options.device,
+        Console(width=None if sys.stdout.isatty() else 150, highlight=False),
+        options.rounds,
+        kinds,
+    )
 
 
 if __name__ == "__main__":
