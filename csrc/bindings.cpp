@@ -286,6 +286,29 @@ void backward(const std::string& isa, const std::string& dtype, const std::strin
     chosen.backward(args);
 }
 
+// y [rows, out] = x [rows, in] w [out, in]^T + bias [out], which may be None.
+void linear(const std::string& isa, const std::string& dtype, const py::tuple& x, const py::tuple& w,
+            const py::object& bias, const py::tuple& y, int threads) {
+    pyattn::LinearArgs args;
+    args.dtype = dtype_of(dtype);
+    REQUIRE(threads >= 1, "threads: expected at least 1, got " + std::to_string(threads));
+    args.threads = threads;
+    const py::tuple x_size = x[1], w_size = w[1];
+    REQUIRE(x_size.size() == 2 && w_size.size() == 2, "x, w: expected 2 dimensions");
+    args.rows = number(x_size[0]);
+    args.in = number(x_size[1]);
+    args.out = number(w_size[0]);
+    const int64_t item = size_of(args.dtype);
+    checked(checked(args.rows, checked(args.in, 1, 64, "x"), 0, "x"), 8, 0, "x");  // what converted rows take
+    args.x = tensor("x", x, {2, {args.rows, args.in, 1, 1}, item, false, false});
+    args.w = tensor("w", w, {2, {args.out, args.in, 1, 1}, item, false, false});
+    args.y = tensor("y", y, {2, {args.rows, args.out, 1, 1}, item, false, false});
+    if (!bias.is_none()) args.bias = tensor("bias", bias.cast<py::tuple>(), {1, {args.out, 1, 1, 1}, item, false, true});
+    const Isa& chosen = isa_of(isa);
+    const py::gil_scoped_release release;
+    chosen.linear(args);
+}
+
 double multiply_add_rate(const std::string& isa, const std::string& dtype, int threads) {
     const Isa& chosen = isa_of(isa);
     const Dtype of = dtype_of(dtype);
@@ -301,5 +324,6 @@ PYBIND11_MODULE(_C, module) {
     module.def("isas", &isas, "Instruction sets usable on this machine, best first.");
     module.def("forward", &forward, "Writes out and lse.");
     module.def("backward", &backward, "Writes the gradients; `delta` is scratch.");
+    module.def("linear", &linear, "Writes y = x w^T + bias, for few rows of x.");
     module.def("multiply_add_rate", &multiply_add_rate, "Operations per second of a loop of multiply-adds.");
 }

@@ -161,7 +161,7 @@ SURROUNDINGS = {
 def test_dispatcher_is_left_out_only_where_it_has_nothing_to_do(tensors, context, alone):
     tensors = tensors()
     with context():
-        assert ops._concerns_the_backend_alone(Inputs(*tensors)) is alone
+        assert ops.concerns_the_backend_alone(Inputs(*tensors)) is alone
 
 
 def test_dispatcher_is_not_left_out_of_transforms_and_traces():
@@ -169,7 +169,7 @@ def test_dispatcher_is_not_left_out_of_transforms_and_traces():
     found = []
 
     def attention(q):
-        found.append(ops._concerns_the_backend_alone(Inputs(q, k, v)))
+        found.append(ops.concerns_the_backend_alone(Inputs(q, k, v)))
         return q
 
     torch.vmap(attention)(q[None])

@@ -17,9 +17,10 @@ namespace pyattn {
     namespace isa {                            \
     void attention_fwd(const AttentionArgs&);  \
     void attention_bwd(const AttentionArgs&);  \
+    void linear(const LinearArgs&);            \
     double spin(Dtype, int64_t);               \
     }
-#define PYATTN_KERNELS(isa) isa::attention_fwd, isa::attention_bwd, isa::spin
+#define PYATTN_KERNELS(isa) isa::attention_fwd, isa::attention_bwd, isa::linear, isa::spin
 
 #ifdef PYATTN_X86
 PYATTN_DECLARE(avx512_bf16)
@@ -74,7 +75,7 @@ const Isa kIsas[] = {
     {"avx2", has_avx2, PYATTN_KERNELS(avx2)},
 #endif
     {"generic", [] { return true; }, PYATTN_KERNELS(generic)},
-    {nullptr, nullptr, nullptr, nullptr, nullptr},
+    {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 
 double multiply_add_rate(const Isa& isa, Dtype dtype, int threads) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../attention_args.h"
+#include "../linear_args.h"
 
 namespace pyattn {
 
@@ -10,6 +11,7 @@ struct Isa {
     bool (*usable)();  // CPU and operating system
     void (*forward)(const AttentionArgs&);
     void (*backward)(const AttentionArgs&);
+    void (*linear)(const LinearArgs&);
     double (*spin)(Dtype, int64_t);
 };
 

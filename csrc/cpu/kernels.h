@@ -4,12 +4,13 @@
 #include "backward.h"
 #include "forward.h"
 #include "limit.h"
+#include "linear.h"
 
 namespace pyattn {
 namespace PYATTN_ISA {
 
-template <template <class> class Kernel>
-static void run(const AttentionArgs& args) {
+template <template <class> class Kernel, class Args>
+static void run(const Args& args) {
     switch (args.dtype) {
         case Dtype::float32: return Kernel<float>::run(args);
         case Dtype::bfloat16: return Kernel<bfloat16>::run(args);
@@ -20,6 +21,7 @@ static void run(const AttentionArgs& args) {
 
 void attention_fwd(const AttentionArgs& args) { run<Forward>(args); }
 void attention_bwd(const AttentionArgs& args) { run<Backward>(args); }
+void linear(const LinearArgs& args) { run<Linear>(args); }
 
 }  // namespace PYATTN_ISA
 }  // namespace pyattn

@@ -97,6 +97,29 @@ class CpuBackend(Backend):
         return forward, (threads * (_TOGETHER * 2 * tiles + spec.n * columns) + delta) * item
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, isa: str | None = None) -> Tensor:
+    """x weight^T + bias, for few rows of x.
+
+    Args:
+        x: [..., in]; weight: [out, in], whose last stride is 1; bias: [out] or None. On the CPU and of one dtype.
+        isa: one of `isas()`; None is the best of them.
+    Returns:
+        [..., out]
+    """
+    rows = unit_stride(x.reshape(-1, x.shape[-1]))
+    out = x.new_empty((len(rows), len(weight)))
+    _module().linear(
+        isa or _best_isa(),
+        _DTYPE_NAMES[x.dtype],
+        _described(rows),
+        _described(weight),
+        None if bias is None else _described(bias.contiguous()),
+        _described(out),
+        torch.get_num_threads(),
+    )
+    return out.view(*x.shape[:-1], len(weight))
+
+
 def _described(t: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], int, int]:
     """A tensor as it crosses into C++, with its storage's bounds, which are checked there."""
     storage = t.untyped_storage()
@@ -107,6 +130,11 @@ def isas() -> list[str]:
     """The instruction sets this build can use on this machine, best first; empty when it is not built."""
     extension = _extension()
     return [] if isinstance(extension, str) else extension.isas()
+
+
+def is_built() -> bool:
+    """Whether the compiled kernels can be had."""
+    return not isinstance(_extension(), str)
 
 
 def _module() -> ModuleType:

@@ -30,6 +30,7 @@ from pyattn.models.pretrained import Fields, Pretrained, PretrainedError
 from pyattn.nn.attend import ATTENTIONS, check_attention
 from pyattn.nn.embedding import embed
 from pyattn.nn.kv_cache import KVCache
+from pyattn.nn.linear import Linear, linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +102,8 @@ class SelfAttention(nn.Module):
         self.heads = config.heads
         self.dropout = config.dropout
         self.attention = ATTENTIONS[config.attention]
-        self.c_attn = nn.Linear(config.width, 3 * config.width)
-        self.c_proj = nn.Linear(config.width, config.width)
+        self.c_attn = Linear(config.width, 3 * config.width)
+        self.c_proj = Linear(config.width, config.width)
 
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
         b, m, width = x.shape
@@ -119,8 +120,8 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.width, 4 * config.width)
-        self.c_proj = nn.Linear(4 * config.width, config.width)
+        self.c_fc = Linear(config.width, 4 * config.width)
+        self.c_proj = Linear(4 * config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.gelu(self.c_fc(x), approximate="tanh")
@@ -217,7 +218,7 @@ class GPT(Pretrained):
         return x
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(self.ln_f(x), self.wte.weight)
+        return linear(self.ln_f(x), self.wte.weight)
 
     def _initialize(self) -> None:
         """N(0, 0.02); in GPT-2, projections into the residual stream over the root of their number (section 2.3)."""

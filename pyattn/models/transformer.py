@@ -31,6 +31,7 @@ from pyattn.models.pretrained import Fields, Pretrained
 from pyattn.nn.attend import ATTENTIONS, check_attention
 from pyattn.nn.embedding import embed
 from pyattn.nn.kv_cache import KVCache
+from pyattn.nn.linear import Linear, linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 # In config.json, of models that Marian has not got: transformers refuses it rather than computing something else.
@@ -167,8 +168,8 @@ class SelfAttention(nn.Module):
         self.heads = config.heads
         self.dropout = config.dropout
         self.attention = ATTENTIONS[config.attention]
-        self.qkv_proj = nn.Linear(config.width, 3 * config.width)
-        self.out_proj = nn.Linear(config.width, config.width)
+        self.qkv_proj = Linear(config.width, 3 * config.width)
+        self.out_proj = Linear(config.width, config.width)
 
     def forward(self, x: Tensor, causal: bool, lengths: Tensor | None, cache: KVCache | None) -> Tensor:
         q, k, v = (_heads(part, len(x), self.heads) for part in self.qkv_proj(x).chunk(3, -1))
@@ -186,9 +187,9 @@ class CrossAttention(nn.Module):
         self.heads = config.heads
         self.dropout = config.dropout
         self.attention = ATTENTIONS[config.attention]
-        self.q_proj = nn.Linear(config.width, config.width)
-        self.kv_proj = nn.Linear(config.width, 2 * config.width)
-        self.out_proj = nn.Linear(config.width, config.width)
+        self.q_proj = Linear(config.width, config.width)
+        self.kv_proj = Linear(config.width, 2 * config.width)
+        self.out_proj = Linear(config.width, config.width)
 
     def keys_values(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         k, v = (_heads(part, len(encoded), self.heads) for part in self.kv_proj(encoded).chunk(2, -1))
@@ -226,8 +227,8 @@ class Layer(nn.Module):
         if decoder:
             self.encoder_attn = CrossAttention(config, layer)
             self.encoder_attn_layer_norm = nn.LayerNorm(config.width)
-        self.fc1 = nn.Linear(config.width, config.hidden)
-        self.fc2 = nn.Linear(config.hidden, config.width)
+        self.fc1 = Linear(config.width, config.hidden)
+        self.fc2 = Linear(config.hidden, config.width)
         self.final_layer_norm = nn.LayerNorm(config.width)
 
     def forward(self, x: Tensor, lengths: Tensor | None, memory: Memory | None, cache: KVCache | None) -> Tensor:
@@ -379,7 +380,7 @@ class Transformer(Pretrained):
             raise RangeError(f"{name}: expected at most context={self.config.context}, got {tokens.shape[1]}")
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.shared.weight, self.final_logits_bias[0])
+        return linear(x, self.shared.weight, self.final_logits_bias[0])
 
     @torch.no_grad()
     def _initialize(self) -> None:

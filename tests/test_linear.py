@@ -1,0 +1,173 @@
+"""Products of few rows: right on every instruction set, and torch's own wherever torch does more than multiply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from pyattn.backends import cpu
+from pyattn.nn.linear import FEW, Linear, linear
+
+pytestmark = pytest.mark.skipif(not cpu.is_built(), reason="the compiled kernels are not built")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# (rows, in, out): whole vectors and tiles, one number beside them, tails of each, a single one of everything.
+SIZES = ((1, 768, 64), (2, 63, 5), (3, 1, 1), (4, 64, 33), (5, 65, 32), (7, 37, 4), (8, 130, 131), (FEW, 96, 66))
+
+
+def _operands(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((rows, inputs), (outputs, inputs), (outputs,))
+    x, weight, bias = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    return x, weight, bias
+
+
+def _assert_right(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Within the bound of a dot product in the accumulator's precision, and one rounding of the result."""
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    magnitude = F.linear(x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs())
+    accumulator = torch.finfo(torch.float64 if x.dtype is torch.float64 else torch.float32).eps
+    allowed = (x.shape[-1] + 2) * accumulator * magnitude + torch.finfo(x.dtype).eps * exact.abs()
+    assert out.dtype is x.dtype
+    assert out.shape == exact.shape
+    assert bool(((out.double() - exact).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", cpu.isas())
+def test_linear_is_the_product(isa, dtype, size):
+    x, weight, bias = _operands(*size, dtype)
+    _assert_right(cpu.linear(x, weight, bias, isa), x, weight, bias)
+    _assert_right(cpu.linear(x, weight, None, isa), x, weight, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_reads_views_and_leaves_their_surroundings_alone(dtype):
+    """Rows of something wider, whose other columns are NaN."""
+    x, weight, bias = _operands(5, 37, 9, dtype)
+    wide_x, wide_weight = (torch.full((len(t), 50), torch.nan, dtype=dtype) for t in (x, weight))
+    wide_x[:, 3:40], wide_weight[:, 3:40] = x, weight
+    for isa in cpu.isas():
+        assert torch.equal(
+            cpu.linear(wide_x[:, 3:40], wide_weight[:, 3:40], bias, isa), cpu.linear(x, weight, bias, isa)
+        )
+    assert torch.equal(linear(x.T.contiguous().T, weight, bias), linear(x, weight, bias))
+    assert linear(x.view(5, 1, 37), weight, bias).shape == (5, 1, 9)
+    assert linear(x[0], weight).shape == (9,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", cpu.isas())
+def test_linear_rows_do_not_know_each_other(isa, dtype):
+    """The same bits alone and in a batch, by one thread and by several, beside a row of NaN."""
+    x, weight, bias = _operands(7, 100, 70, dtype)
+    x[3] = torch.nan
+    together = cpu.linear(x, weight, bias, isa)
+    assert bool(together[3].isnan().all())
+    for r in (0, 2, 4, 6):
+        assert torch.equal(cpu.linear(x[r], weight, bias, isa), together[r])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(cpu.linear(x, weight, bias, isa).view(torch.uint8), together.view(torch.uint8))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch) -> list[Tensor]:
+    """What the kernel is called with."""
+    calls: list[Tensor] = []
+
+    def spy(x: Tensor, *others: Tensor, of: Callable[..., Tensor] = cpu.linear) -> Tensor:
+        calls.append(x)
+        return of(x, *others)
+
+    monkeypatch.setattr(cpu, "linear", spy)
+    return calls
+
+
+@torch.no_grad()
+def test_linear_takes_few_rows_without_gradients(kernel_calls):
+    layer = Linear(16, 8)
+    for rows, by_kernel in ((1, True), (FEW, True), (FEW + 1, False), (0, False)):
+        kernel_calls.clear()
+        x = torch.randn(rows, 16)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert bool(kernel_calls) is by_kernel
+
+
+# Where torch does more than multiply, or the kernel cannot.
+TORCHS_OWN = {
+    "autocast": (lambda: torch.autocast("cpu", dtype=torch.bfloat16), Tensor.clone),
+    "profiler": (torch.autograd.profiler.profile, Tensor.clone),
+    "forward mode": (forward_ad.dual_level, lambda w: forward_ad.make_dual(w, torch.ones_like(w))),
+    "integers": (nullcontext, Tensor.int),
+    "stored transposed": (nullcontext, lambda w: w.T.contiguous().T),
+}
+
+
+@pytest.mark.parametrize(("context", "changed"), TORCHS_OWN.values(), ids=TORCHS_OWN)
+@torch.no_grad()
+def test_linear_leaves_the_rest_to_torch(kernel_calls, context, changed):
+    weight = torch.randn(8, 16)
+    with context():
+        weight = changed(weight)
+        x = torch.ones(2, 16, dtype=weight.dtype)
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+    assert not kernel_calls
+
+
+def test_linear_has_gradients_and_compiles(kernel_calls):
+    layer = Linear(16, 8)
+    x = torch.randn(2, 16, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    assert x.grad is not None
+    with torch.no_grad():
+        assert torch.equal(torch.func.vmap(layer)(x[:, None])[:, 0], F.linear(x, layer.weight, layer.bias))
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), F.linear(x, layer.weight, layer.bias))
+    assert not kernel_calls
+
+
+@pytest.mark.parametrize("shapes", [((2, 3), (4, 5), None), ((2, 3), (4, 3), (5,)), ((2, 3), (3,), None)], ids=str)
+def test_linear_raises_what_torch_raises(shapes):
+    x, weight, bias = (None if shape is None else torch.randn(shape) for shape in shapes)
+    with torch.no_grad():
+        expected = _outcome(F.linear, x, weight, bias)
+        assert _outcome(linear, x, weight, bias) == expected
+
+
+def _outcome(function: Callable[..., Tensor], *args: Tensor | None) -> object:
+    try:
+        return function(*args).shape
+    except RuntimeError as error:
+        return str(error)
+
+
+BORDER = {
+    "x": (lambda given: given["x"].__setitem__(1, (2, 4)), "x: reaches outside|w: expected size 4"),
+    "w outside": (lambda given: given["w"].__setitem__(4, 4), "w: reaches outside its storage of 4 bytes"),
+    "w strides": (lambda given: given["w"].__setitem__(2, (1, 5)), "w: last stride must be 1"),
+    "bias": (lambda given: given["bias"].__setitem__(1, (4,)), "bias: expected size 5"),
+    "y": (lambda given: given["y"].__setitem__(1, (3, 5)), "y: expected size 2"),
+    "rows": (lambda given: given["x"].__setitem__(1, (1 << 60, 3)), "x: sizes and strides overflow"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BORDER.values(), ids=BORDER)
+def test_linear_border_refuses(change, message):
+    x, weight, bias = _operands(2, 3, 5, torch.float32)
+    tensors = {"x": x, "w": weight, "bias": bias, "y": torch.zeros(2, 5)}
+    given = {name: list(cpu._described(t)) for name, t in tensors.items()}
+    change(given)
+    with pytest.raises(ValueError, match=message):
+        cpu._module().linear("generic", "float32", *map(tuple, given.values()), 1)
+    assert not tensors["y"].any()
