@@ -8,6 +8,9 @@ import torch
 
 from pyattn.backends import cpu
 
+# What NVIDIA's data sheets state of dense products of bfloat16, by what a device's name holds; the first that fits.
+_TENSOR_CORES = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
+
 
 class Limit:
     """GFLOP/s by dtype. A try takes 20 ms, and a busy machine lowers it: it is repeated over a run, the best counts."""
@@ -32,3 +35,11 @@ class Limit:
 def multiply_add_gflops(dtype: str) -> float:
     """10**9 operations per second of a loop of multiply-adds on all of torch's threads, best of five short tries."""
     return cpu._module().multiply_add_rate(cpu.isas()[0], dtype, torch.get_num_threads()) / 1e9
+
+
+def peak(device: str, dtype: str) -> float | None:
+    """Operations per second that the device can reach at most: as measured on a CPU, as stated of a GPU; or None."""
+    if device == "cpu":
+        return multiply_add_gflops(dtype) * 1e9 if cpu.isas() else None
+    name = torch.cuda.get_device_name()
+    return next((rate for part, rate in _TENSOR_CORES.items() if part in name and dtype == "bfloat16"), None)

@@ -63,6 +63,20 @@ def training_steps(case: Training, device: str) -> dict[str, Step]:
     return {name: _step(models[name].train(), loss, case, device) for name, loss in losses.items()}
 
 
+def step_operations(case: Training) -> float:
+    """Of a step, a multiply-add counting as two (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+
+    Six for each weight and token, and 12 * layers * width * m a token for attention, whole although it may be causal.
+    BERT's head counts at the masked tokens alone, where it is needed.
+    """
+    is_gpt = case.model.startswith("GPT")
+    config: Any = gpt.PUBLISHED["gpt2"] if is_gpt else bert.PUBLISHED["bert-base"]
+    hidden = 4 * config.width if is_gpt else config.hidden
+    layers = config.layers * (4 * config.width**2 + 2 * config.width * hidden)
+    head = config.vocab * config.width if is_gpt else _MASKED * (config.vocab * config.width + config.width**2)
+    return case.b * case.m * (6 * (layers + head) + 12 * config.layers * config.width * case.m)
+
+
 def generations(case: Generation, device: str) -> dict[str, Callable[[], list[list[int]]]]:
     """A call for each peer, which returns its texts."""
     prompt = torch.randint(0, 50256, (case.b, case.prompt), generator=torch.Generator().manual_seed(1)).to(device)

@@ -10,6 +10,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +21,9 @@ from rich.progress import track
 
 from . import environment
 from .chart import Panel, draw_panels
+from .limit import peak
 from .memory import weighed
-from .model_peers import BASELINE, OURS, Generation, Training, generations, training_steps
+from .model_peers import BASELINE, OURS, Generation, Training, generations, step_operations, training_steps
 from .report import table
 from .timing import Timing, interleaved
 
@@ -45,7 +47,11 @@ _ROUNDS = 3
 
 
 class Row(NamedTuple):
-    """One peer's figures. `same` says whether a generation's texts are pyattn's."""
+    """One peer's figures.
+
+    `mfu` is the share of the device's peak that a training step's operations come to, `same` whether a generation's
+    texts are pyattn's.
+    """
 
     case: Training | Generation
     peer: str
@@ -53,6 +59,7 @@ class Row(NamedTuple):
     tokens_per_second: float
     peak_bytes: int | None
     same: bool | None = None
+    mfu: float | None = None
 
 
 def measure_training(case: Training, device: str, rounds: int = _ROUNDS) -> list[Row]:
@@ -62,12 +69,20 @@ def measure_training(case: Training, device: str, rounds: int = _ROUNDS) -> list
         step()
     peaks = {name: weighed(step, device)[1] for name, step in steps.items()}
     timings = interleaved(steps, device, 0.0, min_rounds=rounds)
-    tokens = case.b * case.m
-    return [Row(case, name, t, tokens / t.p50_ms * 1e3, peaks[name]) for name, t in timings.items()]
+    tokens, operations, limit = case.b * case.m, step_operations(case), peak(device, case.dtype)
+    return [
+        Row(
+            case, name, t, tokens / t.p50_ms * 1e3, peaks[name],
+            mfu=None if limit is None else operations / t.p50_ms * 1e3 / limit,
+        )
+        for name, t in timings.items()
+    ]  # fmt: skip
 
 
 def measure_generation(case: Generation, device: str, rounds: int = _ROUNDS) -> list[Row]:
-    """The first call of each peer is weighed and its texts are compared; it is not timed."""
+    """The first whole call of each peer is weighed and its texts are compared; it is not timed."""
+    for warm_up in generations(replace(case, new=1), device).values():
+        warm_up()
     calls = generations(case, device)
     first = {name: weighed(call, device) for name, call in calls.items()}
     timings = interleaved(calls, device, 0.0, min_rounds=max(1, rounds // 2))  # each is as long as several steps
@@ -91,14 +106,17 @@ def _table(title: str, groups: Sequence[Sequence[Row]]) -> object:
         by_peer = {row.peer: row for row in rows}
         cells = [_cell(by_peer.get(peer)) for peer in peers]
         lines.append([rows[0].case.label, *cells, f"{ratio(rows):.2f}"])
-    return table(f"{title}: tokens/s, MB", ["case", *peers, f"/ {BASELINE}"], lines)
+    return table(
+        f"{title}: tokens/s, MB{', MFU' if title == 'training' else ''}", ["case", *peers, f"/ {BASELINE}"], lines
+    )
 
 
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
-    peak = "" if row.peak_bytes is None else f" {row.peak_bytes / 1e6:6,.0f}"
-    return f"{row.tokens_per_second:,.0f}{peak}{'' if row.same is not False else ' other text'}"
+    memory = "" if row.peak_bytes is None else f" {row.peak_bytes / 1e6:6,.0f}"
+    mfu = "" if row.mfu is None else f" {row.mfu:.0%}"
+    return f"{row.tokens_per_second:,.0f}{memory}{mfu}{'' if row.same is not False else ' other text'}"
 
 
 def _panels(groups: Sequence[Sequence[Row]]) -> list[Panel]:
@@ -166,7 +184,7 @@ def _record(row: Row) -> dict[str, object]:
     return case | {
         "peer": row.peer, "p20_ms": row.timing.p20_ms, "p50_ms": row.timing.p50_ms, "p80_ms": row.timing.p80_ms,
         "rounds": row.timing.rounds, "tokens_per_second": row.tokens_per_second, "peak_bytes": row.peak_bytes,
-        "same_texts": row.same,
+        "same_texts": row.same, "mfu": row.mfu,
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-// The one struct that crosses the border between Python and the kernels: pointers, strides, sizes, flags.
+// Attention as it crosses the border between Python and the kernels: pointers, strides, sizes, flags.
 // Names, shapes and meaning are those of pyattn/spec.py.
 #pragma once
 

@@ -1,4 +1,4 @@
-// pyattn._C: Python's arguments to AttentionArgs. Everything that a kernel relies on is checked here again, whatever
+// pyattn._C: Python's arguments to the kernels'. Everything that a kernel relies on is checked here again, whatever
 // Python has checked: sizes, strides, that no tensor reaches beyond its storage, and the values that place rows.
 #include <pybind11/pybind11.h>
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from pyattn.benchmarks import model_peers, models
 from pyattn.benchmarks.model_peers import Generation, Training
@@ -43,6 +44,7 @@ def test_models_run_leaves_figures_of_every_peer(tmp_path: Path, monkeypatch: py
     for line in lines:
         assert line["p50_ms"] > 0 and line["rounds"] == (2 if line in trained else 1) and line["tokens_per_second"] > 0
         assert {"device", "versions", "commit"} <= line.keys()
+    assert all(0 < line["mfu"] < 1 for line in trained)
     assert all(line["same_texts"] for line in lines if line["kind"] == "generation")
     assert all(path.with_suffix(".png").read_bytes().startswith(b"\x89PNG") for path in files)
     text = console.export_text()
@@ -77,3 +79,12 @@ def test_models_step_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     model_peers.training_steps(Training("GPT-2 124M", 2, 16, "float32", 0.0), "cpu")
     assert len(moved) == 4
     assert max(moved) == pytest.approx(min(moved), rel=0.05) and min(moved) > 0
+
+
+def test_models_operations_of_a_step_are_those_that_torch_counts() -> None:
+    """Of the peer that computes attention whole."""
+    case = Training("GPT-2 124M", 2, 16, "float32", 0.0)
+    step = model_peers.training_steps(case, "cpu")[model_peers.THEIRS["eager"]]
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert counter.get_total_flops() == model_peers.step_operations(case)

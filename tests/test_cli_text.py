@@ -97,7 +97,9 @@ def test_translate_files_with_scores_and_bleu(translator: Path, tmp_path: Path) 
     assert "100.0/100.0/100.0" in again.stderr  # too short for runs of four words
     several = _run("translate", "--model", translator, *files[:2], "--beams", 3, "--best", 2).stdout.splitlines()
     assert len(several) == 2 * len(SENTENCES)
-    scores = [float(line.split("\t")[0]) for line in several]
+    numbers, scores, _ = zip(*(line.split("\t") for line in several), strict=True)
+    assert numbers == tuple(str(1 + i // 2) for i in range(len(several)))
+    scores = list(map(float, scores))
     assert all(first >= second for first, second in zip(scores[::2], scores[1::2], strict=True))
 
 

@@ -109,6 +109,7 @@ TORCHS_OWN = {
     "profiler": (torch.autograd.profiler.profile, Tensor.clone),
     "forward mode": (forward_ad.dual_level, lambda w: forward_ad.make_dual(w, torch.ones_like(w))),
     "integers": (nullcontext, Tensor.int),
+    "another layout": (nullcontext, Tensor.to_sparse),
     "stored transposed": (nullcontext, lambda w: w.T.contiguous().T),
 }
 

@@ -84,6 +84,7 @@ def test_pretrained_model_is_read_in_eval_mode_with_changes(kind: str, tmp_path:
     again = type(model).from_pretrained(tmp_path, dropout=0.2, attention="torch")
     assert not again.training
     assert (again.config.dropout, again.config.attention) == (0.2, "torch")
+    assert type(model).from_pretrained(tmp_path).config == model.config
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 

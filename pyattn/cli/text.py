@@ -41,7 +41,13 @@ def translate(
     out: Annotated[Path | None, typer.Option(help="Where they go.", show_default="standard output")] = None,
     reference: Annotated[Path | None, typer.Option(help="Right translations: prints BLEU to standard error.")] = None,
     beams: Beams = 4,
-    best: Annotated[int, typer.Option(min=1, help="Translations per sentence, with their scores if several.")] = 1,
+    best: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Translations per sentence; several come with the sentence's number and their scores, behind tabs.",
+        ),
+    ] = 1,
     length_penalty: Annotated[float, typer.Option(help="Scores are divided by length to this power.")] = 1.0,
     gnmt: Annotated[float | None, typer.Option(help="Divide by GNMT's length penalty with this alpha instead.")] = None,
     repetition_penalty: Penalty = 1.0,
@@ -90,7 +96,7 @@ def translate(
                 raise RangeError(f"{source or 'standard input'}, {error}") from None
             for translations in found:
                 told.append(_one_line(translations[0].text) if translations else "")
-                scored = [f"{each.score:.4f}\t{_one_line(each.text)}" for each in translations[:best]]
+                scored = [f"{len(told)}\t{each.score:.4f}\t{_one_line(each.text)}" for each in translations[:best]]
                 print(*(scored if best > 1 else told[-1:]), sep="\n", file=file, flush=True)
     if references is not None:
         if len(told) != len(references):

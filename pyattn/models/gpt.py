@@ -244,6 +244,7 @@ class GPT(Pretrained):
             heads=fields.integer("n_head"),
             width=fields.integer("n_embd"),
             norm="pre" if fields["model_type"] == "gpt2" else "post",
+            dropout=fields.get("resid_pdrop", 0.1),
             end=_end(fields),
         )
 

@@ -55,7 +55,7 @@ class Pretrained(nn.Module):
 
         Args:
             folder: with config.json and model.safetensors (or model.safetensors.index.json and its shards).
-            changes: fields of the configuration that the folder does not decide, such as attention and dropout.
+            changes: fields of the configuration that shall not be the folder's, such as attention and dropout.
         Raises:
             PretrainedError: a file is missing or damaged; the model is of another architecture; tensors are missing,
                 unknown or of another shape: all of them are named.

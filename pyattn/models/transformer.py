@@ -416,6 +416,7 @@ class Transformer(Pretrained):
             heads=fields.integer("encoder_attention_heads"),
             width=fields.integer("d_model"),
             hidden=fields.integer("encoder_ffn_dim"),
+            dropout=fields.get("dropout", 0.1),
             norm="pre" if fields.get("normalize_before", False) else "post",
             positions="sinusoidal" if fields.get("static_position_embeddings", True) else "learned",
             activation="silu" if activation == "swish" else activation,

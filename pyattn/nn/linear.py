@@ -17,7 +17,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: x weight^T + bias.
 
     On the CPU at most `FEW` rows that need no gradient are computed by a kernel that reads the weights as fast as
-    memory gives them, and for which a row's numbers do not depend on the rows beside it.
+    memory gives them, and for which a row's numbers do not depend on the rows beside it. Where torch watches (autocast,
+    a trace, a profiler), its own product runs.
 
     Args:
         x: [..., in]; weight: [out, in]; bias: [out] or None.
@@ -42,12 +43,13 @@ class Linear(nn.Linear):
 def _are_few_rows(tensors: tuple[Tensor, ...]) -> bool:
     x, weight, *bias = tensors
     return (
-        all(t.device.type == "cpu" and t.dtype is x.dtype and t.is_floating_point() for t in tensors)
-        and x.ndim > 0
+        x.ndim > 0
+        and 0 < x.numel() <= FEW * x.shape[-1]
+        and x.dtype in cpu.CpuBackend.dtypes
+        and all(t.device.type == "cpu" and t.layout is torch.strided and t.dtype is x.dtype for t in tensors)
         and weight.ndim == 2
         and weight.stride(1) == 1
-        and x.shape[-1] == weight.shape[1]
-        and 0 < x.numel() <= FEW * x.shape[-1]
+        and weight.shape[1] == x.shape[-1]
         and all(t.shape == weight.shape[:1] for t in bias)
         and cpu.is_built()
     )
