@@ -56,9 +56,9 @@ def draw(
 
 def draw_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
     """Writes a PNG of any panels, two in a row, each with its own legend unless all have the same."""
-    figure, axes = _figure((len(panels) + 1) // 2, 2, title)
+    figure, axes = _figure((len(panels) + 1) // 2, min(len(panels), 2), title)
     places = [axis for line in axes for axis in line]
-    alike = len(panels) > 1 and len({tuple(panel.series) for panel in panels}) == 1
+    alike = len({tuple(panel.series) for panel in panels}) == 1
     for axis, panel in zip(places, panels, strict=False):
         _bars(axis, panel)
         if not alike and (len(panel.series) > 1 or panel.line):
@@ -114,7 +114,7 @@ def _bars(axis: Axes, panel: Panel) -> None:
 
 
 def _figure(lines: int, columns: int, title: str) -> tuple[Figure, list[list[Axes]]]:
-    figure = Figure(figsize=(13, 0.9 + 3.1 * lines), dpi=140, layout="constrained")
+    figure = Figure(figsize=(9 if columns == 1 else 13, 0.9 + 3.1 * lines), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
     return figure, figure.subplots(lines, columns, squeeze=False).tolist()

@@ -10,6 +10,7 @@ import sys
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ def commit(folder: Path) -> str | None:
     return head.stdout.strip() + ("+changes" if run("status", "--porcelain").stdout.strip() else "")
 
 
-def describe(device: str, folder: Path) -> dict[str, object]:
+def describe(device: str, folder: Path) -> dict[str, Any]:
     """The fields that every line of results carries."""
     return {
         "device": device_name(device),
@@ -65,7 +66,7 @@ def describe(device: str, folder: Path) -> dict[str, object]:
     }
 
 
-def title(about: dict[str, object]) -> str:
-    """`describe`'s fields as two lines above a picture."""
+def title(about: dict[str, Any], subject: str = "Attention") -> str:
+    """`describe`'s fields as two lines above a picture of `subject`."""
     threads = f", {about['threads']} threads" if about["device_type"] == "cpu" else ""
-    return f"Attention on {about['device']}{threads}\n" + ", ".join(f"{k} {v}" for k, v in versions().items())
+    return f"{subject} on {about['device']}{threads}\n" + ", ".join(f"{k} {v}" for k, v in about["versions"].items())

@@ -174,7 +174,7 @@ def publish(kind: str, groups: Sequence[Sequence[Row]], out: Path, device: str, 
     out.mkdir(parents=True, exist_ok=True)
     figures, picture = (out / f"models-{kind}.{suffix}" for suffix in ("jsonl", "png"))
     figures.write_text("".join(f"{line}\n" for line in lines))
-    draw_panels(picture, _panels(groups), environment.title(about))
+    draw_panels(picture, _panels(groups), environment.title(about, "Models"))
     console.print(_table(kind, groups))
     console.print(f"wrote {figures} and {picture}", highlight=False, soft_wrap=True)
 
