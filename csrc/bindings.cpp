@@ -90,6 +90,7 @@ TensorArg tensor(const std::string& name, const py::tuple& given, const Form& fo
     for (int axis = form.rank - 1; axis >= 0; --axis) {
         const auto place = static_cast<size_t>(axis);
         const int64_t expected = form.size[axis], got = size[place].cast<int64_t>();
+        REQUIRE(got >= 0, name + ": expected sizes of at least 0, got " + std::to_string(got));
         REQUIRE(got == expected || (form.broadcasts && got == 1),
                 name + ": expected size " + std::to_string(expected) + " in dimension " + std::to_string(axis) +
                     ", got " + std::to_string(got));

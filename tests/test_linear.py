@@ -7,17 +7,18 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from pyattn.backends import cpu
-from pyattn.nn.linear import FEW, Linear, linear
+from pyattn.nn.linear import FEW, MANY, Linear, linear
 
 pytestmark = pytest.mark.skipif(not cpu.is_built(), reason="the compiled kernels are not built")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (rows, in, out): whole vectors and tiles, one number beside them, tails of each, a single one of everything.
-SIZES = ((1, 768, 64), (2, 63, 5), (3, 1, 1), (4, 64, 33), (5, 65, 32), (7, 37, 4), (8, 130, 131), (FEW, 96, 66))
+SIZES = ((1, 768, 64), (2, 63, 5), (3, 1, 1), (4, 64, 33), (5, 65, 32), (7, 37, 4), (8, 130, 131), (32, 96, 66))
 
 
 def _operands(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,9 +58,12 @@ def test_linear_reads_views_and_leaves_their_surroundings_alone(dtype):
         assert torch.equal(
             cpu.linear(wide_x[:, 3:40], wide_weight[:, 3:40], bias, isa), cpu.linear(x, weight, bias, isa)
         )
-    assert torch.equal(linear(x.T.contiguous().T, weight, bias), linear(x, weight, bias))
-    assert linear(x.view(5, 1, 37), weight, bias).shape == (5, 1, 9)
-    assert linear(x[0], weight).shape == (9,)
+    expected = cpu.linear(x, weight, bias)
+    assert torch.equal(cpu.linear(x.T.contiguous().T, weight, bias.repeat_interleave(2)[::2]), expected)
+    assert torch.equal(cpu.linear(x.view(5, 1, 37), weight, bias), expected[:, None])
+    assert torch.equal(cpu.linear(x[0], weight, bias), expected[0])
+    same = bias[:1].expand(9)
+    assert torch.equal(cpu.linear(x, weight, same), cpu.linear(x, weight, same.clone()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,7 +86,7 @@ def test_linear_rows_do_not_know_each_other(isa, dtype):
 
 @pytest.fixture
 def kernel_calls(monkeypatch) -> list[Tensor]:
-    """What the kernel is called with."""
+    """What the kernel is called with, however few the weights."""
     calls: list[Tensor] = []
 
     def spy(x: Tensor, *others: Tensor, of: Callable[..., Tensor] = cpu.linear) -> Tensor:
@@ -90,51 +94,94 @@ def kernel_calls(monkeypatch) -> list[Tensor]:
         return of(x, *others)
 
     monkeypatch.setattr(cpu, "linear", spy)
+    monkeypatch.setattr("pyattn.nn.linear.MANY", 1)
     return calls
 
 
+# (shape of x, dtype, whether they are few rows)
+ROWS = (
+    ((1, 16), torch.float32, True),
+    ((16,), torch.float32, True),
+    ((2, 16, 16), torch.float32, True),
+    ((2, 17, 16), torch.float32, False),
+    ((0, 16), torch.float32, False),
+    ((FEW[torch.bfloat16], 16), torch.bfloat16, True),
+    ((FEW[torch.bfloat16] + 1, 16), torch.bfloat16, False),
+    ((1, 16), torch.float16, False),
+)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "few"), ROWS, ids=str)
 @torch.no_grad()
-def test_linear_takes_few_rows_without_gradients(kernel_calls):
-    layer = Linear(16, 8)
-    for rows, by_kernel in ((1, True), (FEW, True), (FEW + 1, False), (0, False)):
+def test_linear_takes_few_rows_without_gradients(kernel_calls, shape, dtype, few):
+    layer, x = Linear(16, 8, dtype=dtype), torch.randn(shape, dtype=dtype)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert bool(kernel_calls) is few
+
+
+@torch.no_grad()
+def test_linear_takes_many_weights(kernel_calls, monkeypatch):
+    monkeypatch.setattr("pyattn.nn.linear.MANY", MANY)
+    for outputs, many in ((MANY // 64, True), (MANY // 64 - 1, False)):
         kernel_calls.clear()
-        x = torch.randn(rows, 16)
-        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
-        assert bool(kernel_calls) is by_kernel
+        linear(torch.ones(1, 64), torch.ones(outputs, 64))
+        assert bool(kernel_calls) is many
 
 
-# Where torch does more than multiply, or the kernel cannot.
+def _nested(weight: Tensor) -> Tensor:
+    return torch.nested.nested_tensor([weight], layout=torch.strided)
+
+
+# Where torch does more than multiply, or the kernel cannot: (context, x, weight).
 TORCHS_OWN = {
-    "autocast": (lambda: torch.autocast("cpu", dtype=torch.bfloat16), Tensor.clone),
-    "profiler": (torch.autograd.profiler.profile, Tensor.clone),
-    "forward mode": (forward_ad.dual_level, lambda w: forward_ad.make_dual(w, torch.ones_like(w))),
-    "integers": (nullcontext, Tensor.int),
-    "another layout": (nullcontext, Tensor.to_sparse),
-    "stored transposed": (nullcontext, lambda w: w.T.contiguous().T),
+    "autocast": (lambda: torch.autocast("cpu", dtype=torch.bfloat16), Tensor.clone, Tensor.clone),
+    "profiler": (torch.autograd.profiler.profile, Tensor.clone, Tensor.clone),
+    "forward mode": (forward_ad.dual_level, Tensor.clone, lambda w: forward_ad.make_dual(w, torch.ones_like(w))),
+    "gradient of the weight": (torch.enable_grad, Tensor.clone, Tensor.requires_grad_),
+    "integers": (nullcontext, Tensor.int, Tensor.int),
+    "another dtype": (nullcontext, Tensor.clone, Tensor.bfloat16),
+    "another device": (nullcontext, lambda x: x.to("meta"), lambda w: w.to("meta")),
+    "sparse": (nullcontext, Tensor.clone, Tensor.to_sparse_csr),
+    "mkldnn": (nullcontext, Tensor.to_mkldnn, Tensor.to_mkldnn),
+    "nested": (nullcontext, _nested, Tensor.clone),
+    "stored transposed": (nullcontext, Tensor.clone, lambda w: w.T.contiguous().T),
+    "no rows": (nullcontext, lambda x: x[0, 0], Tensor.clone),
 }
 
 
-@pytest.mark.parametrize(("context", "changed"), TORCHS_OWN.values(), ids=TORCHS_OWN)
+@pytest.mark.parametrize(("context", "of_x", "of_weight"), TORCHS_OWN.values(), ids=TORCHS_OWN)
 @torch.no_grad()
-def test_linear_leaves_the_rest_to_torch(kernel_calls, context, changed):
-    weight = torch.randn(8, 16)
+def test_linear_leaves_the_rest_to_torch(kernel_calls, context, of_x, of_weight):
     with context():
-        weight = changed(weight)
-        x = torch.ones(2, 16, dtype=weight.dtype)
-        assert torch.equal(linear(x, weight), F.linear(x, weight))
+        x, weight = of_x(torch.ones(2, 16)), of_weight(torch.randn(8, 16))
+        assert _outcome(linear, x, weight) == _outcome(F.linear, x, weight)
     assert not kernel_calls
 
 
-def test_linear_has_gradients_and_compiles(kernel_calls):
+@torch.no_grad()
+def test_linear_without_compiled_kernels_is_torchs(kernel_calls, monkeypatch):
+    monkeypatch.setattr(cpu, "is_built", lambda: False)
+    linear(torch.ones(2, 16), torch.ones(8, 16))
+    assert not kernel_calls
+
+
+def test_linear_has_gradients_and_is_traced(kernel_calls):
     layer = Linear(16, 8)
     x = torch.randn(2, 16, requires_grad=True)
     layer(x).sum().backward()
     assert layer.weight.grad is not None
     assert x.grad is not None
     with torch.no_grad():
-        assert torch.equal(torch.func.vmap(layer)(x[:, None])[:, 0], F.linear(x, layer.weight, layer.bias))
-        compiled = torch.compile(layer, backend="eager", fullgraph=True)
-        assert torch.equal(compiled(x), F.linear(x, layer.weight, layer.bias))
+        expected = F.linear(x, layer.weight, layer.bias)
+        assert torch.equal(torch.func.vmap(layer)(x[:, None])[:, 0], expected)
+        for traced in (
+            torch.compile(layer, backend="eager", fullgraph=True),
+            torch.jit.trace(layer, x, check_trace=False),
+            torch.fx.symbolic_trace(nn.Sequential(layer)),
+        ):
+            assert torch.equal(traced(x), expected)
+        operands = (x, layer.weight, layer.bias)
+        assert torch.equal(make_fx(linear, tracing_mode="symbolic")(*operands)(*operands), expected)
     assert not kernel_calls
 
 
@@ -142,15 +189,18 @@ def test_linear_has_gradients_and_compiles(kernel_calls):
 def test_linear_raises_what_torch_raises(shapes):
     x, weight, bias = (None if shape is None else torch.randn(shape) for shape in shapes)
     with torch.no_grad():
-        expected = _outcome(F.linear, x, weight, bias)
-        assert _outcome(linear, x, weight, bias) == expected
+        assert _outcome(linear, x, weight, bias) == _outcome(F.linear, x, weight, bias)
 
 
 def _outcome(function: Callable[..., Tensor], *args: Tensor | None) -> object:
+    """Type, shape and bits, or the error."""
     try:
-        return function(*args).shape
-    except RuntimeError as error:
+        out = function(*args)
+    except (RuntimeError, NotImplementedError) as error:
         return str(error)
+    if out.is_nested:
+        out = out.to_padded_tensor(0)
+    return type(out), out.shape, out.layout, None if out.is_meta else out.to_dense().tolist()
 
 
 BORDER = {
@@ -159,6 +209,7 @@ BORDER = {
     "w strides": (lambda given: given["w"].__setitem__(2, (1, 5)), "w: last stride must be 1"),
     "bias": (lambda given: given["bias"].__setitem__(1, (4,)), "bias: expected size 5"),
     "y": (lambda given: given["y"].__setitem__(1, (3, 5)), "y: expected size 2"),
+    "negative": (lambda given: given["x"].__setitem__(1, (2, -1)), "x: expected sizes of at least 0, got -1"),
     "rows": (lambda given: given["x"].__setitem__(1, (1 << 60, 3)), "x: sizes and strides overflow"),
 }
 

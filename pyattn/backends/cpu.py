@@ -106,14 +106,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, isa: str | None = Non
     Returns:
         [..., out]
     """
-    rows = unit_stride(x.reshape(-1, x.shape[-1]))
+    # Copies are held until the kernel is done, which knows their addresses alone.
+    rows, bias = unit_stride(x.reshape(-1, x.shape[-1])), None if bias is None else bias.contiguous()
     out = x.new_empty((len(rows), len(weight)))
     _module().linear(
         isa or _best_isa(),
         _DTYPE_NAMES[x.dtype],
         _described(rows),
         _described(weight),
-        None if bias is None else _described(bias.contiguous()),
+        None if bias is None else _described(bias),
         _described(out),
         torch.get_num_threads(),
     )
