@@ -169,7 +169,7 @@ def run(
 def publish(kind: str, groups: Sequence[Sequence[Row]], out: Path, device: str, console: Console) -> None:
     """Prints the table, and writes models-KIND.jsonl and models-KIND.png into `out`."""
     about = environment.describe(device, Path(__file__).parent)
-    about["versions"] = environment.versions() | {"transformers": metadata.version("transformers")}
+    about["versions"] |= {"transformers": metadata.version("transformers")}
     lines = [json.dumps(about | {"kind": kind} | _record(row)) for rows in groups for row in rows]
     out.mkdir(parents=True, exist_ok=True)
     figures, picture = (out / f"models-{kind}.{suffix}" for suffix in ("jsonl", "png"))

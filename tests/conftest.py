@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+import pyattn
 
 # The same examples in every run, so that a red test is a change of the code. "long" is for `--hypothesis-profile`.
 settings.register_profile("default", derandomize=True, max_examples=500, deadline=None)
@@ -28,3 +31,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["torch", "pyattn-reference", "pyattn-cpu"])
+def attention(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A value for the attention of a model's configuration, with pyattn's backend chosen around the test."""
+    name, _, backend = request.param.partition("-")
+    with pyattn.use_backend(backend) if backend else nullcontext():
+        yield name

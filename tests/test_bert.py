@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,26 +44,7 @@ LENGTHS = torch.tensor([M, 7, 13])
 REAL = torch.arange(M) < LENGTHS[:, None]  # [B, M]: no padding
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=["torch", "pyattn-reference", "pyattn-cpu"])
-def attention(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A value for BertConfig.attention, with pyattn's backend chosen around the test."""
-    name, _, backend = request.param.partition("-")
-    if not backend:
-        yield name
-        return
-    if (state := pyattn.backends()[backend]) != "ready":
-        pytest.skip(f"{backend}: {state}")
-    with pyattn.use_backend(backend):
-        yield name
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=MODELS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,26 +17,7 @@ from pyattn.models.gpt import GPT, PUBLISHED, GPTConfig
 SIZES = {"vocab": 97, "context": 48, "layers": 3, "heads": 4, "width": 32}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=["torch", "pyattn-reference", "pyattn-cpu"])
-def attention(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A value for GPTConfig.attention, with pyattn's backend chosen around the test."""
-    name, _, backend = request.param.partition("-")
-    if not backend:
-        yield name
-        return
-    if (state := pyattn.backends()[backend]) != "ready":
-        pytest.skip(f"{backend}: {state}")
-    with pyattn.use_backend(backend):
-        yield name
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _tokens(b: int, m: int, seed: int = 0) -> Tensor:

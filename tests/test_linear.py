@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from pyattn.backends import cpu
 from pyattn.nn.linear import FEW, MANY, Linear, linear
 
-pytestmark = pytest.mark.skipif(not cpu.is_built(), reason="the compiled kernels are not built")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (rows, in, out): whole vectors and tiles, one number beside them, tails of each, a single one of everything.
 SIZES = ((1, 768, 64), (2, 63, 5), (3, 1, 1), (4, 64, 33), (5, 65, 32), (7, 37, 4), (8, 130, 131), (32, 96, 66))
