@@ -8,29 +8,30 @@ import torch
 from torch import Tensor
 
 from pyattn.check import UnsupportedError
-from pyattn.spec import Grads, Inputs
+from pyattn.spec import Grads, Inputs, Results
 
 _N_TENSORS = len(Inputs._fields)
 _BIAS = Inputs._fields.index("bias")
 _DIFFERENTIABLE = tuple(map(Inputs._fields.index, Grads._fields))  # positions in the operator's schema
 
 
-def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:_N_TENSORS], *output)
     ctx.options = inputs[_N_TENSORS:]
 
 
 def backward(
-    ctx, d_out: Tensor | None, d_lse: Tensor | None, operator: Callable[..., Sequence[Tensor]] | None = None
+    ctx, *d_results: Tensor | None, operator: Callable[..., Sequence[Tensor]] | None = None
 ) -> tuple[Tensor | None, ...]:
     """operator: in place of `pyattn::attention_backward`."""
     operator = operator or torch.ops.pyattn.attention_backward
-    *tensors, out, lse = ctx.saved_tensors
+    d_out, d_lse, *_ = d_results  # the other results never leave the operators
+    tensors, results = ctx.saved_tensors[:_N_TENSORS], Results(*ctx.saved_tensors[_N_TENSORS:])
     if d_out is None:
-        d_out = torch.zeros_like(out)
+        d_out = torch.zeros_like(results.out)
     bias_gradient = ctx.needs_input_grad[_BIAS]
-    found = iter(operator(d_out, d_lse, out, lse, bias_gradient, *tensors, *ctx.options))
+    found = iter(operator(d_out, d_lse, *results, bias_gradient, *tensors, *ctx.options))
     grads: list[Tensor | None] = [None] * (_N_TENSORS + len(ctx.options))
     for place in _DIFFERENTIABLE:
         if tensors[place] is not None and (bias_gradient or place != _BIAS):

@@ -65,7 +65,7 @@ def run(x: Inputs, numbers: Numbers, backend: str) -> tuple[Tensor, Tensor]:
         # Plain differentiable torch: outside the operator, torch derives it to any order.
         if not torch.compiler.is_compiling():
             check.check_values(x)
-        out, lse = registry.BACKENDS[name].forward(AttentionSpec.of(x, numbers), x)
+        out, lse, *_ = registry.BACKENDS[name].forward(AttentionSpec.of(x, numbers), x)
     elif forward_ad._current_level >= 0:
         # The operator has no formula for it, and torch would take the tangent to be zero.
         raise check.UnsupportedError(

@@ -20,7 +20,7 @@ from torch._C._autograd import _profiler_enabled
 
 from pyattn import autograd, registry, transforms
 from pyattn.check import check_values
-from pyattn.spec import AttentionSpec, Inputs, Numbers, empty_gradients, empty_output
+from pyattn.spec import AttentionSpec, Inputs, Numbers, Results, empty_gradients, empty_results
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? key_lengths, Tensor? q_segments, "
@@ -28,26 +28,27 @@ _TENSORS = (
     "Tensor? cu_seqlens_k, Tensor? block_table"
 )
 _NUMBERS = "float scale, SymInt? offset, SymInt? left, SymInt? right, float? softcap, float dropout_p, str backend"
-_N_TENSORS = len(Inputs._fields)
+_N_TENSORS, _N_RESULTS = len(Inputs._fields), len(Results._fields)
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _NO_MODE = DispatchKeySet(DispatchKey.BackendSelect).add(DispatchKey.ADInplaceOrView).raw_repr()
 
 _library = torch.library.Library("pyattn", "DEF")
-_library.define(f"attention({_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor)")
+_RESULTS = "Tensor out, Tensor lse, Tensor row_max, Tensor log_sum"
+_library.define(f"attention({_TENSORS}, {_NUMBERS}) -> ({_RESULTS})")
 _library.define(
-    "attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, bool bias_gradient, "
-    f"{_TENSORS}, {_NUMBERS}) -> Tensor[]"
+    f"attention_backward(Tensor d_out, Tensor? d_lse, {_RESULTS}, bool bias_gradient, {_TENSORS}, {_NUMBERS}) "
+    "-> Tensor[]"
 )
 
 
 def attention(x: Inputs, numbers: Numbers, backend: str) -> tuple[Tensor, Tensor]:
     """Runs the operator on the backend of that name, or on the one that "auto" finds. Returns (out, lse)."""
     if concerns_the_backend_alone(x):
-        return _forward(x, AttentionSpec.of(x, numbers), backend)
+        return _forward(x, AttentionSpec.of(x, numbers), backend)[:2]
     if not torch.compiler.is_compiling() and transforms.active():
-        return transforms.Attention.apply(*x, *numbers, backend)
-    return torch.ops.pyattn.attention(*x, *numbers, backend)
+        return transforms.Attention.apply(*x, *numbers, backend)[:2]
+    return torch.ops.pyattn.attention(*x, *numbers, backend)[:2]
 
 
 def concerns_the_backend_alone(tensors: Sequence[Tensor | None]) -> bool:
@@ -75,34 +76,30 @@ def concerns_the_backend_alone(tensors: Sequence[Tensor | None]) -> bool:
     return True
 
 
-def _attention(*args) -> tuple[Tensor, Tensor]:
+def _attention(*args) -> Results:
     return _forward(*_unpack(args))
 
 
-def _forward(x: Inputs, spec: AttentionSpec, backend: str) -> tuple[Tensor, Tensor]:
+def _forward(x: Inputs, spec: AttentionSpec, backend: str) -> Results:
     check_values(x)
     return registry.run(spec, backend, lambda chosen: chosen.forward(spec, x))
 
 
-def _attention_backward(
-    d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, bias_gradient: bool, *args
-) -> list[Tensor]:
-    x, spec, backend = _unpack(args)
-    grads = registry.run(spec, backend, lambda chosen: chosen.backward(spec, x, out, lse, d_out, d_lse, bias_gradient))
+def _attention_backward(d_out: Tensor, d_lse: Tensor | None, *args) -> list[Tensor]:
+    y, bias_gradient = Results(*args[:_N_RESULTS]), args[_N_RESULTS]
+    x, spec, backend = _unpack(args[_N_RESULTS + 1 :])
+    grads = registry.run(spec, backend, lambda chosen: chosen.backward(spec, x, y, d_out, d_lse, bias_gradient))
     return [g for g in grads if g is not None]
 
 
-def _attention_fake(*args) -> tuple[Tensor, Tensor]:
+def _attention_fake(*args) -> Results:
     x = Inputs(*args[:_N_TENSORS])
-    out = empty_output(x.q, x.v.shape[-1])
-    accumulator = torch.float64 if x.q.dtype is torch.float64 else torch.float32
-    return out, x.q.new_empty(x.q.shape[:3], dtype=accumulator)
+    return empty_results(x.q, x.v.shape[-1])
 
 
-def _attention_backward_fake(
-    d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, bias_gradient: bool, *args
-) -> list[Tensor]:
-    grads = empty_gradients(Inputs(*args[:_N_TENSORS]), bias_gradient)
+def _attention_backward_fake(d_out: Tensor, d_lse: Tensor | None, *args) -> list[Tensor]:
+    bias_gradient, *of_call = args[_N_RESULTS:]
+    grads = empty_gradients(Inputs(*of_call[:_N_TENSORS]), bias_gradient)
     return [g for g in grads if g is not None]
 
 

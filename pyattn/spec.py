@@ -98,6 +98,17 @@ class Numbers(NamedTuple):
     dropout_p: float
 
 
+class Results(NamedTuple):
+    """What a forward gives: to the caller, and to the backward of the same backend."""
+
+    out: Tensor  # [b, h, m, dv] in q's dtype, laid out by `empty_output`
+    lse: Tensor  # [b, h, m] in the accumulator's dtype and contiguous, as are the next two
+    # lse in two parts, because one number cannot hold a large score and the log of a sum beside it: the row's largest
+    # score and, relative to it, the log of the denominator. In units of the backend's own, and for its backward alone.
+    row_max: Tensor
+    log_sum: Tensor
+
+
 class Grads(NamedTuple):
     """Gradients in the dtype and shape of their inputs; of bias and sinks None where there is none to have."""
 
@@ -201,6 +212,12 @@ def empty_output(q: Tensor, dv: int) -> Tensor:
     if q.stride(1) < q.stride(2):
         return q.new_empty(b, m, h, dv).transpose(1, 2)
     return q.new_empty(b, h, m, dv)
+
+
+def empty_results(q: Tensor, dv: int) -> Results:
+    """Uninitialised."""
+    accumulator = torch.float64 if q.dtype is torch.float64 else torch.float32
+    return Results(empty_output(q, dv), *(q.new_empty(q.shape[:3], dtype=accumulator) for _ in range(3)))
 
 
 def empty_gradient(t: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ class Case:
     sinks: bool = False
     dropout_p: float = 0.0
     layout: str = "bhmd"  # or "bmhd": heads inside the sequence, as a projection gives them; or "expanded": stride 0
+    powers: tuple[int, int] = (0, 0)  # of ten that queries are multiplied by, from the first one's to the last one's
+    bias_level: float = 0.0  # added to the bias of every other query; what a dtype cannot hold becomes its extreme
     unseen_nan: bool = False  # keys and values that nobody sees hold NaN and infinity
     packed: tuple[tuple[int, int], ...] | None = None  # (queries, keys) of each sequence
 
@@ -77,6 +79,12 @@ CASES: tuple[Case, ...] = (
     Case("scale", scale=0.7),
     Case("scale-negative", scale=-0.3, causal=True),
     Case("scale-zero", scale=0.0),
+    Case("scores-tiny", powers=(-20, -20)),
+    Case("scores-large", powers=(3, 3), causal=True, m=130, n=130),
+    Case("scores-huge", powers=(12, 12), m=70, n=140, d=64, dv=64),
+    Case("scores-huge-one-query", powers=(10, 10), h=4, hk=2, m=1, n=150),
+    Case("scores-mixed", powers=(-12, 12), h=4, hk=2, m=140, n=130, layout="bmhd"),
+    Case("scores-mixed-sinks-alibi", powers=(-3, 6), m=80, n=90, causal=True, sinks=True, alibi=True),
     Case("causal", causal=True, m=130, n=130),
     Case("causal-more-keys", causal=True, m=40, n=150),
     Case("causal-more-queries", causal=True, m=150, n=40),
@@ -102,6 +110,9 @@ CASES: tuple[Case, ...] = (
     Case("bias-per-key", bias="b11n"),
     Case("bias-per-query", bias="1hm1", n=50),
     Case("bias-scalar", bias="1111"),
+    Case("bias-large", bias="b1mn", bias_level=-1e4),
+    Case("bias-lowest", bias="bhmn", bias_level=-1e39, m=70, n=90),
+    Case("bias-lowest-sinks", bias="1h1n", bias_level=-1e39, sinks=True),
     Case("softcap", softcap=2.0, scale=1.0),
     Case("softcap-causal-bias", softcap=5.0, causal=True, bias="1hmn"),
     Case("alibi", alibi=True, m=70, n=90),
@@ -172,12 +183,17 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
+    def rounded(t: Tensor) -> Tensor:
+        ends = torch.finfo(dtype)
+        return t.clamp(ends.min, ends.max).to(device, dtype)
+
     c = case
     if c.packed is not None:
         c = replace(c, b=1, m=sum(m for m, _ in c.packed), n=sum(n for _, n in c.packed))
     sizes = {"b": c.b, "h": c.h, "m": c.m, "n": c.n, "1": 1}
+    powers = 10.0 ** torch.linspace(*c.powers, c.m, dtype=torch.float64)[:, None]
     tensors: dict[str, Any] = {
-        "q": _laid_out(normal(c.b, c.h, c.m, c.d).to(device, dtype), c.layout),
+        "q": _laid_out(rounded(normal(c.b, c.h, c.m, c.d) * powers), c.layout),
         "k": _laid_out(normal(c.b, c.hk, c.n, c.d).to(device, dtype), c.layout),
         "v": _laid_out(normal(c.b, c.hk, c.n, c.dv).to(device, dtype), c.layout),
     }
@@ -198,7 +214,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
         rows = () if c.packed is None else (len(c.packed),)
         options["alibi_slopes"] = torch.linspace(0.5, 0.05, math.prod(rows) * c.h).view(*rows, c.h).to(device)
     if c.bias is not None:
-        tensors["bias"] = normal(*(sizes[s] for s in c.bias)).to(device, dtype)
+        bias = normal(*(sizes[s] for s in c.bias))
+        bias[:, :, ::2] += c.bias_level
+        tensors["bias"] = rounded(bias)
     if c.sinks:
         tensors["sinks"] = normal(c.h).to(device, torch.float64 if dtype is torch.float64 else torch.float32)
     accumulator = torch.float64 if dtype is torch.float64 else torch.float32

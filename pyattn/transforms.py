@@ -14,10 +14,10 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
 from pyattn import autograd
-from pyattn.spec import Inputs, unit_stride
+from pyattn.spec import Inputs, Results, unit_stride
 
 _N_TENSORS = len(Inputs._fields)
-_BEFORE = 5  # arguments of the backward operator before those of `Inputs`
+_BEFORE = 3 + len(Results._fields)  # arguments of the backward operator before those of `Inputs`
 # Dropout's mask depends on the number of the batch element, the others have no dimension of the batch.
 _UNFOLDED = ("sinks", "seed", "cu_seqlens_q", "cu_seqlens_k", "block_table")
 
@@ -34,12 +34,12 @@ class Attention(torch.autograd.Function):
     setup_context = staticmethod(autograd.setup_context)
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, ...]:
         return torch.ops.pyattn.attention(*args)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return autograd.backward(ctx, d_out, d_lse, operator=_AttentionBackward.apply)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return autograd.backward(ctx, *gradients, operator=_AttentionBackward.apply)
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -62,7 +62,7 @@ def forward_rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
         return _in_turn(torch.ops.pyattn.attention, info.batch_size, in_dims, args)
     folded, b = _fold(x, in_dims, info.batch_size, shared=True)
     results = torch.ops.pyattn.attention(*folded, *args[_N_TENSORS:])
-    return tuple(t.unflatten(0, (info.batch_size, b)) for t in results), (0, 0)
+    return tuple(t.unflatten(0, (info.batch_size, b)) for t in results), (0,) * len(results)
 
 
 def backward_rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:

@@ -76,7 +76,7 @@ def test_contract_constant_bias_costs_no_gradient_and_changes_none(backend: str,
     x, numbers = core.prepare(**call.tensors, **call.options)
     runs, spec = registry.BACKENDS[backend], AttentionSpec.of(x, numbers)
     forward = runs.forward(spec, x)
-    constant, learned = (runs.backward(spec, x, *forward, call.d_out, call.d_lse, wanted) for wanted in (False, True))
+    constant, learned = (runs.backward(spec, x, forward, call.d_out, call.d_lse, wanted) for wanted in (False, True))
     assert constant.bias is None
     assert all(map(torch.equal, constant[:3], learned[:3]))
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from pyattn import core, registry, testing
 from pyattn.backends import cpu
-from pyattn.spec import AttentionSpec, Inputs, Numbers
+from pyattn.spec import AttentionSpec, Inputs, Numbers, Results
 from pyattn.testing import Case
 
 ISAS = cpu.isas()
@@ -55,12 +55,13 @@ def test_every_isa_agrees_with_definition(isa, dtype):
 
 
 def _exp(x: np.ndarray, isa: str) -> np.ndarray:
-    """The kernels' exponential of every x: the gradient of v where q = 1, k = x, lse = 0 and d_out = 1."""
+    """The kernels' exponential of every x: the gradient of v where q = 1, k = x, statistics of 0 and d_out = 1."""
     one = torch.ones(1, 1, 1, 1, dtype=torch.from_numpy(x).dtype)
     zero, k = torch.zeros_like(one), torch.from_numpy(x).view(1, 1, -1, 1)
+    results = Results(zero, *(zero[..., 0] for _ in range(3)))
     inputs = Inputs(one, k, torch.zeros_like(k))
     spec = AttentionSpec.of(inputs, Numbers(1.0, len(x) - 1, None, None, None, 0.0))
-    return cpu.CpuBackend(isa).backward(spec, inputs, zero, zero[..., 0], one, None, False).v.view(-1).numpy()
+    return cpu.CpuBackend(isa).backward(spec, inputs, results, one, None, False).v.view(-1).numpy()
 
 
 @pytest.mark.parametrize(("dtype", "wider"), [(np.float32, np.float64), (np.float64, np.longdouble)])

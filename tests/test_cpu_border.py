@@ -18,11 +18,12 @@ B, H, HK, M, N, D, DV = 3, 4, 2, 5, 7, 8, 6
 SEQUENCES = 3
 POISON = 7.0
 WRITTEN = {
-    "forward": ("out", "lse"),
+    "forward": ("out", "lse", "row_max", "log_sum"),
     "backward": ("delta", "d_q", "d_k", "d_v", "d_bias", "d_sinks"),
 }
 ROWS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")  # read and written row by row: the last stride must be 1
-LISTS = ("key_lengths", "q_segments", "k_segments", "alibi_slopes", "sinks", "lse", "d_lse", "delta", "d_sinks")
+STATISTICS = ("lse", "row_max", "log_sum")
+LISTS = ("key_lengths", "q_segments", "k_segments", "alibi_slopes", "sinks", *STATISTICS, "d_lse", "delta", "d_sinks")
 SCORES = ("mask", "bias", "d_bias")
 BATCH = (*ROWS, *LISTS, *SCORES)
 PACKED = ("cu_seqlens_q", "cu_seqlens_k")
@@ -41,7 +42,7 @@ class Border:
 
         self.tensors = {
             "q": normal(b, H, M, D), "k": normal(b, HK, N, D), "v": normal(b, HK, N, DV),
-            "out": normal(b, H, M, DV), "lse": normal(b, H, M), "sinks": normal(H),
+            "out": normal(b, H, M, DV), "sinks": normal(H), **{name: normal(b, H, M) for name in STATISTICS},
             "alibi_slopes": normal(SEQUENCES if packed else b, H),
         }  # fmt: skip
         if packed:
@@ -244,7 +245,7 @@ def test_border_wrong_pages_are_refused(change, message):
     border.assert_refused(message)
 
 
-MISSING = "q", "k", "v", "out", "lse", "d_out", "d_q", "d_k", "d_v", "delta"
+MISSING = "q", "k", "v", "out", *STATISTICS, "d_out", "d_q", "d_k", "d_v", "delta"
 
 
 @pytest.mark.parametrize("name", MISSING)

@@ -21,7 +21,7 @@ from pyattn.backends import KernelError
 from pyattn.backends import hopper as backend_module
 from pyattn.backends.hopper import HopperBackend
 from pyattn.backends.triton import TritonBackend
-from pyattn.spec import AttentionSpec
+from pyattn.spec import AttentionSpec, empty_results
 from pyattn.testing import CASES, Case
 from pyattn.triton_kernels import config, hopper
 
@@ -191,8 +191,8 @@ def test_wide_heads_have_the_backward_of_triton(schedule: dict[str, int]) -> Non
     q, v = torch.ones(1, 1, 5, 64).bfloat16(), torch.ones(1, 1, 5, 136).bfloat16()
     x, numbers = core.prepare(q, q, v)
     with mock.patch.object(TritonBackend, "backward") as backward:
-        out = torch.ones_like(v)
-        registry.BACKENDS["hopper"].backward(AttentionSpec.of(x, numbers), x, out, out[..., 0], out, None, False)
+        y = empty_results(q, 136)
+        registry.BACKENDS["hopper"].backward(AttentionSpec.of(x, numbers), x, y, y.out, None, False)
     assert backward.called and not schedule["launches"]
 
 

@@ -81,9 +81,9 @@ def launches(
     call = Call(scale=0.1, offset=n - m, **options)
 
     def run() -> None:
-        forward(q, k, k, q, lse, call)
+        forward(q, k, k, q, lse, lse, lse, call)
         if d <= hopper_bwd.MAX_HEAD_DIM:
-            backward(q, k, k, q, lse, q, lse, q, k, k, call)
+            backward(q, k, k, q, lse, lse, q, lse, q, k, k, call)
 
     return record(run, "hopper")
 

@@ -107,7 +107,7 @@ def _with_spec(q, k, v, **options) -> tuple[AttentionSpec, Inputs]:
 
 
 def _close_to_definition(spec: AttentionSpec, x: Inputs) -> None:
-    out, lse = BACKEND.forward(spec, x)
+    out, lse, *_ = BACKEND.forward(spec, x)
     expected_out, expected_lse = definition(spec, x)
     torch.testing.assert_close(out, expected_out)
     torch.testing.assert_close(lse, expected_lse)
@@ -119,9 +119,9 @@ def test_dropout_drops_exactly_the_weights_of_the_contract_and_of_the_cpu():
     q, k = torch.zeros(b, h, m, 1), torch.zeros(b, h, n, 1)
     v = torch.eye(n).expand(b, h, n, n).contiguous()
     spec, x = _with_spec(q, k, v, dropout_p=0.75, seed=-3)
-    out, _ = BACKEND.forward(spec, x)
+    out = BACKEND.forward(spec, x).out
     assert torch.equal(out > 0, dropout_keep(spec, x))
-    on_cpu, _ = BACKENDS["cpu"].forward(spec, x)
+    on_cpu = BACKENDS["cpu"].forward(spec, x).out
     assert torch.equal(out > 0, on_cpu > 0)
 
 
@@ -157,10 +157,10 @@ def test_gradient_of_overlapping_rows_is_that_of_a_copy():
     storage = torch.randn(1, 1, 60, generator=torch.Generator().manual_seed(0))
     rows = storage.unfold(2, 33, 1)  # last stride 1, which torch.empty_like does not keep
     spec, x = _with_spec(rows[:, :, :8], rows, rows)
-    out, lse = BACKEND.forward(spec, x)
-    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    y = BACKEND.forward(spec, x)
+    d_out = torch.randn(y.out.shape, generator=torch.Generator().manual_seed(1))
     copies = x._replace(q=x.q.contiguous(), k=x.k.contiguous(), v=x.v.contiguous())
-    found, expected = (BACKEND.backward(spec, given, out, lse, d_out, None, False) for given in (x, copies))
+    found, expected = (BACKEND.backward(spec, given, y, d_out, None, False) for given in (x, copies))
     for name, a, b in zip("qkv", found, expected, strict=False):
         torch.testing.assert_close(a, b, msg=name)
 
@@ -184,15 +184,15 @@ def test_stride_beyond_32_bits_within_a_tile_is_followed():
     k = storage.as_strided((1, 1, rows, 16), (0, 0, distance, 1))
     k.copy_(torch.randn(1, 1, rows, 16, generator=torch.Generator().manual_seed(0)))
     q = torch.randn(1, 1, 5, 16, generator=torch.Generator().manual_seed(1)).half()
-    far, _ = BACKEND.forward(*_with_spec(q, k, k))
-    near, _ = BACKEND.forward(*_with_spec(q, k.contiguous(), k.contiguous()))
-    assert torch.equal(far, near)
+    far = BACKEND.forward(*_with_spec(q, k, k))
+    near = BACKEND.forward(*_with_spec(q, k.contiguous(), k.contiguous()))
+    assert torch.equal(far.out, near.out)
 
 
 def test_nan_that_is_seen_shows():
     spec, x = _spec_and_inputs(causal=True)
     x.k[0, 0, 50] = torch.nan  # seen by queries from 50 - 30 on
-    out, lse = BACKEND.forward(spec, x)
+    out, lse, *_ = BACKEND.forward(spec, x)
     assert not out[0, 0, :20].isnan().any()
     assert out[0, 0, 20:].isnan().all()
     assert lse[0, 0].isnan().tolist() == [False] * 20 + [True] * 20
@@ -201,8 +201,8 @@ def test_nan_that_is_seen_shows():
 @pytest.mark.parametrize("lse_matters", [False, True], ids=["out", "out-and-lse"])
 def test_gradient_of_broadcast_output_needs_no_strides(lse_matters):
     spec, x = _spec_and_inputs()
-    out, lse = BACKEND.forward(spec, x)
-    d_lse = torch.ones(1).expand(lse.shape) if lse_matters else None
-    expanded = BACKEND.backward(spec, x, out, lse, torch.ones(()).expand(out.shape), d_lse, False)
-    dense = BACKEND.backward(spec, x, out, lse, torch.ones(out.shape), d_lse, False)
+    y = BACKEND.forward(spec, x)
+    d_lse = torch.ones(1).expand(y.lse.shape) if lse_matters else None
+    expanded = BACKEND.backward(spec, x, y, torch.ones(()).expand(y.out.shape), d_lse, False)
+    dense = BACKEND.backward(spec, x, y, torch.ones(y.out.shape), d_lse, False)
     assert all(torch.equal(a, b) for a, b in zip(expanded[:3], dense[:3], strict=True))

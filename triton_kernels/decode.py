@@ -2,7 +2,8 @@
 
 The query heads of a group share tiles, query after query, so that their keys and values are read once. Keys are split,
 so that a batch of one fills the GPU. Grid of the first kernel: one program per chunk of the keys that a tile of rows
-sees, the chunks innermost; each leaves a normalised output and its lse. The second joins the chunks of one row.
+sees, the chunks innermost; each leaves what it has accumulated, with its maximum and sum. The second joins the chunks
+of one row.
 Sources: Flash-Decoding (Dao, Haziza, Massa, Sizov 2023); pages, Kwon et al. 2023, arXiv:2309.06180.
 """
 
@@ -14,8 +15,8 @@ from torch import Tensor
 from . import config, launch
 from .mask import drop_unseen, visible
 from .schedule import MASKED_RUN, block_start, keys_seen, run_length, stop_run, visited_blocks
-from .score import is_plain, to_logits
-from .softmax import first_statistics, log_sum_exp, score_unit, softmax_step
+from .score import to_scores
+from .softmax import LOG2_E, exp_scores, finish_rows, softmax_step
 from .tiles import gather_tile, head_start, load_tile, page_rows
 
 MOST_ROWS, MOST_ROWS_WITH_SCORES = 64, 16  # of a tile; the addresses of a mask and a bias take registers
@@ -29,7 +30,9 @@ def _decode_kernel(
     k_ptr,
     v_ptr,
     part_ptr,  # [CHUNKS, b, h, m, HEAD_DIM_V]
-    part_lse_ptr,  # [CHUNKS, b, h, m]
+    # [CHUNKS, b, h, m]
+    part_max_ptr,
+    part_sum_ptr,
     # Absent features are None.
     mask_ptr,  # uint8
     bias_ptr,
@@ -65,6 +68,7 @@ def _decode_kernel(
     left,  # or None
     right,  # or None
     magnitude,
+    factor,
     softcap,  # or None
     SCALE_SIGN: tl.constexpr,
     MASK_CONTIGUOUS: tl.constexpr,
@@ -88,9 +92,7 @@ def _decode_kernel(
         n_keys = tl.minimum(tl.load(lengths_ptr + i_b), N)  # a wrong length must not read past the keys
     if offset is None:
         offset = n_keys - M
-    PLAIN: tl.constexpr = is_plain(softcap, bias_ptr, slopes_ptr)
-    NATURAL: tl.constexpr = q_ptr.dtype.element_ty == tl.float32 or not PLAIN
-    unit = score_unit(magnitude, PLAIN, NATURAL)
+    unit = factor * LOG2_E
 
     # The group's heads of one query, then those of the next. Rows past the last stand at query M, which sees nothing.
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -121,7 +123,8 @@ def _decode_kernel(
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + i_b * H + i_h)[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
-    row_max, row_sum = first_statistics(None, 0, BLOCK_M, NATURAL)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
 
     # This program's share of the keys that the tile sees, in whole blocks.
     start_m = tile * BLOCK_M // GROUP
@@ -150,7 +153,7 @@ def _decode_kernel(
                 )
             # [BLOCK_M, BLOCK_N]
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            s, _ = to_logits(
+            s, _ = to_scores(
                 s, 0, start_n, i_m[:, None], cols[None, :], M, n_keys, offset, magnitude, softcap,
                 slope, bias_base, stride_bias_m, stride_bias_n, OFFSET,
             )  # fmt: skip
@@ -160,7 +163,7 @@ def _decode_kernel(
                     None, None, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
                 )  # fmt: skip
                 s = tl.where(see, s, float("-inf"))
-            p, row_max, row_sum, rescale = softmax_step(s, row_max, row_sum, unit, NATURAL)
+            p, row_max, row_sum, rescale = softmax_step(s, row_max, row_sum, unit)
             # [BLOCK_N, BLOCK_DV]
             if table_ptr is not None:
                 v_tile = gather_tile(
@@ -174,10 +177,10 @@ def _decode_kernel(
                 v_tile = drop_unseen(v_tile, see, mask_ptr is not None)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
 
-    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     # [BLOCK_M]
     at = ((i_chunk * B + i_b).to(tl.int64) * H + i_h) * M + i_m
-    tl.store(part_lse_ptr + at, log_sum_exp(row_max, row_sum, NATURAL), mask=used)
+    tl.store(part_max_ptr + at, row_max, mask=used)
+    tl.store(part_sum_ptr + at, row_sum, mask=used)
     columns_v = tl.arange(0, BLOCK_DV)
     part_ptrs = part_ptr + (at[:, None] * HEAD_DIM_V + columns_v[None, :])
     tl.store(part_ptrs, acc, mask=used[:, None] & (columns_v < HEAD_DIM_V)[None, :])
@@ -186,9 +189,13 @@ def _decode_kernel(
 @triton.jit(do_not_specialize=launch.RUNTIME_VALUES)
 def _decode_join_kernel(
     part_ptr,
-    part_lse_ptr,
+    part_max_ptr,
+    part_sum_ptr,
     out_ptr,
-    lse_ptr,  # [b, h, m]
+    # [b, h, m]
+    lse_ptr,
+    row_max_ptr,
+    log_sum_ptr,
     sinks_ptr,  # [h] or None
     stride_ob: tl.int64,
     stride_oh: tl.int64,
@@ -197,6 +204,7 @@ def _decode_join_kernel(
     H,
     M,
     CHUNKS,
+    factor,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
@@ -207,24 +215,25 @@ def _decode_join_kernel(
     chunks = tl.arange(0, CHUNKS_JOINED)
     at = (chunks * B + i_b).to(tl.int64) * H * M + i_h * M + i_m
     # [CHUNKS_JOINED]
-    lse_parts = tl.load(part_lse_ptr + at, mask=chunks < CHUNKS, other=float("-inf"))
-    top = tl.max(lse_parts, 0)
-    if sinks_ptr is not None:
-        top = tl.maximum(top, tl.load(sinks_ptr + i_h))
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp(lse_parts - shift), 0)
-    if sinks_ptr is not None:
-        total += tl.exp(tl.load(sinks_ptr + i_h) - shift)
+    part_max = tl.load(part_max_ptr + at, mask=chunks < CHUNKS, other=float("-inf"))
+    part_sum = tl.load(part_sum_ptr + at, mask=chunks < CHUNKS, other=0.0)
+    unit = factor * LOG2_E
+    row_max = tl.max(part_max, 0)
+    top = tl.where(row_max == float("-inf"), 0.0, row_max)
+    row_sum = tl.sum(exp_scores(part_max, top, unit) * part_sum, 0)
     columns = tl.arange(0, BLOCK_DV)
     out = tl.zeros([BLOCK_DV], dtype=tl.float32)
     for i_chunk in tl.range(0, CHUNKS):
         at_one = (i_chunk * B + i_b).to(tl.int64) * H * M + i_h * M + i_m
-        weight = tl.exp(tl.load(part_lse_ptr + at_one) - shift)
+        weight = exp_scores(tl.load(part_max_ptr + at_one), top, unit)
         out += weight * tl.load(part_ptr + at_one * HEAD_DIM_V + columns, mask=columns < HEAD_DIM_V, other=0.0)
-    out = out / tl.where(total == 0.0, 1.0, total)
+    rescale, lse, top, log_sum = finish_rows(row_max, row_sum, sinks_ptr, i_h, factor)
+    out = out * rescale
     out_base = head_start(out_ptr, i_b, i_h, i_m, stride_ob, stride_oh, stride_om, 1)
     tl.store(out_base + columns, out.to(out_ptr.dtype.element_ty), mask=columns < HEAD_DIM_V)
-    tl.store(lse_ptr + row, tl.where(total == 0.0, float("-inf"), shift + tl.log(total)))
+    tl.store(lse_ptr + row, lse)
+    tl.store(row_max_ptr + row, top)
+    tl.store(log_sum_ptr + row, log_sum)
 
 
 def suits(q: Tensor, k: Tensor, call: launch.Call) -> bool:
@@ -240,26 +249,29 @@ def suits(q: Tensor, k: Tensor, call: launch.Call) -> bool:
     return b * m > 0 and taken and few and (h > hk or b * h < config.processors(q.device))
 
 
-def decode(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: launch.Call) -> None:
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, row_max: Tensor, log_sum: Tensor, call: launch.Call
+) -> None:
     """As `flash_fwd`, for calls that `suits`; k and v may be pages [pages, hk, page size, head size]."""
     (b, h, m, _), (hk, dv) = q.shape, v.shape[1::2]
     sizes, block_m = launch.sizes("decode", q, k, v, call), rows_per_tile(h // hk * m, call)
     programs = triton.cdiv(h // hk * m, block_m) * hk * b
     chunks = split(programs, m, call.keys(k), call, sizes.block_n, config.processors(q.device))
     part = q.new_empty(chunks, b, h, m, dv, dtype=torch.float32)
-    part_lse = lse.new_empty(chunks, b, h, m)
+    part_max, part_sum = (lse.new_empty(chunks, b, h, m) for _ in range(2))
     common = call.arguments(q, k, v) | launch.layout(q, k, v, scores=(call.mask, call.bias))
     for absent in ("q_ids_ptr", "k_ids_ptr", "seed_ptr", "cu_q_ptr", "cu_k_ptr", "S", "threshold", "inv_keep"):
         del common[absent]
     with launch.on_device_of(q):
         _decode_kernel[(chunks * programs,)](
-            q, k, v, part, part_lse, **launch.strides(q=q, k=k, v=v), **common,
+            q, k, v, part, part_max, part_sum, **launch.strides(q=q, k=k, v=v), **common,
             **sizes.arguments() | {"BLOCK_M": block_m, "num_warps": 4 if block_m <= 32 else 8},
             table_ptr=call.block_table, B=b, CHUNKS=chunks, PAGES=k.shape[0], page_size=k.shape[2],
         )  # fmt: skip
         _decode_join_kernel[(b * h * m,)](
-            part, part_lse, out, lse, launch.contiguous(call.sinks), **launch.strides(o=out),
-            B=b, H=h, M=m, CHUNKS=chunks, HEAD_DIM_V=dv, BLOCK_DV=common["BLOCK_DV"],
+            part, part_max, part_sum, out, lse, row_max, log_sum, launch.contiguous(call.sinks),
+            **launch.strides(o=out), B=b, H=h, M=m, CHUNKS=chunks, factor=common["factor"],
+            HEAD_DIM_V=dv, BLOCK_DV=common["BLOCK_DV"],
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Fused attention, backward: the gradients of q, k, v, bias and sinks, recomputing the probabilities from lse.
+"""Fused attention, backward: the gradients of q, k, v, bias and sinks, recomputing the probabilities.
 
     ds = p * (dp - delta)    dp = d_out v^T    delta_i = out_i . d_out_i - d_lse_i
     dq = scale * ds k        dk = scale * ds^T q        dv = p^T d_out        dbias = ds
@@ -33,8 +33,8 @@ from .schedule import (
     visited_blocks,
     within_segments,
 )
-from .score import is_plain, to_logits
-from .softmax import exp_scores, score_unit, subtracted_lse
+from .score import to_scores
+from .softmax import LOG2_E, exp_scores
 from .tiles import head_start, load_tile, score_ptrs, statistics_start, store_tile
 
 
@@ -67,9 +67,11 @@ def _flash_bwd_dq_kernel(
     out_ptr,
     do_ptr,
     dq_ptr,
-    lse_ptr,  # [b, h, m]
-    delta_ptr,  # [b, h, m], written here
-    dlse_ptr,  # [b, h, m] or None
+    # [b, h, m]
+    row_max_ptr,
+    log_sum_ptr,
+    delta_ptr,  # written here
+    dlse_ptr,  # or None
     dbias_ptr,  # [b, h, m, n] of zeros, or None
     # Absent features are None.
     mask_ptr,  # uint8
@@ -122,6 +124,7 @@ def _flash_bwd_dq_kernel(
     right,  # or None
     scale,
     magnitude,
+    factor,
     softcap,  # or None
     threshold,
     inv_keep,
@@ -173,10 +176,8 @@ def _flash_bwd_dq_kernel(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
-    PLAIN: tl.constexpr = is_plain(softcap, bias_ptr, slopes_ptr)
-    NATURAL: tl.constexpr = EXACT or not PLAIN
     HIDES: tl.constexpr = mask_ptr is not None or q_ids_ptr is not None
-    unit = score_unit(magnitude, PLAIN, NATURAL)
+    unit = factor * LOG2_E
 
     rows = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
@@ -191,10 +192,10 @@ def _flash_bwd_dq_kernel(
     delta = row_dots(do_tile, out_tile, EXACT)
     if dlse_ptr is not None:
         delta -= tl.load(statistics_start(dlse_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=0.0)
-    lse = tl.load(statistics_start(lse_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=float("-inf"))
-    delta = tl.where(lse == float("-inf"), 0.0, delta)
+    top = tl.load(statistics_start(row_max_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=0.0)
+    log_sum = tl.load(statistics_start(log_sum_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=float("inf"))
+    delta = tl.where(log_sum == float("inf"), 0.0, delta)
     tl.store(statistics_start(delta_ptr, i_b, i_h, H, M, first_m) + i_m, delta, mask=in_m)
-    subtracted = subtracted_lse(lse, NATURAL)
     # [BLOCK_M, BLOCK_D]
     q_base = head_start(q_ptr, i_b, i_h, first_m, stride_qb, stride_qh, stride_qm, ALIGN)
     q_tile = load_tile(q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET)
@@ -230,11 +231,11 @@ def _flash_bwd_dq_kernel(
             )
             # [BLOCK_M, BLOCK_N]
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            s, t = to_logits(
+            s, t = to_scores(
                 s, start_m, start_n, rows[:, None], cols[None, :], n_queries, n_keys, offset, magnitude, softcap,
                 slope, bias_base, stride_bias_m, stride_bias_n, OFFSET,
             )  # fmt: skip
-            p = exp_scores(s, unit, subtracted[:, None], NATURAL)
+            p = exp_scores(s, top[:, None], unit, log_sum[:, None])
             dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
             if seed_ptr is not None:
                 keep = dropout_keep(seed, threshold, i_s, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N)
@@ -271,8 +272,10 @@ def _flash_bwd_dkdv_kernel(
     do_ptr,
     dk_ptr,
     dv_ptr,
-    lse_ptr,  # [b, h, m]
-    delta_ptr,  # [b, h, m]
+    # [b, h, m]
+    row_max_ptr,
+    log_sum_ptr,
+    delta_ptr,
     # Absent features are None.
     mask_ptr,  # uint8
     bias_ptr,
@@ -320,6 +323,7 @@ def _flash_bwd_dkdv_kernel(
     right,  # or None
     scale,
     magnitude,
+    factor,
     softcap,  # or None
     threshold,
     inv_keep,
@@ -359,10 +363,7 @@ def _flash_bwd_dkdv_kernel(
         k_ids_base = k_ids_ptr + i_b.to(tl.int64) * N
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
-    PLAIN: tl.constexpr = is_plain(softcap, bias_ptr, slopes_ptr)
-    NATURAL: tl.constexpr = EXACT or not PLAIN
-    unit = score_unit(magnitude, PLAIN, NATURAL)
+    unit = factor * LOG2_E
 
     rows = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
@@ -412,7 +413,9 @@ def _flash_bwd_dkdv_kernel(
             do_base = head_start(do_ptr, i_b, i_h, first_m, stride_dob, stride_doh, stride_dom, ALIGN)
             do_tile = load_tile(do_base, stride_dom, start_m, in_m, True, HEAD_DIM_V, BLOCK_M, BLOCK_DV, ALIGN, OFFSET)
             # [BLOCK_M]
-            lse = tl.load(statistics_start(lse_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=float("-inf"))
+            top = tl.load(statistics_start(row_max_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=0.0)
+            log_sum_ptrs = statistics_start(log_sum_ptr, i_b, i_h, H, M, first_m) + i_m
+            log_sum = tl.load(log_sum_ptrs, mask=in_m, other=float("inf"))
             delta = tl.load(statistics_start(delta_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=0.0)
             bias_base = bias_ptr
             if bias_ptr is not None:
@@ -422,11 +425,11 @@ def _flash_bwd_dkdv_kernel(
                 slope = tl.load(slopes_ptr + i_s * H + i_h)
             # [BLOCK_N, BLOCK_M]
             s_t = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-            s_t, t_t = to_logits(
+            s_t, t_t = to_scores(
                 s_t, start_m, start_n, rows[None, :], cols[:, None], n_queries, n_keys, offset, magnitude, softcap,
                 slope, bias_base, stride_bias_m, stride_bias_n, OFFSET,
             )  # fmt: skip
-            p_t = exp_scores(s_t, unit, subtracted_lse(lse, NATURAL)[None, :], NATURAL)
+            p_t = exp_scores(s_t, top[None, :], unit, log_sum[None, :])
             dp_t = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
             if run == MASKED_RUN:
                 mask_base = mask_ptr
@@ -467,7 +470,8 @@ def flash_bwd(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
     d_out: Tensor,
     d_lse: Tensor | None,
     dq: Tensor,
@@ -478,10 +482,11 @@ def flash_bwd(
 ) -> Tensor:
     """Writes the gradients dq, dk, dv and dbias, whose zeros need not be written. Returns delta [b, h, m].
 
-    Every tensor [b, heads, rows, size] has a last stride of 1. lse and d_lse: float32 [b, h, m], contiguous.
+    Every tensor [b, heads, rows, size] has a last stride of 1. row_max, log_sum and d_lse are float32 [b, h, m] and
+    contiguous, the first two as the forward left them.
     """
     (b, h, m, _), (hk, n) = q.shape, k.shape[1:3]
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(log_sum)
     common = call.arguments(q, k, v) | launch.layout(
         q, k, v, out, d_out, dq, dk, dv, scores=(call.mask, call.bias, dbias)
     )
@@ -491,7 +496,7 @@ def flash_bwd(
         sizes = launch.sizes("dq", q, k, v, call)
         if b * m > 0:
             _flash_bwd_dq_kernel[(call.blocks(m, sizes.block_m) * h * b,)](
-                q, k, v, out, d_out, dq, lse, delta, d_lse,
+                q, k, v, out, d_out, dq, row_max, log_sum, delta, d_lse,
                 **launch.strides(q=q, k=k, v=v, o=out, do=d_out, dq=dq), **common, **sizes.arguments(),
                 **launch.score_tensor("dbias", dbias if owned else None, b, h, m, n),
                 id_ranges_ptr=launch.id_ranges(call.k_segments, sizes.block_n),
@@ -499,10 +504,10 @@ def flash_bwd(
         sizes = launch.sizes("dkdv", q, k, v, call)
         if b * n > 0:
             _flash_bwd_dkdv_kernel[(call.blocks(n, sizes.block_n) * hk * b,)](
-                q, k, v, d_out, dk, dv, lse, delta,
+                q, k, v, d_out, dk, dv, row_max, log_sum, delta,
                 **launch.strides(q=q, k=k, v=v, do=d_out, dk=dk, dv=dv), **common, **sizes.arguments(),
                 GROUPED=h != hk, id_ranges_ptr=launch.id_ranges(call.q_segments, sizes.block_m),
             )  # fmt: skip
         if dbias is not None and not owned and b * m * n > 0:
-            flash_bwd_bias(q, k, v, lse, delta, d_out, dbias, call)
+            flash_bwd_bias(q, k, v, row_max, log_sum, delta, d_out, dbias, call)
     return delta

@@ -12,8 +12,8 @@ from . import launch
 from .mask import visible
 from .philox import dropout_keep
 from .schedule import keys_seen
-from .score import to_logits
-from .softmax import exp_scores, score_unit, subtracted_lse
+from .score import to_scores
+from .softmax import LOG2_E, exp_scores
 from .tiles import head_start, load_tile, score_ptrs, statistics_start
 
 
@@ -24,8 +24,10 @@ def _flash_bwd_dbias_kernel(
     v_ptr,
     do_ptr,
     dbias_ptr,
-    lse_ptr,  # [b, h, m]
-    delta_ptr,  # [b, h, m]
+    # [b, h, m]
+    row_max_ptr,
+    log_sum_ptr,
+    delta_ptr,
     bias_ptr,
     # Absent features are None.
     mask_ptr,  # uint8
@@ -67,6 +69,7 @@ def _flash_bwd_dbias_kernel(
     left,  # or None
     right,  # or None
     magnitude,
+    factor,
     softcap,  # or None
     threshold,
     inv_keep,
@@ -100,7 +103,7 @@ def _flash_bwd_dbias_kernel(
     own_b = rest // (H // each_h)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    unit = score_unit(magnitude, False, True)
+    unit = factor * LOG2_E
 
     rows = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
@@ -125,7 +128,9 @@ def _flash_bwd_dbias_kernel(
         first, last, _, _ = keys_seen(start_m, stop_m, n_keys, offset, left, right)
         wanted = (start_n + cols >= first) & (start_n + cols < last)
         i_m = start_m + rows
-        lse = tl.load(statistics_start(lse_ptr, i_b, i_h, H, M, None) + i_m, mask=in_m, other=float("-inf"))
+        top = tl.load(statistics_start(row_max_ptr, i_b, i_h, H, M, None) + i_m, mask=in_m, other=0.0)
+        log_sum_ptrs = statistics_start(log_sum_ptr, i_b, i_h, H, M, None) + i_m
+        log_sum = tl.load(log_sum_ptrs, mask=in_m, other=float("inf"))
         delta = tl.load(statistics_start(delta_ptr, i_b, i_h, H, M, None) + i_m, mask=in_m, other=0.0)
         q_base = head_start(q_ptr, i_b, i_h, None, stride_qb, stride_qh, stride_qm, ALIGN)
         q_tile = load_tile(q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET)
@@ -139,11 +144,11 @@ def _flash_bwd_dbias_kernel(
         v_tile = load_tile(v_base, stride_vn, start_n, wanted, True, HEAD_DIM_V, BLOCK_N, BLOCK_DV, ALIGN, OFFSET)
         # [BLOCK_M, BLOCK_N]
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        s, _ = to_logits(
+        s, _ = to_scores(
             s, start_m, start_n, rows[:, None], cols[None, :], M, n_keys, offset, magnitude, softcap,
             slope, bias_base, stride_bias_m, stride_bias_n, OFFSET,
         )  # fmt: skip
-        p = exp_scores(s, unit, subtracted_lse(lse, True)[:, None], True)
+        p = exp_scores(s, top[:, None], unit, log_sum[:, None])
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
         if seed_ptr is not None:
             keep = dropout_keep(seed, threshold, i_b, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N)
@@ -175,7 +180,15 @@ def _flash_bwd_dbias_kernel(
 
 
 def flash_bwd_bias(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, d_out: Tensor, dbias: Tensor, call: launch.Call
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    delta: Tensor,
+    d_out: Tensor,
+    dbias: Tensor,
+    call: launch.Call,
 ) -> None:
     """Writes dbias, in the bias's shape. The other tensors as `flash_bwd` has them when it has written delta."""
     (b, h, m, _), n = q.shape, k.shape[2]
@@ -187,7 +200,7 @@ def flash_bwd_bias(
     for of_packed in ("S", "cu_q_ptr", "cu_k_ptr"):
         del common[of_packed]
     _flash_bwd_dbias_kernel[(programs,)](
-        q, k, v, d_out, dbias, lse, delta, **launch.strides(q=q, k=k, v=v, do=d_out),
+        q, k, v, d_out, dbias, row_max, log_sum, delta, **launch.strides(q=q, k=k, v=v, do=d_out),
         **dict(zip((f"stride_dbias_{axis}" for axis in "bhmn"), dbias.stride(), strict=True)),
         **common, **sizes.arguments(), B=b, ONE_B=one_b, ONE_H=one_h, ONE_M=one_m, ONE_N=one_n,
     )  # fmt: skip

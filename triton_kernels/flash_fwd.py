@@ -24,8 +24,8 @@ from .schedule import (
     visited_blocks,
     within_segments,
 )
-from .score import is_plain, to_logits
-from .softmax import first_statistics, log_sum_exp, score_unit, softmax_step
+from .score import to_scores
+from .softmax import LOG2_E, finish_rows, softmax_step
 from .tiles import head_start, load_tile, statistics_start, store_tile
 
 
@@ -35,7 +35,10 @@ def _flash_fwd_kernel(
     k_ptr,
     v_ptr,
     out_ptr,
-    lse_ptr,  # [b, h, m]
+    # [b, h, m]
+    lse_ptr,
+    row_max_ptr,
+    log_sum_ptr,
     # Absent features are None.
     mask_ptr,  # uint8
     bias_ptr,
@@ -77,6 +80,7 @@ def _flash_fwd_kernel(
     left,  # or None
     right,  # or None
     magnitude,
+    factor,
     softcap,  # or None
     threshold,
     inv_keep,
@@ -124,10 +128,8 @@ def _flash_fwd_kernel(
         slope = tl.load(slopes_ptr + i_s * H + i_h)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    PLAIN: tl.constexpr = is_plain(softcap, bias_ptr, slopes_ptr)
-    NATURAL: tl.constexpr = q_ptr.dtype.element_ty == tl.float32 or not PLAIN
     HIDES: tl.constexpr = mask_ptr is not None or q_ids_ptr is not None
-    unit = score_unit(magnitude, PLAIN, NATURAL)
+    unit = factor * LOG2_E
 
     rows = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
@@ -139,7 +141,8 @@ def _flash_fwd_kernel(
         q_tile = q_tile * SCALE_SIGN
     # [BLOCK_M, BLOCK_DV]
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
-    row_max, row_sum = first_statistics(sinks_ptr, i_h, BLOCK_M, NATURAL)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
 
     stop_m = tl.minimum(start_m + BLOCK_M, n_queries)
     first, last, first_full, last_full = keys_seen(start_m, stop_m, n_keys, offset, left, right)
@@ -165,7 +168,7 @@ def _flash_fwd_kernel(
             )
             # [BLOCK_M, BLOCK_N]
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            s, _ = to_logits(
+            s, _ = to_scores(
                 s, start_m, start_n, rows[:, None], cols[None, :], n_queries, n_keys, offset, magnitude, softcap,
                 slope, bias_base, stride_bias_m, stride_bias_n, OFFSET,
             )  # fmt: skip
@@ -178,7 +181,7 @@ def _flash_fwd_kernel(
                     q_ids, k_ids, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
                 )  # fmt: skip
                 s = tl.where(see, s, float("-inf"))
-            p, row_max, row_sum, rescale = softmax_step(s, row_max, row_sum, unit, NATURAL)
+            p, row_max, row_sum, rescale = softmax_step(s, row_max, row_sum, unit)
             if seed_ptr is not None:
                 keep = dropout_keep(seed, threshold, i_s, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N)
                 p = tl.where(keep, p, 0.0)
@@ -190,15 +193,21 @@ def _flash_fwd_kernel(
                 v_tile = drop_unseen(v_tile, see, HIDES)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
 
-    acc = acc * (inv_keep / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
+    rescale, lse, top, log_sum = finish_rows(row_max, row_sum, sinks_ptr, i_h, factor)
+    acc = acc * (inv_keep * rescale)[:, None]
     out_base = head_start(out_ptr, i_b, i_h, first_m, stride_ob, stride_oh, stride_om, ALIGN)
     store_tile(out_base, stride_om, start_m, in_m, acc, HEAD_DIM_V, BLOCK_M, BLOCK_DV, ALIGN, OFFSET)
-    lse_base = statistics_start(lse_ptr, i_b, i_h, H, M, first_m)
-    tl.store(lse_base + start_m + rows, log_sum_exp(row_max, row_sum, NATURAL), mask=in_m)
+    i_m = start_m + rows
+    tl.store(statistics_start(lse_ptr, i_b, i_h, H, M, first_m) + i_m, lse, mask=in_m)
+    tl.store(statistics_start(row_max_ptr, i_b, i_h, H, M, first_m) + i_m, top, mask=in_m)
+    tl.store(statistics_start(log_sum_ptr, i_b, i_h, H, M, first_m) + i_m, log_sum, mask=in_m)
 
 
-def flash_fwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: launch.Call) -> None:
-    """Writes out [b, h, m, dv] and lse [b, h, m] (float32, contiguous). q, k, v and out have a last stride of 1.
+def flash_fwd(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, row_max: Tensor, log_sum: Tensor, call: launch.Call
+) -> None:
+    """Writes out [b, h, m, dv] and lse, row_max and log_sum [b, h, m] (float32, contiguous), the last two of which
+    `flash_bwd` reads. q, k, v and out have a last stride of 1.
 
     Packed sequences are a batch of one, whose rows `call.cu_seqlens_q` and `cu_seqlens_k` part.
     """
@@ -209,6 +218,6 @@ def flash_fwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: l
     sizes = launch.sizes("forward", q, k, v, call)
     with launch.on_device_of(q):
         _flash_fwd_kernel[(call.blocks(m, sizes.block_m) * h * b,)](
-            q, k, v, out, lse, **launch.strides(q=q, k=k, v=v, o=out), **common, **sizes.arguments(),
+            q, k, v, out, lse, row_max, log_sum, **launch.strides(q=q, k=k, v=v, o=out), **common, **sizes.arguments(),
             sinks_ptr=launch.contiguous(call.sinks), id_ranges_ptr=launch.id_ranges(call.k_segments, sizes.block_n),
         )  # fmt: skip

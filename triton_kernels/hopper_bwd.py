@@ -4,8 +4,8 @@ The first gives dq, tile by tile of queries, and delta on the way; the second dk
 one warp loads and two warpgroups compute, each on 64 rows of a tile. Source: arXiv:2407.08608 (FlashAttention-3),
 section 3.1 for the roles, and arXiv:2307.08691, algorithm 2, for the mathematics.
 
-With s the products q.k: p = exp2(unit * (s - lse / scale)) and ds = p * (dp - delta). What is subtracted is what the
-accumulators of s and dp begin with, so that it takes no registers of its own.
+With s the products q.k: p as `softmax.exp_scores`, and ds = p * (dp - delta). -delta is what the accumulators of dp
+begin with, so that it takes no registers of its own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .hopper import (
     visited,
     wait_full,
 )
-from .softmax import LOG2_E
+from .softmax import LOG2_E, exp_scores
 
 MAX_HEAD_DIM = 128  # dk and dv of 256 columns would not fit a warpgroup's registers
 
@@ -75,29 +75,32 @@ def _dq_load(rings, descs, outers, problem, GROUP, TILES, BLOCK_M: gl.constexpr,
 
 
 @gluon.jit
-def _dq_begin(count, tiles, rings, begin, S_LAYOUT: gl.constexpr):
-    """Begins the products of a block of keys: s, and dp."""
+def _dq_begin(count, tiles, rings, delta, S_LAYOUT: gl.constexpr):
+    """Begins the products of a block of keys: s, and dp - delta."""
     k_ring, v_ring = rings
-    s = _filled(begin[0], k_ring, S_LAYOUT)
-    dp = _filled(begin[1], k_ring, S_LAYOUT)
+    ROWS: gl.constexpr = delta.shape[0]
+    BLOCK_N: gl.constexpr = k_ring[0].type.shape[4]
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
+    dp = settled(zero - gl.expand_dims(delta, 1))
     wait_full(k_ring, count)
-    s = warpgroup_mma(tiles[0], tile(k_ring, count).permute([1, 0]), s, is_async=True)
+    s = warpgroup_mma(tiles[0], tile(k_ring, count).permute([1, 0]), zero, use_acc=False, is_async=True)
     wait_full(v_ring, count)
     dp = warpgroup_mma(tiles[1], tile(v_ring, count).permute([1, 0]), dp, is_async=True)
     return s, dp
 
 
 @gluon.jit
-def _dq_step(state, start_n, tiles, rings, begin, limits, unit, MASKED: gl.constexpr, S_LAYOUT: gl.constexpr):
+def _dq_step(state, start_n, tiles, rings, rows, limits, unit, MASKED: gl.constexpr, S_LAYOUT: gl.constexpr):
     """One block of keys: its ds, while that of the block before is multiplied with its keys."""
     count, ds, dq = state
     k_ring, v_ring = rings
-    s, dp = _dq_begin(count + 1, tiles, rings, begin, S_LAYOUT)
+    top, log_sum, delta = rows
+    s, dp = _dq_begin(count + 1, tiles, rings, delta, S_LAYOUT)
     dq = warpgroup_mma(ds, tile(k_ring, count), dq, is_async=True)
     s = warpgroup_mma_wait(2, deps=(s,))
     if MASKED:
         s = hide(s, start_n, limits)
-    p = gl.exp2(s * unit)
+    p = exp_scores(s, gl.expand_dims(top, 1), unit, gl.expand_dims(log_sum, 1))
     # As in the forward: this wait has long been over, but keeps the next above from moving over the exponentials.
     wait_full(v_ring, count + 1)
     dp = warpgroup_mma_wait(1, deps=(dp,))
@@ -106,14 +109,6 @@ def _dq_step(state, start_n, tiles, rings, begin, limits, unit, MASKED: gl.const
     dq, ds = warpgroup_mma_wait(0, deps=(dq, ds))
     leave(k_ring, count)
     return count + 1, gl.convert_layout(next_ds.to(ds.dtype), ds.type.layout), dq
-
-
-@gluon.jit
-def _filled(rows, ring, LAYOUT: gl.constexpr):
-    """An accumulator whose rows begin with `rows`, as wide as a block of the ring is long."""
-    BLOCK_N: gl.constexpr = ring[0].type.shape[4]
-    ROWS: gl.constexpr = rows.shape[0]
-    return settled(gl.expand_dims(rows, 1) + gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT))
 
 
 @gluon.jit
@@ -126,12 +121,13 @@ def _delta(do_tile, o_tile):
 
 @gluon.jit
 def _dq_compute(
-    WARPGROUP: gl.constexpr, rings, dq_desc, statistics, outers, problem, scale, unit, TILES, BLOCK_M: gl.constexpr,
+    WARPGROUP: gl.constexpr, rings, dq_desc, statistics, outers, problem, scale, TILES, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's part: 64 queries of every tile."""
     q_ring, do_ring, o_ring, k_ring, v_ring = rings
-    lse_ptr, dlse_ptr, begin_ptr = statistics
+    row_max_ptr, log_sum_ptr, dlse_ptr, delta_ptr = statistics
+    unit = scale * LOG2_E
     H, M, left, right = problem[3], problem[4], problem[8], problem[9]
     ROWS: gl.constexpr = BLOCK_M // WARPGROUPS
     SIZE: gl.constexpr = q_ring[0].type.shape[5]
@@ -147,38 +143,36 @@ def _dq_compute(
         )
         row = start_m + WARPGROUP * ROWS
         i_q = n_tiles * WARPGROUPS + WARPGROUP
-        head = (i_b * H + i_h).to(gl.int64) * M
-        at_rows = first_m + row + gl.arange(0, ROWS, layout=ROW_LAYOUT)
+        at_rows = (i_b * H + i_h).to(gl.int64) * M + first_m + row + gl.arange(0, ROWS, layout=ROW_LAYOUT)
         inside = row + gl.arange(0, ROWS, layout=ROW_LAYOUT) < n_queries
-        lse = gl.load(lse_ptr + head + at_rows, mask=inside, other=-float("inf"))
+        top = gl.load(row_max_ptr + at_rows, mask=inside, other=0.0)
+        log_sum = gl.load(log_sum_ptr + at_rows, mask=inside, other=float("inf"))
         wait_full(do_ring, i_q)
         wait_full(o_ring, i_q)
         delta = gl.convert_layout(_delta(tile(do_ring, i_q), tile(o_ring, i_q)), ROW_LAYOUT)
         leave(o_ring, i_q)
         if dlse_ptr is not None:
-            delta = delta - gl.load(dlse_ptr + head + at_rows, mask=inside, other=0.0)
-        # A row that sees nothing, or does not exist, begins at -inf, and has weights of 0.
-        begin = (gl.where(lse == -float("inf"), lse, -lse / scale), -delta)
-        gl.store(begin_ptr + 2 * head + at_rows, begin[0], mask=inside)
-        gl.store(begin_ptr + 2 * head + M + at_rows, begin[1], mask=inside)
+            delta = delta - gl.load(dlse_ptr + at_rows, mask=inside, other=0.0)
+        gl.store(delta_ptr + at_rows, delta, mask=inside)
         limits = (n_keys - first, row + offset - first, left, right)
         wait_full(q_ring, i_q)
         q_tile = tile(q_ring, i_q)
         tiles = (q_tile, tile(do_ring, i_q))
-        s, dp = _dq_begin(count, tiles, (k_ring, v_ring), begin, S_LAYOUT)
-        s = warpgroup_mma_wait(1, deps=(s,))
-        p = gl.exp2(hide(s, visited(0, blocks) * BLOCK_N, limits) * unit)
+        s, dp = _dq_begin(count, tiles, (k_ring, v_ring), delta, S_LAYOUT)
+        s = hide(warpgroup_mma_wait(1, deps=(s,)), visited(0, blocks) * BLOCK_N, limits)
+        p = exp_scores(s, gl.expand_dims(top, 1), unit, gl.expand_dims(log_sum, 1))
         dp = warpgroup_mma_wait(0, deps=(dp,))
         leave(v_ring, count)
         ds = gl.convert_layout((p * dp).to(q_tile.dtype), DS_LAYOUT)
         state = (count, ds, gl.zeros([ROWS, SIZE], gl.float32, DQ_LAYOUT))
+        of_rows = (top, log_sum, delta)
         masked = gl.maximum(masked_blocks(blocks), 1)
         if left is not None or right is not None:
             for step in range(1, masked):
                 start_n = visited(step, blocks) * BLOCK_N
-                state = _dq_step(state, start_n, tiles, (k_ring, v_ring), begin, limits, unit, True, S_LAYOUT)
+                state = _dq_step(state, start_n, tiles, (k_ring, v_ring), of_rows, limits, unit, True, S_LAYOUT)
         for _ in range(masked, blocks[0]):
-            state = _dq_step(state, 0, tiles, (k_ring, v_ring), begin, limits, unit, False, S_LAYOUT)
+            state = _dq_step(state, 0, tiles, (k_ring, v_ring), of_rows, limits, unit, False, S_LAYOUT)
         count, ds, dq = state
         dq = warpgroup_mma(ds, tile(k_ring, count), dq, is_async=True)
         dq, ds = warpgroup_mma_wait(0, deps=(dq, ds))
@@ -203,8 +197,10 @@ def _hopper_bwd_dq_kernel(
     k_desc,
     v_desc,
     dq_desc,
-    lse_ptr,  # [b, h, m]
-    begin_ptr,  # [b, h, 2, m], written
+    # [b, h, m]
+    row_max_ptr,
+    log_sum_ptr,
+    delta_ptr,  # written
     # Absent features are None.
     dlse_ptr,  # [b, h, m]
     cu_q_ptr,  # [S + 1]
@@ -229,7 +225,6 @@ def _hopper_bwd_dq_kernel(
     SECTION,
     HEADS,
     scale,
-    unit,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
@@ -241,15 +236,15 @@ def _hopper_bwd_dq_kernel(
     fence_async_shared()
     problem = (cu_q_ptr, cu_k_ptr, lengths_ptr, H, M, N, S, offset, left, right, BLOCKS, SECTION, HEADS)
     outers = (outer_q, outer_do, outer_o, outer_k, outer_v, outer_dq)
-    statistics = (lse_ptr, dlse_ptr, begin_ptr)
+    statistics = (row_max_ptr, log_sum_ptr, dlse_ptr, delta_ptr)
     descs = (q_desc, do_desc, o_desc, k_desc, v_desc)
     TILES = BLOCKS * HEADS
     ONE: gl.constexpr = 0
     OTHER: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_dq_compute, (ONE, rings, dq_desc, statistics, outers, problem, scale, unit, TILES, BLOCK_M, BLOCK_N)),
-            (_dq_compute, (OTHER, rings, dq_desc, statistics, outers, problem, scale, unit, TILES, BLOCK_M, BLOCK_N)),
+            (_dq_compute, (ONE, rings, dq_desc, statistics, outers, problem, scale, TILES, BLOCK_M, BLOCK_N)),
+            (_dq_compute, (OTHER, rings, dq_desc, statistics, outers, problem, scale, TILES, BLOCK_M, BLOCK_N)),
             (_dq_load, (rings, descs, outers, problem, GROUP, TILES, BLOCK_M, BLOCK_N)),
         ],
         [4, 1],
@@ -286,29 +281,29 @@ def _dkdv_load(rings, descs, outers, problem, GROUP, BLOCK_M: gl.constexpr, BLOC
 
 @gluon.jit
 def _dkdv_step(
-    state, begin, start_m, rings, limits, unit, WARPGROUP: gl.constexpr, MASKED: gl.constexpr, S_LAYOUT: gl.constexpr
+    state, columns, start_m, rings, limits, unit, WARPGROUP: gl.constexpr, MASKED: gl.constexpr, S_LAYOUT: gl.constexpr
 ):
     """One block of queries, with the scores transposed: [64 keys, BLOCK_M]."""
     count, dk, dv = state
+    top, log_sum, delta = columns
     k_ring, v_ring, q_ring, do_ring = rings
     here = WARPGROUP + unknown_zero()
     ROWS: gl.constexpr = dk.shape[0]
-    BLOCK_M: gl.constexpr = begin[0].shape[0]
+    BLOCK_M: gl.constexpr = delta.shape[0]
     DTYPE: gl.constexpr = q_ring[0].dtype
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     zero = gl.zeros([ROWS, BLOCK_M], gl.float32, S_LAYOUT)
-    s = settled(gl.expand_dims(begin[0], 0) + zero)
-    dp = settled(gl.expand_dims(begin[1], 0) + zero)
+    dp = settled(zero - gl.expand_dims(delta, 0))
     q_tile = tile(q_ring, count)
     do_tile = tile(do_ring, count)
     wait_full(q_ring, count)
-    s = warpgroup_mma(tile(k_ring, here), q_tile.permute([1, 0]), s, is_async=True)
+    s = warpgroup_mma(tile(k_ring, here), q_tile.permute([1, 0]), zero, use_acc=False, is_async=True)
     wait_full(do_ring, count)
     dp = warpgroup_mma(tile(v_ring, here), do_tile.permute([1, 0]), dp, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
     if MASKED:
         s = hide(s, start_m, limits)
-    p = gl.exp2(s * unit)
+    p = exp_scores(s, gl.expand_dims(top, 0), unit, gl.expand_dims(log_sum, 0))
     p_half = gl.convert_layout(p.to(DTYPE), A_LAYOUT)
     dv = warpgroup_mma(p_half, do_tile, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))
@@ -326,11 +321,13 @@ def _dkdv_step(
 
 @gluon.jit
 def _dkdv_compute(
-    WARPGROUP: gl.constexpr, rings, descs, begin_ptr, outers, problem, scale, unit, GROUP, BLOCK_M: gl.constexpr,
+    WARPGROUP: gl.constexpr, rings, descs, statistics, outers, problem, scale, GROUP, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's part: 64 keys of a tile."""
     k_ring, v_ring, _, _ = rings
+    row_max_ptr, log_sum_ptr, delta_ptr = statistics
+    unit = scale * LOG2_E
     HK, M, left, right = problem[3], problem[4], problem[8], problem[9]
     ROWS: gl.constexpr = BLOCK_N // WARPGROUPS
     SIZE: gl.constexpr = k_ring[0].type.shape[5]
@@ -352,12 +349,14 @@ def _dkdv_compute(
         for i in range(GROUP * steps):
             start_m = visited(first_step + i % steps, blocks) * BLOCK_M
             i_h = (i_b * HK + i_kv) * GROUP + i // steps
-            at = begin_ptr + i_h.to(gl.int64) * 2 * M + (first_m + first + start_m + cols)
+            at = i_h.to(gl.int64) * M + (first_m + first + start_m + cols)
             inside = start_m + cols < limits[0]
-            begin = (gl.load(at, mask=inside, other=-float("inf")), gl.load(at + M, mask=inside, other=0.0))
-            state = _dkdv_step(
-                state, begin, start_m, rings, limits, unit, WARPGROUP, run == 0, S_LAYOUT
-            )  # fmt: skip
+            columns = (
+                gl.load(row_max_ptr + at, mask=inside, other=0.0),
+                gl.load(log_sum_ptr + at, mask=inside, other=float("inf")),
+                gl.load(delta_ptr + at, mask=inside, other=0.0),
+            )
+            state = _dkdv_step(state, columns, start_m, rings, limits, unit, WARPGROUP, run == 0, S_LAYOUT)
     _, dk, dv = state
     # Keys past the length were not masked; they are loaded as zeros, and only their own rows are wrong.
     keep = gl.expand_dims(row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, D_LAYOUT)) < n_keys, 1)
@@ -380,7 +379,10 @@ def _hopper_bwd_dkdv_kernel(
     do_desc,
     dk_desc,
     dv_desc,
-    begin_ptr,  # [b, h, 2, m]
+    # [b, h, m]
+    row_max_ptr,
+    log_sum_ptr,
+    delta_ptr,
     # Absent features are None.
     cu_q_ptr,  # [S + 1]
     cu_k_ptr,  # [S + 1]
@@ -404,7 +406,6 @@ def _hopper_bwd_dkdv_kernel(
     SECTION,
     HEADS,
     scale,
-    unit,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
@@ -417,12 +418,13 @@ def _hopper_bwd_dkdv_kernel(
     problem = (cu_q_ptr, cu_k_ptr, lengths_ptr, H, M, N, S, offset, left, right, BLOCKS, SECTION, HEADS)
     outers = (outer_k, outer_v, outer_q, outer_do, outer_dk, outer_dv)
     out = (dk_desc, dv_desc)
+    statistics = (row_max_ptr, log_sum_ptr, delta_ptr)
     ONE: gl.constexpr = 0
     OTHER: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_dkdv_compute, (ONE, rings, out, begin_ptr, outers, problem, scale, unit, GROUP, BLOCK_M, BLOCK_N)),
-            (_dkdv_compute, (OTHER, rings, out, begin_ptr, outers, problem, scale, unit, GROUP, BLOCK_M, BLOCK_N)),
+            (_dkdv_compute, (ONE, rings, out, statistics, outers, problem, scale, GROUP, BLOCK_M, BLOCK_N)),
+            (_dkdv_compute, (OTHER, rings, out, statistics, outers, problem, scale, GROUP, BLOCK_M, BLOCK_N)),
             (_dkdv_load, (rings, (k_desc, v_desc, q_desc, do_desc), outers, problem, GROUP, BLOCK_M, BLOCK_N)),
         ],
         [4, 1],
@@ -443,7 +445,8 @@ def hopper_bwd(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
     d_out: Tensor,
     d_lse: Tensor | None,
     dq: Tensor,
@@ -455,15 +458,15 @@ def hopper_bwd(
     size, rows = hopper.padded_size(q.shape[3], v.shape[3]), BLOCK // WARPGROUPS.value
     tensors = {"q": q, "do": d_out, "o": out, "k": k, "v": v, "dq": dq, "dk": dk, "dv": dv}
     tiles = {name: hopper.descriptor(t, rows, size) for name, t in tensors.items()}
-    b, h, m, _ = q.shape
-    begin = torch.empty(b, h, 2, m, dtype=torch.float32, device=q.device)  # of the accumulators of s and dp
-    numbers = {"scale": call.scale, "unit": call.scale * LOG2_E.value, "num_warps": 4}
+    delta = torch.empty_like(log_sum)
+    numbers = {"scale": call.scale, "num_warps": 4}
     with launch.on_device_of(q):
         block, stages = DQ_SIZES[size]
         given = hopper.arguments(q, k, call, q, BLOCK)
         _hopper_bwd_dq_kernel[(min(config.processors(q.device), given["BLOCKS"] * given["HEADS"]),)](
             tiles["q"], tiles["do"], tiles["o"], hopper.descriptor(k, block, size), hopper.descriptor(v, block, size),
-            tiles["dq"], lse, begin, d_lse, **hopper.outers(q=q, do=d_out, o=out, k=k, v=v, dq=dq), **given, **numbers,
+            tiles["dq"], row_max, log_sum, delta, d_lse,
+            **hopper.outers(q=q, do=d_out, o=out, k=k, v=v, dq=dq), **given, **numbers,
             BLOCK_M=BLOCK, BLOCK_N=block, STAGES=stages,
         )  # fmt: skip
         block, stages = DKDV_SIZES[size]
@@ -472,6 +475,7 @@ def hopper_bwd(
         given = hopper.arguments(q, k, call, k, BLOCK)
         _hopper_bwd_dkdv_kernel[(given["BLOCKS"] * given["HEADS"],)](
             tiles["k"], tiles["v"], hopper.descriptor(q, block, size), hopper.descriptor(d_out, block, size),
-            tiles["dk"], tiles["dv"], begin, **hopper.outers(k=k, v=v, q=q, do=d_out, dk=dk, dv=dv), **given, **numbers,
+            tiles["dk"], tiles["dv"], row_max, log_sum, delta,
+            **hopper.outers(k=k, v=v, q=q, do=d_out, dk=dk, dv=dv), **given, **numbers,
             BLOCK_M=block, BLOCK_N=BLOCK, STAGES=stages,
         )  # fmt: skip

@@ -35,7 +35,7 @@ from .hopper import (
     wait_for_turn,
     wait_full,
 )
-from .softmax import LN_2, LOG2_E
+from .softmax import LOG2_E
 
 
 @gluon.jit
@@ -71,14 +71,13 @@ def _load(rings, descs, outers, problem, GROUP, TILES, BLOCK_M: gl.constexpr, BL
 
 @gluon.jit
 def _softmax_step(s, row_max, row_sum, unit, MASKED: gl.constexpr):
-    """Weights of a block, and the running statistics with it. Maxima are those of the products; `unit` is their unit
-    in powers of two. MASKED: a row may have seen nothing yet."""
+    """As `softmax.softmax_step`. MASKED: a row may have seen nothing yet."""
     new_max = gl.maximum(row_max, gl.max(s, 1))
-    reference = new_max * unit
+    top = new_max
     if MASKED:
-        reference = gl.where(new_max == -float("inf"), 0.0, reference)
-    p = gl.exp2(s * unit - gl.expand_dims(reference, 1))
-    rescale = gl.exp2(row_max * unit - reference)
+        top = gl.where(new_max == -float("inf"), 0.0, new_max)
+    p = gl.exp2((s - gl.expand_dims(top, 1)) * unit)
+    rescale = gl.exp2((row_max - top) * unit)
     return p, new_max, row_sum * rescale + gl.sum(p, 1), rescale
 
 
@@ -121,12 +120,14 @@ def _step(state, start_n, rings, limits, unit, WARPGROUP: gl.constexpr, MASKED: 
 
 @gluon.jit
 def _compute(
-    WARPGROUP: gl.constexpr, rings, out_desc, lse_ptr, outers, problem, unit, TILES, BLOCK_M: gl.constexpr,
+    WARPGROUP: gl.constexpr, rings, out_desc, statistics, outers, problem, scale, TILES, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's part: 64 queries of every tile."""
     q_ring, k_ring, v_ring = rings
     H, M, left, right = problem[3], problem[4], problem[8], problem[9]
+    lse_ptr, row_max_ptr, log_sum_ptr = statistics
+    unit = scale * LOG2_E
     ROWS: gl.constexpr = BLOCK_M // WARPGROUPS
     SIZE: gl.constexpr = q_ring[0].type.shape[5]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -169,10 +170,14 @@ def _compute(
         wait_full(v_ring, count)
         acc = warpgroup_mma(p, tile(v_ring, count), acc, is_async=True)
         total = gl.where(row_sum == 0.0, 1.0, row_sum)
-        lse = gl.where(row_sum == 0.0, -float("inf"), (row_max * unit + gl.log2(total)) * LN_2)
+        top = gl.where(row_sum == 0.0, 0.0, row_max)
         rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-        lse_base = lse_ptr + (i_b * H + i_h).to(gl.int64) * M + first_m
-        gl.store(lse_base + rows, lse, mask=rows < n_queries)
+        at_rows = (i_b * H + i_h).to(gl.int64) * M + first_m + rows
+        lse = gl.where(row_sum == 0.0, -float("inf"), top * scale + gl.log(total))
+        gl.store(lse_ptr + at_rows, lse, mask=rows < n_queries)
+        gl.store(row_max_ptr + at_rows, top, mask=rows < n_queries)
+        log_sum = gl.where(row_sum == 0.0, float("inf"), gl.log2(total))
+        gl.store(log_sum_ptr + at_rows, log_sum, mask=rows < n_queries)
         acc, p = warpgroup_mma_wait(0, deps=(acc, p))
         leave(v_ring, count)
         acc = acc * gl.expand_dims(gl.convert_layout(1.0 / total, gl.SliceLayout(1, OUT_LAYOUT)), 1)
@@ -195,7 +200,10 @@ def _hopper_fwd_kernel(
     k_desc,
     v_desc,
     out_desc,
-    lse_ptr,  # [b, h, m]
+    # [b, h, m]
+    lse_ptr,
+    row_max_ptr,
+    log_sum_ptr,
     # Absent features are None.
     cu_q_ptr,  # [S + 1]
     cu_k_ptr,  # [S + 1]
@@ -216,7 +224,7 @@ def _hopper_fwd_kernel(
     BLOCKS,
     SECTION,
     HEADS,
-    unit,
+    scale,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
@@ -227,13 +235,14 @@ def _hopper_fwd_kernel(
     fence_async_shared()
     problem = (cu_q_ptr, cu_k_ptr, lengths_ptr, H, M, N, S, offset, left, right, BLOCKS, SECTION, HEADS)
     outers = (outer_q, outer_k, outer_v, outer_o)
+    statistics = (lse_ptr, row_max_ptr, log_sum_ptr)
     TILES = BLOCKS * HEADS
     ONE: gl.constexpr = 0
     OTHER: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_compute, (ONE, rings, out_desc, lse_ptr, outers, problem, unit, TILES, BLOCK_M, BLOCK_N)),
-            (_compute, (OTHER, rings, out_desc, lse_ptr, outers, problem, unit, TILES, BLOCK_M, BLOCK_N)),
+            (_compute, (ONE, rings, out_desc, statistics, outers, problem, scale, TILES, BLOCK_M, BLOCK_N)),
+            (_compute, (OTHER, rings, out_desc, statistics, outers, problem, scale, TILES, BLOCK_M, BLOCK_N)),
             (_load, (rings, (q_desc, k_desc, v_desc), outers, problem, GROUP, TILES, BLOCK_M, BLOCK_N)),
         ],
         [4, 1],
@@ -246,7 +255,9 @@ SIZES = {64: (128, 3), 128: (128, 2), 256: (64, 2)}
 BLOCK_M = 128
 
 
-def hopper_fwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: launch.Call) -> None:
+def hopper_fwd(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, row_max: Tensor, log_sum: Tensor, call: launch.Call
+) -> None:
     """As `flash_fwd.flash_fwd`, for a positive scale, and tensors that have elements and that `hopper.fits`."""
     size = hopper.padded_size(q.shape[3], v.shape[3])
     block_n, stages = SIZES[size]
@@ -255,6 +266,6 @@ def hopper_fwd(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: 
     with launch.on_device_of(q):
         _hopper_fwd_kernel[(min(config.processors(q.device), given["BLOCKS"] * given["HEADS"]),)](
             hopper.descriptor(q, rows, size), hopper.descriptor(k, block_n, size), hopper.descriptor(v, block_n, size),
-            hopper.descriptor(out, rows, size), lse, **hopper.outers(q=q, k=k, v=v, o=out), **given,
-            unit=call.scale * LOG2_E.value, BLOCK_M=BLOCK_M, BLOCK_N=block_n, STAGES=stages, num_warps=4,
+            hopper.descriptor(out, rows, size), lse, row_max, log_sum, **hopper.outers(q=q, k=k, v=v, o=out), **given,
+            scale=call.scale, BLOCK_M=BLOCK_M, BLOCK_N=block_n, STAGES=stages, num_warps=4,
         )  # fmt: skip

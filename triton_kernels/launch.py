@@ -21,10 +21,10 @@ RUNTIME_VALUES = (
     *(f"stride_{tensor}{axis}" for tensor in ("k", "v", "dk", "dv") for axis in "bhn"),
     *(f"stride_{tensor}_{axis}" for tensor in ("mask", "bias", "dbias") for axis in "bhmn"),
     *("H", "GROUP", "M", "N", "S", "offset", "left", "right"),
-    *("magnitude", "scale", "softcap", "threshold", "inv_keep"),
+    *("magnitude", "factor", "scale", "softcap", "threshold", "inv_keep"),
     *("B", "CHUNKS", "PAGES", "page_size"),
     *(f"outer_{tensor}" for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv")),
-    *("BLOCKS", "SECTION", "HEADS", "unit"),
+    *("BLOCKS", "SECTION", "HEADS"),
 )
 
 # From this stride on (in elements), an offset inside a tile of 128 rows may not fit 32 bits.
@@ -74,6 +74,11 @@ class Call:
         (_, h, m, d), (hk, dv), n = q.shape, v.shape[1::2], self.keys(k)
         reach = m + n  # a window wider than this hides nothing; it keeps positions within 32 bits
         dropped = int(self.dropout_p * 2**32)
+        # The kernels scale by a positive number and carry the sign in q, or in k: with it a row's maximum can be
+        # taken before scaling. For scale 0 the scores are 0 because q is made 0. With a softcap it is the scale
+        # over it, and finite: infinity times a product of 0 would be NaN.
+        magnitude = min((abs(self.scale) or 1.0) / (self.softcap or 1.0), _LARGEST)
+        plain = self.softcap is None and self.bias is None and self.alibi_slopes is None
         return {
             **(mask := score_tensor("mask", self.mask, q.shape[0], h, m, n)),
             "MASK_CONTIGUOUS": mask["stride_mask_n"] == 1,
@@ -93,10 +98,8 @@ class Call:
             "offset": self.offset,
             "left": None if self.left is None else min(self.left, reach),
             "right": None if self.right is None else min(self.right, reach),
-            # The kernels scale by a positive number and carry the sign in q, or in k: with it a row's maximum can be
-            # taken before scaling. For scale 0 the scores are 0 because q is made 0. With a softcap it is the scale
-            # over it, and finite: infinity times a product of 0 would be NaN.
-            "magnitude": min((abs(self.scale) or 1.0) / (self.softcap or 1.0), _LARGEST),
+            "magnitude": magnitude,
+            "factor": magnitude if plain else 1.0,  # from scores to logits, as in `score.to_scores`
             "SCALE_SIGN": (self.scale > 0) - (self.scale < 0),
             "softcap": self.softcap,
             "threshold": dropped - 2**32 if dropped >= 2**31 else dropped,

@@ -1,16 +1,10 @@
-"""From the products q.k of a tile to its logits: scale, softcap, bias, ALiBi."""
+"""From the products q.k of a tile to its scores: scale, softcap, bias, ALiBi."""
 
 import triton
 import triton.language as tl
 
 from .softmax import LOG2_E
 from .tiles import score_ptrs
-
-
-@triton.constexpr_function
-def is_plain(softcap, bias_base, slopes_ptr):
-    """Whether logits are products times the scale, which then is left to the exponential."""
-    return softcap is None and bias_base is None and slopes_ptr is None
 
 
 @triton.jit
@@ -26,7 +20,7 @@ def _tanh(x):
 
 
 @triton.jit
-def to_logits(
+def to_scores(
     s,
     start_m,
     start_n,
@@ -45,8 +39,8 @@ def to_logits(
 ):
     """Products s of the queries `start_m + rows` and keys `start_n + cols`, which broadcast, in either orientation.
 
-    `softcap`, `slope` and `bias_base` are None where the call has none. Returns the logits, in natural units, or s
-    itself if it has none of the three; and the softcap's tanh, or s.
+    `softcap`, `slope` and `bias_base` are None where the call has none. Returns the logits, or s itself if it has none
+    of the three, whose scale is left to the exponential; and the softcap's tanh, or s.
     """
     t = s
     if softcap is not None:

@@ -1,9 +1,8 @@
 """Online softmax by the base-2 exponential, the one in hardware (arXiv:2307.08691, algorithm 1), in float32.
 
-Scores s come unscaled and `unit` > 0 is what they are multiplied by. In half precision the unit includes log2(e), so
-that scaling, subtracting the maximum and the change of base are one multiply-add; the maximum is then in base-2 units.
-Where NATURAL holds, units stay natural: for float32 inputs, because the two roundings of lse's change of base would
-show, and for logits with a bias, which may be near the largest number there is.
+Scores s come in a unit of their own, in which the running maximum is kept: `factor` > 0 is what makes logits of them,
+`unit` is that times log2(e). The maximum is subtracted before anything is multiplied. So the largest score leaves
+exactly 0, however large it is, where a multiply-add of its logit would leave half a unit in the last place of it.
 """
 
 import triton
@@ -14,55 +13,46 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def score_unit(magnitude, PLAIN: tl.constexpr, NATURAL: tl.constexpr):
-    """The unit of scores: unscaled where PLAIN, with a scale of this absolute value; logits otherwise."""
-    unit = magnitude if PLAIN else 1.0
-    return unit if NATURAL else unit * LOG2_E
+def exp_scores(s, top, unit, log_sum=0.0):
+    """exp(logit of s - logit of top) / 2^log_sum, where `top` and `log_sum` broadcast."""
+    return tl.exp2((s - top) * unit - log_sum)
 
 
 @triton.jit
-def exp_scores(s, unit, subtracted, NATURAL: tl.constexpr):
-    """exp(scale * s - subtracted), where `subtracted` broadcasts and is in the scores' unit."""
-    x = s * unit - subtracted
-    if NATURAL:
-        x = x * LOG2_E
-    return tl.exp2(x)
-
-
-@triton.jit
-def softmax_step(s, row_max, row_sum, unit, NATURAL: tl.constexpr):
+def softmax_step(s, row_max, row_sum, unit):
     """Folds the scores s [BLOCK_M, BLOCK_N] in. Returns p [BLOCK_M, BLOCK_N], row_max, row_sum, rescale [BLOCK_M].
 
     `rescale` is what everything accumulated so far must be multiplied by.
     """
-    new_max = tl.maximum(row_max, tl.max(s, 1) * unit)
+    new_max = tl.maximum(row_max, tl.max(s, 1))
     # While a row has seen nothing its maximum is -inf, and -inf - -inf is NaN: subtract 0 instead.
-    subtracted = tl.where(new_max == float("-inf"), 0.0, new_max)
+    top = tl.where(new_max == float("-inf"), 0.0, new_max)
     # [BLOCK_M, BLOCK_N]
-    p = exp_scores(s, unit, subtracted[:, None], NATURAL)
-    rescale = exp_scores(row_max, 1.0, subtracted, NATURAL)
+    p = exp_scores(s, top[:, None], unit)
+    rescale = exp_scores(row_max, top, unit)
     return p, new_max, row_sum * rescale + tl.sum(p, 1), rescale
 
 
 @triton.jit
-def first_statistics(sinks_ptr, i_h, BLOCK_M: tl.constexpr, NATURAL: tl.constexpr):
-    """row_max and row_sum [BLOCK_M] before any key: the sink's, whose weight goes to no value, or nothing's."""
-    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+def finish_rows(row_max, row_sum, sinks_ptr, i_h, factor):
+    """What the rows [BLOCK_M] come to once they have seen every key, with the sink of head `i_h` in their denominator.
+
+    Returns the factor from what is accumulated to the output; lse, -inf where a row saw nothing; and what the backward
+    knows weights by, `top` and `log_sum` of `exp_scores`, the latter +inf where a row saw nothing.
+    """
+    top = tl.where(row_sum == 0.0, 0.0, row_max)
+    largest = top * factor
+    total = row_sum
+    shrink = tl.where(row_sum == 0.0, 0.0, 1.0)
+    ahead = 0.0  # of the sink over the largest logit
     if sinks_ptr is not None:
-        sink = tl.minimum(tl.load(sinks_ptr + i_h) * (1.0 if NATURAL else LOG2_E), 3.4e38)  # inf - inf would be NaN
-        row_max = tl.zeros([BLOCK_M], dtype=tl.float32) + sink
-    return row_max, tl.where(row_max == float("-inf"), 0.0, 1.0)
-
-
-@triton.jit
-def log_sum_exp(row_max, row_sum, NATURAL: tl.constexpr):
-    """Natural log of the softmax's denominator [BLOCK_M]; -inf where a row saw nothing."""
-    lse = row_max + tl.log(row_sum) if NATURAL else (row_max + tl.log2(row_sum)) * LN_2
-    return tl.where(row_sum == 0.0, float("-inf"), lse)
-
-
-@triton.jit
-def subtracted_lse(lse, NATURAL: tl.constexpr):
-    """lse [BLOCK_M] in the scores' unit, for recomputing p; +inf for -inf, so that an empty row's p is 0, not NaN."""
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    return lse if NATURAL else lse * LOG2_E
+        sink = tl.minimum(tl.load(sinks_ptr + i_h), 3.4e38)  # inf - inf would be NaN
+        lead = sink - largest
+        # The sum is taken relative to the larger of the two.
+        ahead = tl.where(row_sum == 0.0, lead, tl.maximum(lead, 0.0))
+        shrink = tl.where(row_sum == 0.0, 0.0, tl.exp2(ahead * -LOG2_E))
+        total = row_sum * shrink + tl.where(sink == float("-inf"), 0.0, tl.exp2((lead - ahead) * LOG2_E))
+        largest = tl.where(ahead == lead, sink, largest)
+    lse = tl.where(total == 0.0, float("-inf"), largest + tl.log(total))
+    log_sum = tl.where(total == 0.0, float("inf"), ahead * LOG2_E + tl.log2(total))
+    return shrink / tl.where(total == 0.0, 1.0, total), lse, top, log_sum

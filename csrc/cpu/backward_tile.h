@@ -1,4 +1,4 @@
-// The backward's building block: the probabilities and score gradients of one tile, recomputed from lse.
+// The backward's building block: the probabilities and score gradients of one tile, recomputed from their statistics.
 #pragma once
 
 #include <optional>
@@ -36,7 +36,8 @@ class BackwardTile {
           extra_rows_(scratch.take<A>(args.bias || args.mask ? kKeys * kQueries : 0)),
           extra_tile_(scratch.take<A>(args.bias || args.mask ? kKeys * kQueries : 0)),
           keep_(scratch.take<A>(args.dropout ? kKeys * kQueries : 0)),
-          lse_(scratch.take<A>(kQueries)),
+          row_max_(scratch.take<A>(kQueries)),
+          log_sum_(scratch.take<A>(kQueries)),
           delta_(scratch.take<A>(kQueries)),
           d_lse_(scratch.take<A>(kQueries)) {}
 
@@ -46,16 +47,18 @@ class BackwardTile {
         mask_.emplace(args_, rows_, extra_rows_, extra_tile_);
         lanes_ = padded<A>(rows_.count);
         const int64_t row = statistic(args_, sequence, head, i);
-        const A* lse = static_cast<const A*>(args_.lse) + row;
+        const A* row_max = static_cast<const A*>(args_.row_max) + row;
+        const A* log_sum = static_cast<const A*>(args_.log_sum) + row;
         const A* delta = static_cast<const A*>(args_.delta) + row;
         const A* d_lse = args_.d_lse ? static_cast<const A*>(args_.d_lse) + row : nullptr;
         bool every = true;
         for (int64_t lane = 0; lane < kQueries; ++lane) {
             // A row that sees nothing, and padding: weights of exp(s - inf) = 0. Its q and d_out are kept out as well.
-            const bool sees = lane < rows_.count && lse[lane] != -static_cast<A>(INFINITY);
+            const bool sees = lane < rows_.count && log_sum[lane] != static_cast<A>(INFINITY);
             sees_[lane] = sees;
             every &= sees || lane >= rows_.count;
-            lse_[lane] = sees ? lse[lane] : static_cast<A>(INFINITY);
+            row_max_[lane] = sees ? row_max[lane] : A(0);
+            log_sum_[lane] = sees ? log_sum[lane] : static_cast<A>(INFINITY);
             delta_[lane] = sees ? delta[lane] : A(0);
             d_lse_[lane] = sees && d_lse ? d_lse[lane] : A(0);
         }
@@ -88,12 +91,12 @@ class BackwardTile {
             product(lane, seen, args_.dv, d_out_t_, v_along, ds_);
         }
         const Score<A> score(args_, rows_, extra_rows_, extra_tile_);
-        const A factor = score.apply(p_, j, count, lanes_, all ? nullptr : visible_, cap_slope_);
+        score.apply(p_, j, count, lanes_, all ? nullptr : visible_, cap_slope_);
         if (args_.dropout) {
             draw_keep<A>(args_, rows_, j, count, lanes_, keep_);
-            differentiate<true>(factor);
+            differentiate<true>();
         } else {
-            differentiate<false>(factor);
+            differentiate<false>();
         }
         return true;
     }
@@ -166,13 +169,16 @@ class BackwardTile {
                 {false, nullptr});
     }
 
-    // factor * logits and dP -> P with dropout and dS = P (dP - delta + d_lse).
+    // Scores and dP -> P with dropout and dS = P (dP - delta + d_lse).
     template <bool Dropout>
-    void differentiate(A factor) {
+    void differentiate() {
+        const A factor = Score<A>::factor(args_);
         for (int64_t lane = 0; lane < lanes_; lane += W) {
-            const Vec<A> lse = load(lse_ + lane), delta = load(delta_ + lane), d_lse = load(d_lse_ + lane);
+            const Vec<A> top = load(row_max_ + lane), log_sum = load(log_sum_ + lane);
+            const Vec<A> delta = load(delta_ + lane), d_lse = load(d_lse_ + lane);
             for (int64_t at = lane; at < keys_ * kQueries; at += kQueries) {
-                const Vec<A> p = exp<A>(load(p_ + at) * factor - lse);
+                // The scores have the bits that they had in the forward, so that the largest leaves exactly 0.
+                const Vec<A> p = exp<A>((load(p_ + at) - top) * factor - log_sum);
                 Vec<A> dp = load(ds_ + at), dropped = p;
                 if constexpr (Dropout) {
                     const Vec<A> keep = load(keep_ + at);
@@ -188,7 +194,8 @@ class BackwardTile {
 
     const AttentionArgs& args_;
     E *q_t_, *d_out_t_, *q_rows_, *d_out_rows_, *k_rows_, *v_rows_, *k_across_rows_, *ds_across_;
-    A *p_, *ds_, *visible_, *cap_slope_, *extra_rows_, *extra_tile_, *keep_, *lse_, *delta_, *d_lse_;
+    A *p_, *ds_, *visible_, *cap_slope_, *extra_rows_, *extra_tile_, *keep_, *row_max_, *log_sum_;
+    A *delta_, *d_lse_;
     uint8_t seen_[kKeys], sees_[kQueries];
     Rows rows_;
     std::optional<Mask<A>> mask_;

@@ -47,7 +47,7 @@ class Forward {
         Forward forward(call.args, scratch);
         const int64_t chunk = number % call.chunks.count;
         const Rows rows = rows_of(call, number / call.chunks.count);
-        forward.attend(rows, {chunk * call.chunks.keys, (chunk + 1) * call.chunks.keys}, chunk == 0);
+        forward.attend(rows, {chunk * call.chunks.keys, (chunk + 1) * call.chunks.keys});
         if (call.partials) {
             forward.leave(call.partials + number * partial_size(call.args));
         } else {
@@ -78,6 +78,7 @@ class Forward {
 
     Forward(const AttentionArgs& args, Scratch& scratch)
         : args_(args),
+          factor_(Score<A>::factor(args)),
           q_rows_(scratch.take<E>(kQueries * round_up(operands<E>(args.d), W))),
           // Q across, or where few_ K across: [d][kQueries] or [d][kKeys].
           turned_(scratch.take<E>(larger(kQueries, kKeys) * round_up(operands<E>(args.d), W))),
@@ -105,9 +106,9 @@ class Forward {
         width_ = few_ ? padded<A>(args_.dv) : kQueries;
     }
 
-    void attend(const Rows& rows, Range chunk, bool with_sink) {
+    void attend(const Rows& rows, Range chunk) {
         lay_out(rows);
-        start(rows, with_sink);
+        start(rows);
         const Mask<A> mask(args_, rows, extra_rows_, extra_tile_);
         const Score<A> score(args_, rows, extra_rows_, extra_tile_);
         const Range keys{larger(mask.keys().begin, chunk.begin), smaller(mask.keys().end, chunk.end)};
@@ -118,14 +119,13 @@ class Forward {
         }
     }
 
-    void start(const Rows& rows, bool with_sink) {
+    void start(const Rows& rows) {
         q_ = rows.template load<E, T>(args_.q, args_.d, q_rows_);
         if (!few_) transpose<E>(q_, rows.count, operands<E>(args_.d), {turned_, kQueries}, lanes_);
         std::memset(out_, 0, static_cast<size_t>(columns_ * width_) * sizeof(A));
         for (int64_t lane = 0; lane < lanes_; ++lane) {
-            const bool sink = args_.sinks && with_sink && lane < rows.count;
-            row_max_[lane] = sink ? static_cast<const A*>(args_.sinks)[rows.head[lane]] : -static_cast<A>(INFINITY);
-            row_sum_[lane] = row_max_[lane] == -static_cast<A>(INFINITY) ? A(0) : A(1);
+            row_max_[lane] = -static_cast<A>(INFINITY);
+            row_sum_[lane] = 0;
         }
     }
 
@@ -142,7 +142,7 @@ class Forward {
             const Range keys = keys_of(lane);
             if (keys.end > keys.begin) score_strip(lane, smaller(strip, lanes_ - lane), k, keys);
         }
-        const A factor = score.apply(scores_, j, count, lanes_, all ? nullptr : visible_, nullptr);
+        score.apply(scores_, j, count, lanes_, all ? nullptr : visible_, nullptr);
         if (args_.dropout) draw_keep<A>(args_, rows, j, count, lanes_, keep_);
         const Lanes<const E> v = load_values(rows, j, count, view);
         for (int64_t lane = 0; lane < lanes_; lane += strip) {
@@ -150,9 +150,9 @@ class Forward {
             if (keys.end <= keys.begin) continue;
             const int64_t lanes = smaller(strip, lanes_ - lane);
             if (args_.dropout) {
-                softmax<true>(lane, lanes, keys, factor);
+                softmax<true>(lane, lanes, keys);
             } else {
-                softmax<false>(lane, lanes, keys, factor);
+                softmax<false>(lane, lanes, keys);
             }
             add_values(lane, lanes, keys, v);
         }
@@ -170,10 +170,17 @@ class Forward {
                 {false, nullptr});
     }
 
-    // scores -> operands exp(factor * scores - running maximum), with dropout, and the factor by which the earlier part
-    // of the row shrinks. The first key is even.
+    // e^(logit - the running maximum's). The difference is taken first: it is exact near the maximum, however large
+    // that is, where a multiply-add of the logit would leave half a unit in the last place of a huge number.
+    Vec<A> weight(Vec<A> score, Vec<A> top) const { return exp<A>((score - top) * factor_); }
+
+    // A row that has seen nothing yet has a maximum of -inf; subtracting 0 instead gives weights of 0, not NaN.
+    static Vec<A> subtractable(Vec<A> top) { return top == -static_cast<A>(INFINITY) ? Vec<A>{} : top; }
+
+    // scores -> operands of weights, with dropout, and the factor by which the earlier part of the row shrinks. The
+    // first key is even.
     template <bool Dropout>
-    void softmax(int64_t first_lane, int64_t lanes, Range keys, A factor) {
+    void softmax(int64_t first_lane, int64_t lanes, Range keys) {
         constexpr int S = kStep<E>;
         E* const weights = reinterpret_cast<E*>(scores_);
         for (int64_t lane = first_lane; lane < first_lane + lanes; lane += W) {
@@ -182,17 +189,15 @@ class Forward {
             for (int64_t key = keys.begin + 1; key < keys.end; ++key) {
                 tile_max = running_max<A>(tile_max, load(scores_ + key * kQueries + lane));
             }
-            const Vec<A> top = running_max<A>(old_max, tile_max * factor);
-            // A row that has seen nothing yet has a maximum of -inf; subtracting 0 then gives weights of 0, not NaN.
-            const Vec<A> shift = top == -static_cast<A>(INFINITY) ? Vec<A>{} : top;
-            const Vec<A> shrink = exp<A>(old_max - shift);
+            const Vec<A> top = running_max<A>(old_max, tile_max), shift = subtractable(top);
+            const Vec<A> shrink = weight(old_max, shift);
             Vec<A> sum = {};
             for (int64_t key = keys.begin; key < keys.end; key += S) {
                 Vec<A> p[S] = {};
 #pragma GCC unroll 2
                 for (int s = 0; s < S; ++s) {
                     if (s > 0 && key + s >= keys.end) break;
-                    p[s] = exp<A>(load(scores_ + (key + s) * kQueries + lane) * factor - shift);
+                    p[s] = weight(load(scores_ + (key + s) * kQueries + lane), shift);
                     sum += p[s];
                     if constexpr (Dropout) p[s] *= load(keep_ + (key + s) * kQueries + lane);
                 }
@@ -223,18 +228,17 @@ class Forward {
     void add_few(const Rows& rows, const Score<A>& score, int64_t j, int64_t count, Lanes<const E> k, View view) {
         const A* const visible = view.sight == View::all ? nullptr : visible_;
         score_few(rows, count, k, later(args_.v, rows, j, args_.dv));
-        A factor = args_.scale;
-        if (!score.plain(visible)) {
+        if (score.applies(visible)) {
             transpose<A>({few_scores_, kKeys}, rows.count, count, {scores_, kQueries}, lanes_);
-            factor = score.apply(scores_, j, count, lanes_, visible, nullptr);
+            score.apply(scores_, j, count, lanes_, visible, nullptr);
             transpose<A>({scores_, kQueries}, count, lanes_, {few_scores_, kKeys}, round_up(count, W));
         }
         if (args_.dropout) {
             draw_keep<A>(args_, rows, j, count, lanes_, keep_);
             transpose<A>({keep_, kQueries}, count, lanes_, {few_keep_, kKeys}, round_up(count, W));
-            softmax_few<true>(rows.count, count, factor);
+            softmax_few<true>(rows.count, count);
         } else {
-            softmax_few<false>(rows.count, count, factor);
+            softmax_few<false>(rows.count, count);
         }
         const Lanes<const E> v = load_values(rows, j, count, view);
         scale_rows(rescale_);
@@ -265,28 +269,27 @@ class Forward {
         return {reinterpret_cast<const char*>(row), count, tensor.stride[2] * size, columns * size};
     }
 
-    // Weights [query][key] where the scores were. Keys that are not there have a logit of -inf.
+    // Weights [query][key] where the scores were. Keys that are not there have a score of -inf.
     template <bool Dropout>
-    void softmax_few(int64_t rows, int64_t count, A factor) {
+    void softmax_few(int64_t rows, int64_t count) {
         constexpr int S = kStep<E>;
         E* const weights = reinterpret_cast<E*>(few_scores_);
-        const auto logits = [&](int64_t row, int64_t key) {
-            const Vec<A> found = load(few_scores_ + row * kKeys + key) * factor;
+        const auto scores = [&](int64_t row, int64_t key) {
+            const Vec<A> found = load(few_scores_ + row * kKeys + key);
             return first_lanes<A>(count - key) ? found : fill<A>(-static_cast<A>(INFINITY));
         };
         Vec<A> square[W];
         for (int row = 0; row < W; ++row) {
             square[row] = fill<A>(-static_cast<A>(INFINITY));
             for (int64_t key = 0; row < rows && key < count; key += W) {
-                square[row] = running_max<A>(square[row], logits(row, key));
+                square[row] = running_max<A>(square[row], scores(row, key));
             }
         }
         transpose_square<A>(square);
         const Vec<A> old_max = load(row_max_);
         Vec<A> top = old_max;
         for (int row = 0; row < W; ++row) top = running_max<A>(top, square[row]);
-        const Vec<A> shift = top == -static_cast<A>(INFINITY) ? Vec<A>{} : top;
-        const Vec<A> shrink = exp<A>(old_max - shift);
+        const Vec<A> shift = subtractable(top), shrink = weight(old_max, shift);
         for (int row = 0; row < W; ++row) {
             square[row] = Vec<A>{};
             for (int64_t key = 0; row < rows && key < count; key += S * W) {
@@ -295,7 +298,7 @@ class Forward {
                 for (int s = 0; s < S; ++s) {
                     const int64_t at = key + s * W;
                     if (at >= count) break;
-                    p[s] = exp<A>(logits(row, at) - shift[row]);
+                    p[s] = weight(scores(row, at), fill<A>(shift[row]));
                     square[row] += p[s];
                     if constexpr (Dropout) p[s] *= load(few_keep_ + row * kKeys + at);
                 }
@@ -340,8 +343,7 @@ class Forward {
         A other[kQueries] = {};
         for (int64_t lane = 0; lane < lanes_; lane += W) {
             const Vec<A> mine = load(row_max_ + lane), theirs = load(max + lane), top = running_max<A>(mine, theirs);
-            const Vec<A> shift = top == -static_cast<A>(INFINITY) ? Vec<A>{} : top;
-            const Vec<A> keep = exp<A>(mine - shift), add = exp<A>(theirs - shift);
+            const Vec<A> keep = weight(mine, subtractable(top)), add = weight(theirs, subtractable(top));
             store(row_sum_ + lane, load(row_sum_ + lane) * keep + load(sum + lane) * add);
             store(row_max_ + lane, top);
             store(rescale_ + lane, keep);
@@ -357,26 +359,42 @@ class Forward {
         }
     }
 
-    // out = accumulated / row_sum, lse = max + log(row_sum); a row that sees nothing has 0 and -inf.
+    // out = accumulated / denominator; a row that sees nothing has 0.
     void finish(const Rows& rows) {
-        A* const lse = static_cast<A*>(args_.lse);
-        for (int64_t lane = 0; lane < rows.count; ++lane) {
-            lse[statistic(args_, rows.sequence, rows.head[lane], rows.query[lane])] =
-                row_max_[lane] + std::log(row_sum_[lane]);
-        }
+        A inverse[kQueries];
+        for (int64_t lane = 0; lane < rows.count; ++lane) inverse[lane] = close(rows, lane);
         const int64_t width = padded<A>(args_.dv);
         if (!few_) transpose<A>({out_, kQueries}, args_.dv, lanes_, {out_rows_, width}, width);
         for (int64_t lane = 0; lane < rows.count; ++lane) {
             T* to = query_row<T>(args_.out, rows.sequence, rows.head[lane], rows.query[lane]);
-            if (row_sum_[lane] == 0) {
-                std::memset(to, 0, static_cast<size_t>(args_.dv) * sizeof(T));  // not 0 / 0, nor 0 * NaN
+            if (inverse[lane] == 0) {
+                std::memset(to, 0, static_cast<size_t>(args_.dv) * sizeof(T));  // 0 times a NaN would be one
             } else {
-                store_row((few_ ? out_ : out_rows_) + lane * width, args_.dv, A(1) / row_sum_[lane], to);
+                store_row((few_ ? out_ : out_rows_) + lane * width, args_.dv, inverse[lane], to);
             }
         }
     }
 
+    // Writes the statistics of a row, in whose denominator is the sink. Returns the factor from what is accumulated to
+    // the output.
+    A close(const Rows& rows, int64_t lane) {
+        constexpr A infinity = static_cast<A>(INFINITY);
+        const A sink = args_.sinks ? static_cast<const A*>(args_.sinks)[rows.head[lane]] : -infinity;
+        const bool empty = row_sum_[lane] == 0;
+        const A score = empty ? A(0) : row_max_[lane];
+        // The sum is taken relative to the larger of the largest logit and the sink.
+        const A lead = std::fma(-score, factor_, sink), ahead = empty || lead > 0 ? lead : A(0);
+        const A shrink = empty ? A(0) : ahead > 0 ? std::exp(-ahead) : A(1);
+        const A sum = row_sum_[lane] * shrink + (sink == -infinity ? A(0) : std::exp(lead - ahead));
+        const int64_t row = statistic(args_, rows.sequence, rows.head[lane], rows.query[lane]);
+        static_cast<A*>(args_.lse)[row] = (ahead == lead ? sink : score * factor_) + std::log(sum);
+        static_cast<A*>(args_.row_max)[row] = score;
+        static_cast<A*>(args_.log_sum)[row] = sum == 0 ? infinity : ahead + std::log(sum);
+        return empty ? A(0) : shrink / sum;
+    }
+
     const AttentionArgs& args_;
+    const A factor_;  // from scores to logits
     E *q_rows_, *turned_, *k_rows_, *v_rows_;
     T* paged_rows_;
     A *scores_, *out_, *row_max_, *row_sum_, *rescale_, *out_rows_, *visible_, *extra_rows_, *extra_tile_, *keep_;

@@ -1,4 +1,5 @@
-// From q.k to the logits of a tile (softcap, bias, ALiBi, visibility). Tiles are [key][query].
+// From q.k to the scores of a tile (softcap, bias, ALiBi, visibility), which are logits but for a factor. Tiles are
+// [key][query].
 #pragma once
 
 #include "mask.h"
@@ -25,29 +26,34 @@ class Score {
         }
     }
 
-    // Logits are products times a factor.
-    bool plain(const A* visible) const {
-        return softcap_ == 0 && !args_.bias && !args_.alibi_slopes && !visible && scale_ >= 0;
-    }
+    // What scores are multiplied by to be logits. Where the scale is all that products q.k lack, it is left to the
+    // exponential. It is positive, so that a maximum stays one and -inf stays hidden.
+    static A factor(const AttentionArgs& args) { return plain(args) ? static_cast<A>(args.scale) : A(1); }
 
-    // Turns products q.k into logits in place; `visible` is null where all of the tile is. With a softcap and a
-    // non-null cap_slope, that receives the softcap's derivative. Returns the factor that the logits still lack: a
-    // plain tile is left as it is, because its reader multiplies for free. The factor is never negative, so that a
-    // maximum stays one.
-    A apply(A* tile, int64_t j, int64_t keys, int64_t lanes, const A* visible, A* cap_slope) const {
-        if (plain(visible)) return scale_;
-        if (softcap_ != 0) {
-            apply_softcap(tile, keys, lanes, cap_slope);
-        } else {
-            apply_scale(tile, keys, lanes);
+    // Whether `apply` does anything to a tile.
+    bool applies(const A* visible) const { return visible || !plain(args_); }
+
+    // Turns products q.k into scores in place; `visible` is null where all of the tile is. With a softcap and a
+    // non-null cap_slope, that receives the softcap's derivative.
+    void apply(A* tile, int64_t j, int64_t keys, int64_t lanes, const A* visible, A* cap_slope) const {
+        if (!plain(args_)) {
+            if (softcap_ != 0) {
+                apply_softcap(tile, keys, lanes, cap_slope);
+            } else {
+                apply_scale(tile, keys, lanes);
+            }
+            if (args_.bias) add_bias(tile, j, keys, lanes);
+            if (args_.alibi_slopes) add_alibi(tile, j, keys, lanes);
         }
-        if (args_.bias) add_bias(tile, j, keys, lanes);
-        if (args_.alibi_slopes) add_alibi(tile, j, keys, lanes);
         if (visible) hide(tile, keys, lanes, visible);
-        return 1;
     }
 
   private:
+    // Whether scores are the products themselves.
+    static bool plain(const AttentionArgs& args) {
+        return args.softcap == 0 && !args.bias && !args.alibi_slopes && static_cast<A>(args.scale) > 0;
+    }
+
     void apply_scale(A* tile, int64_t keys, int64_t lanes) const {
         for (int64_t key = 0; key < keys; ++key) {
             for (int64_t lane = 0; lane < lanes; lane += kWidth<A>) {

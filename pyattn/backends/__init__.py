@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, dtype_name
+from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, Results, dtype_name
 
 
 class KernelError(Exception):
@@ -43,9 +43,8 @@ class Backend(ABC):
         return self.unavailable() or _undeclared(self, spec)
 
     @abstractmethod
-    def forward(self, spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
-        """Returns out [b, h, m, dv] in q's dtype, laid out by `empty_output`, and lse [b, h, m], contiguous.
-
+    def forward(self, spec: AttentionSpec, x: Inputs) -> Results:
+        """
         Raises:
             KernelError: as does `backward`.
         """
@@ -55,20 +54,20 @@ class Backend(ABC):
         self,
         spec: AttentionSpec,
         x: Inputs,
-        out: Tensor,
-        lse: Tensor,
+        y: Results,
         d_out: Tensor,
         d_lse: Tensor | None,
         bias_gradient: bool,
     ) -> Grads:
         """Gradients of sum(out * d_out) + sum(lse * d_lse). `d_out` may have any strides, zero ones included.
 
+        y: what `forward` gave for x.
         bias_gradient: False for a bias that is a constant, such as an additive mask; its gradient is then None.
         """
 
     @abstractmethod
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
-        """Peak scratch memory of (forward, backward) beyond inputs, out, lse and the gradients themselves."""
+        """Peak scratch memory of (forward, backward) beyond inputs, results and the gradients themselves."""
 
 
 @lru_cache(maxsize=4096)  # a look-up takes 0.3 us, to go through the declaration 2 us

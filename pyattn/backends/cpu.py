@@ -11,7 +11,7 @@ import torch  # before pyattn._C, so that both share torch's OpenMP runtime
 from torch import Tensor
 
 from pyattn.backends import Backend
-from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, empty_gradients, empty_output, unit_stride
+from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, Results, empty_gradients, empty_results, unit_stride
 
 _DTYPE_NAMES = {
     torch.float32: "float32",
@@ -45,18 +45,16 @@ class CpuBackend(Backend):
         extension = _extension()
         return extension if isinstance(extension, str) else None
 
-    def forward(self, spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
-        out = empty_output(x.q, spec.dv)
-        lse = x.q.new_empty((spec.b, spec.h, spec.m), dtype=spec.accumulator)
-        self._run("forward", spec, x, out=out, lse=lse)
-        return out, lse
+    def forward(self, spec: AttentionSpec, x: Inputs) -> Results:
+        y = empty_results(x.q, spec.dv)
+        self._run("forward", spec, x, **y._asdict())
+        return y
 
     def backward(
         self,
         spec: AttentionSpec,
         x: Inputs,
-        out: Tensor,
-        lse: Tensor,
+        y: Results,
         d_out: Tensor,
         d_lse: Tensor | None,
         bias_gradient: bool,
@@ -64,9 +62,10 @@ class CpuBackend(Backend):
         grads = empty_gradients(x, bias_gradient)
         self._run(
             "backward", spec, x,
-            out=out, lse=lse.contiguous(), d_out=unit_stride(d_out),
+            out=y.out, **{name: t.contiguous() for name, t in y._asdict().items() if name != "out"},
+            d_out=unit_stride(d_out),
             d_lse=None if d_lse is None else d_lse.to(spec.accumulator).contiguous(),
-            delta=torch.empty_like(lse, memory_format=torch.contiguous_format),
+            delta=torch.empty_like(y.lse, memory_format=torch.contiguous_format),
             d_q=grads.q, d_k=grads.k, d_v=grads.v, d_bias=grads.bias, d_sinks=grads.sinks,
         )  # fmt: skip
         return grads

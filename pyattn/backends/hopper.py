@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyattn.backends import Backend
 from pyattn.backends.triton import TritonBackend, call_of
-from pyattn.spec import AttentionSpec, Grads, Inputs, empty_gradients, empty_output, unit_stride
+from pyattn.spec import AttentionSpec, Grads, Inputs, Results, empty_gradients, empty_results, unit_stride
 
 # The releases whose machine code was looked at (tests/test_hopper_compile.py). Gluon moves between them.
 _TESTED = ("3.6", "3.7", "3.8")
@@ -18,7 +18,7 @@ _SCALES = (1e-30, 1e30)  # products times it, and lse divided by it, stay in flo
 
 
 class HopperBackend(TritonBackend):
-    """Head sizes above 128 have Triton's backward: the two agree about out and lse."""
+    """Head sizes above 128 have Triton's backward: the two agree about the results of a forward."""
 
     name = "hopper"
     devices = frozenset({"cuda"})
@@ -36,23 +36,21 @@ class HopperBackend(TritonBackend):
     def refusal(self, spec: AttentionSpec) -> str | None:
         return Backend.refusal(self, spec) or _undescribable(spec) or self.failure(spec)
 
-    def forward(self, spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
+    def forward(self, spec: AttentionSpec, x: Inputs) -> Results:
         from pyattn.triton_kernels.hopper_fwd import hopper_fwd
 
-        out = empty_output(x.q, spec.dv)
-        lse = x.q.new_empty(spec.b, spec.h, spec.m, dtype=torch.float32)
+        y = empty_results(x.q, spec.dv)
         if 0 in (spec.b, spec.m, spec.n):
-            return out.zero_(), lse.fill_(-torch.inf)
+            return Results(y.out.zero_(), y.lse.fill_(-torch.inf), y.row_max.zero_(), y.log_sum.fill_(torch.inf))
         with self.compiling(spec):
-            hopper_fwd(_rows(x.q), _rows(x.k), _rows(x.v), out, lse, call_of(spec, x))
-        return out, lse
+            hopper_fwd(_rows(x.q), _rows(x.k), _rows(x.v), *y, call_of(spec, x))
+        return y
 
     def backward(
         self,
         spec: AttentionSpec,
         x: Inputs,
-        out: Tensor,
-        lse: Tensor,
+        y: Results,
         d_out: Tensor,
         d_lse: Tensor | None,
         bias_gradient: bool,
@@ -60,7 +58,7 @@ class HopperBackend(TritonBackend):
         from pyattn.triton_kernels.hopper_bwd import MAX_HEAD_DIM, hopper_bwd
 
         if max(spec.d, spec.dv) > MAX_HEAD_DIM:
-            return super().backward(spec, x, out, lse, d_out, d_lse, bias_gradient)
+            return super().backward(spec, x, y, d_out, d_lse, bias_gradient)
         grads = empty_gradients(x, False)
         gradients = (grads.q, grads.k, grads.v)
         if 0 in (spec.b, spec.m, spec.n):
@@ -68,10 +66,13 @@ class HopperBackend(TritonBackend):
                 gradient.zero_()
             return grads
         d_lse = None if d_lse is None else d_lse.float().contiguous()
-        tensors = (_rows(t) for t in (x.q, x.k, x.v, out))
+        tensors = (_rows(t) for t in (x.q, x.k, x.v, y.out))
         written = [_rows(gradient) for gradient in gradients]
         with self.compiling(spec):
-            hopper_bwd(*tensors, lse.contiguous(), _rows(unit_stride(d_out)), d_lse, *written, call_of(spec, x))
+            hopper_bwd(
+                *tensors, y.row_max.contiguous(), y.log_sum.contiguous(), _rows(unit_stride(d_out)), d_lse, *written,
+                call_of(spec, x),
+            )  # fmt: skip
         for gradient, result in zip(gradients, written, strict=True):
             if result is not gradient:
                 gradient.copy_(result)

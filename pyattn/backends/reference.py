@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyattn import dropout
 from pyattn.backends import Backend
-from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs
+from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, Results
 
 
 class ReferenceBackend(Backend):
@@ -26,16 +26,16 @@ class ReferenceBackend(Backend):
     def unavailable(self) -> str | None:
         return None
 
-    def forward(self, spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
+    def forward(self, spec: AttentionSpec, x: Inputs) -> Results:
         out, lse = definition(spec, cast(x, torch.float64))
-        return out.to(spec.dtype), lse.to(spec.accumulator)
+        lse = lse.to(spec.accumulator)
+        return Results(out.to(spec.dtype), lse, lse, lse)  # its backward needs none of them
 
     def backward(
         self,
         spec: AttentionSpec,
         x: Inputs,
-        out: Tensor,
-        lse: Tensor,
+        y: Results,
         d_out: Tensor,
         d_lse: Tensor | None,
         bias_gradient: bool,
@@ -87,7 +87,8 @@ def rounding(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor) -> di
     """The error that no algorithm avoids in out, lse and every gradient, in units of the accumulator's eps.
 
     Each term of each sum is rounded once; independent roundings add up by their squares, which is what is summed here
-    in place of the terms. A weight exp(s - lse) carries the roundings of s and lse: the factor 1 + |s| + |lse|.
+    in place of the terms. A weight carries the roundings of its row's scores by the softmax's derivative: a score of
+    its own by 1 - p, which leaves nothing of it where the weight is 1, and the others by theirs.
     """
     see, x = visible(spec, x), _in_a_row(x)
     k, v = (_over_heads(_drop_unseen(t, see), spec) for t in (x.k, x.v))
@@ -95,7 +96,8 @@ def rounding(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor) -> di
     p, lse = weights(spec, x, s)
     p_sink = None if x.sinks is None else (x.sinks[:, None] - lse).exp()
     s, lse = (torch.where(t == -torch.inf, 0.0, t).abs() for t in (s, lse))
-    p2 = (p * (1 + s + lse[..., None])).square()
+    ps2 = (p * s).square()
+    p2 = p.square() * (1 + ((1 - p) * s).square() + ps2.sum(-1, keepdim=True) - ps2)
     kept2 = p2 * dropout_keep(spec, x) / (1 - spec.dropout_p) ** 2 if spec.dropout_p > 0 else p2
     d_p2 = d_out.square() @ v.square().transpose(-1, -2) * kept2
     delta2 = d_p2.sum(-1, keepdim=True) + d_lse.square()[..., None]
@@ -106,7 +108,7 @@ def rounding(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor) -> di
     }
     found = {
         "out": kept2 @ v.square(),
-        "lse": lse.square() + (p * s).square().sum(-1),
+        "lse": lse.square() + ps2.sum(-1),
         "d_q": spec.scale**2 * d_s2 @ k.square(),
         **{name: t.unflatten(1, (spec.hk, spec.h // spec.hk)).sum(2) for name, t in per_head.items()},
     }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyattn.backends import Backend, KernelError
-from pyattn.spec import AttentionSpec, Grads, Inputs, empty_gradients, empty_output, unit_stride
+from pyattn.spec import AttentionSpec, Grads, Inputs, Results, empty_gradients, empty_results, unit_stride
 
 if TYPE_CHECKING:
     from pyattn.triton_kernels.launch import Call
@@ -63,23 +63,20 @@ class TritonBackend(Backend):
             self._failures[_kind(spec)] = reason
             raise KernelError(reason) from error
 
-    def forward(self, spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
+    def forward(self, spec: AttentionSpec, x: Inputs) -> Results:
         from pyattn.triton_kernels.decode import decode, suits
         from pyattn.triton_kernels.flash_fwd import flash_fwd
 
-        out = empty_output(x.q, spec.dv)
-        lse = x.q.new_empty(spec.b, spec.h, spec.m, dtype=torch.float32)
-        call = call_of(spec, x)
+        y, call = empty_results(x.q, spec.dv), call_of(spec, x)
         with self.compiling(spec):
-            (decode if suits(x.q, x.k, call) else flash_fwd)(x.q, x.k, x.v, out, lse, call)
-        return out, lse
+            (decode if suits(x.q, x.k, call) else flash_fwd)(x.q, x.k, x.v, *y, call)
+        return y
 
     def backward(
         self,
         spec: AttentionSpec,
         x: Inputs,
-        out: Tensor,
-        lse: Tensor,
+        y: Results,
         d_out: Tensor,
         d_lse: Tensor | None,
         bias_gradient: bool,
@@ -91,12 +88,13 @@ class TritonBackend(Backend):
             grads.bias.zero_()
         d_out = unit_stride(d_out)
         d_lse = None if d_lse is None else d_lse.float().contiguous()
-        lse = lse.contiguous()
+        row_max, log_sum = y.row_max.contiguous(), y.log_sum.contiguous()
         with self.compiling(spec):
             delta = flash_bwd(
-                x.q, x.k, x.v, out, lse, d_out, d_lse, grads.q, grads.k, grads.v, grads.bias, call_of(spec, x)
+                x.q, x.k, x.v, y.out, row_max, log_sum, d_out, d_lse, grads.q, grads.k, grads.v, grads.bias,
+                call_of(spec, x),
             )  # fmt: skip
-        return grads if x.sinks is None else grads._replace(sinks=_sink_gradient(x.sinks, lse, delta))
+        return grads if x.sinks is None else grads._replace(sinks=_sink_gradient(x.sinks, y.lse, delta))
 
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
         from pyattn.triton_kernels import config, decode
