@@ -14,17 +14,23 @@ class Backward {
 
   public:
     static void run(const AttentionArgs& args) {
-        Call call{args, threads_worth(args), longest_keys(args), nullptr};
+        const int64_t rows = args.b * args.h * args.m;
+        const bool in_one = joint(args);
+        const Block settled(rows * static_cast<int64_t>(sizeof(A)));
+        const Block top_keys(in_one ? 0 : rows * static_cast<int64_t>(sizeof(TopKey<A>)));
+        Call call{args, longest_keys(args), static_cast<A*>(settled.get()), static_cast<TopKey<A>*>(top_keys.get())};
         over(call, Pieces::query_tiles, delta_scratch(args), delta_task);
         const int64_t tile = tile_scratch(args);
-        if (joint(call)) {
+        if (in_one) {
             over(call, Pieces::kv_heads, joint_scratch(call), joint_task);
         } else {
-            over(call, Pieces::key_tiles, tile + keys_scratch(args), keys_task);
             over(call, Pieces::query_tiles, tile + queries_scratch(args), queries_task);
+            over(call, Pieces::key_tiles, tile + keys_scratch(args), keys_task);
         }
-        if (args.d_bias && !owned_bias(args)) bias_pass(call);
-        if (args.d_sinks) sink_gradient(args);
+        AttentionArgs after = args;
+        after.delta = settled.get();
+        if (args.d_bias && !owned_bias(args)) bias_pass(after);
+        if (args.d_sinks) sink_gradient(after);
     }
 
   private:
@@ -32,22 +38,23 @@ class Backward {
 
     struct Call {
         const AttentionArgs& args;
-        int threads;
         int64_t longest;
-        const Pieces* pieces;
+        // Of every row, by `statistic`: delta as it should have been; and for the second of two passes, its top key.
+        A* settled;
+        TopKey<A>* top_keys;
+        const Pieces* pieces = nullptr;
     };
 
     static void over(Call& call, Pieces::Kind kind, int64_t scratch, TaskBody body) {
         const Pieces pieces(call.args, kind);
         call.pieces = &pieces;
-        parallel_for(pieces.count(), call.threads, scratch, body, &call);
+        parallel_for(pieces.count(), threads_worth(call.args), scratch, body, &call);
     }
 
     // One pass per key/value head takes 5 matrix products, two passes over tiles take 7 and keep any number of threads
     // busy. A thread that takes the longest head last is at worst that much behind (Graham 1966). Both ways add in the
     // same order, so the choice does not show in the result.
-    static bool joint(const Call& call) {
-        const AttentionArgs& args = call.args;
+    static bool joint(const AttentionArgs& args) {
         double all = 0, longest = 0;
         for (int64_t number = 0; number < args.sequences; ++number) {
             const Sequence sequence = sequence_of(args, number);
@@ -55,7 +62,7 @@ class Backward {
             all += pairs * static_cast<double>(args.hk);
             if (pairs > longest) longest = pairs;
         }
-        return 5 * (all + (call.threads - 1) * longest) <= 7 * all;
+        return 5 * (all + (threads_worth(args) - 1) * longest) <= 7 * all;
     }
 
     static int64_t tile_scratch(const AttentionArgs& args) {
@@ -151,8 +158,11 @@ class Backward {
                     }
                 }
                 for (int64_t t = 0; t < count; ++t) {
-                    store_query_gradient(args, sequence, head, i + t * kQueries, tiles[t]->queries(), d_q_t[t],
-                                         d_q_rows);
+                    finish_queries(*tiles[t], call.settled, d_q_t[t], d_q_rows);
+                    const Lanes<const T> q = query_rows(args, sequence, head, i + t * kQueries);
+                    tiles[t]->each_top_key([&](int64_t lane, const TopKey<A>& top) {
+                        subtract(q, lane, args.d, top.of_product, d_k + top.key * width);
+                    });
                 }
             }
         }
@@ -173,13 +183,27 @@ class Backward {
         A* d_k = zeroed(scratch.take<A>(kKeys * width), kKeys * width);
         A* d_v = zeroed(scratch.take<A>(kKeys * width_v), kKeys * width_v);
         const Range queries = Mask<A>::queries_of(args, sequence, j, count);
+        const auto add_tile = [&](int64_t head, int64_t i) {
+            tile.load_queries(sequence, head, i);
+            // The same keys as the other pass takes, so that the sums over them agree.
+            if (!tile.compute(j, smaller(count, tile.keys().end - j))) return;
+            tile.pass_softcap();
+            tile.add_key_gradients(d_k, d_v);
+        };
         for (int64_t head = piece.head * group; head < (piece.head + 1) * group; ++head) {
-            for (int64_t i = queries.begin / kQueries * kQueries; i < queries.end; i += kQueries) {
-                tile.load_queries(sequence, head, i);
-                // The same keys as the other pass takes, so that the sums over them agree.
-                if (!tile.compute(j, smaller(count, tile.keys().end - j))) continue;
-                tile.pass_softcap();
-                tile.add_key_gradients(d_k, d_v);
+            // Corrections come in where the joint pass has them, so that the sums over queries agree.
+            constexpr int64_t together = kTogether * kQueries;
+            for (int64_t i = queries.begin / together * together; i < queries.end; i += together) {
+                const int64_t end = smaller(i + together, queries.end);
+                for (int64_t t = larger(i, queries.begin / kQueries * kQueries); t < end; t += kQueries) add_tile(head, t);
+                for (int64_t t = i; t < end; t += kQueries) {
+                    const Lanes<const T> q = query_rows(args, sequence, head, t);
+                    const TopKey<A>* const top = call.top_keys + statistic(args, sequence, head, t);
+                    for (int64_t lane = 0; lane < smaller(kQueries, sequence.m - t); ++lane) {
+                        const int64_t key = top[lane].key - j;
+                        if (key >= 0 && key < count) subtract(q, lane, args.d, top[lane].of_product, d_k + key * width);
+                    }
+                }
             }
         }
         store_key_gradients(args, sequence, piece.head, j, count, d_k, d_v);
@@ -208,7 +232,10 @@ class Backward {
             tile.pass_softcap();
             tile.add_query_gradient(d_q_t);
         }
-        store_query_gradient(args, sequence, piece.head, i, tile.queries(), d_q_t, d_q_rows);
+        finish_queries(tile, call.settled, d_q_t, d_q_rows);
+        TopKey<A>* const top_keys = call.top_keys + statistic(args, sequence, piece.head, i);
+        for (int64_t lane = 0; lane < tile.rows().count; ++lane) top_keys[lane].key = -1;
+        tile.each_top_key([&](int64_t lane, const TopKey<A>& top) { top_keys[lane] = top; });
     }
 
     // Every element of the bias belongs to one pair of query and key, so that its gradient is a by-product.
@@ -224,13 +251,12 @@ class Backward {
     }
 
     // One task per tile of the bias's own shape; it visits all that broadcasting spreads that tile over.
-    static void bias_pass(const Call& call) {
-        const AttentionArgs& args = call.args;
+    static void bias_pass(const AttentionArgs& args) {
         const int64_t tiles_i = args.d_bias.size[2] == 1 ? 1 : query_tiles(args);
         const int64_t tiles_j = args.d_bias.size[3] == 1 ? 1 : key_tiles(args);
         const int64_t tasks = args.d_bias.size[0] * args.d_bias.size[1] * tiles_i * tiles_j;
         const int64_t sums = 2 * kKeys * kQueries * static_cast<int64_t>(sizeof(A));
-        parallel_for(tasks, call.threads, tile_scratch(args) + sums, bias_task, &args);
+        parallel_for(tasks, threads_worth(args), tile_scratch(args) + sums, bias_task, &args);
     }
     static int64_t query_tiles(const AttentionArgs& args) { return (args.m + kQueries - 1) / kQueries; }
     static int64_t key_tiles(const AttentionArgs& args) { return (args.n + kKeys - 1) / kKeys; }
@@ -290,12 +316,9 @@ class Backward {
         transpose<A>({sum, kQueries}, kKeys, kQueries, {rows, kKeys}, kKeys);
         const int64_t queries = one_i ? 1 : smaller(kQueries, args.m - i);
         const int64_t keys = one_j ? 1 : smaller(kKeys, args.n - j);
-        switch (args.bias_dtype) {
-            case Dtype::float32: return store_bias_rows<float>(args, batch, head, i, j, queries, keys, rows);
-            case Dtype::bfloat16: return store_bias_rows<bfloat16>(args, batch, head, i, j, queries, keys, rows);
-            case Dtype::float16: return store_bias_rows<float16>(args, batch, head, i, j, queries, keys, rows);
-            case Dtype::float64: return store_bias_rows<double>(args, batch, head, i, j, queries, keys, rows);
-        }
+        with_dtype(args.bias_dtype, [&](auto element) {
+            store_bias_rows<decltype(element)>(args, batch, head, i, j, queries, keys, rows);
+        });
     }
 
     template <class B>
@@ -335,12 +358,40 @@ class Backward {
         }
     }
 
-    static void store_query_gradient(const AttentionArgs& args, const Sequence& sequence, int64_t head, int64_t i,
-                                     int64_t queries, const A* d_q_t, A* rows) {
-        const int64_t width = padded<A>(args.d), lanes = padded<A>(queries);
-        transpose<A>({d_q_t, kQueries}, args.d, lanes, {rows, width}, width);
-        store_rows(rows, queries, args.d, static_cast<A>(args.scale), query_row<T>(args.d_q, sequence, head, i),
-                   args.d_q.stride[2]);
+    // What is left to do with a tile of queries that has met all its keys: d_q, and the corrections of top keys.
+    static void finish_queries(BackwardTile<T>& tile, A* settled, const A* d_q_t, A* d_q_rows) {
+        const AttentionArgs& args = tile.args();
+        const Rows& rows = tile.rows();
+        const int64_t width = padded<A>(args.d);
+        tile.settle(settled);
+        transpose<A>({d_q_t, kQueries}, args.d, padded<A>(rows.count), {d_q_rows, width}, width);
+        const Lanes<const T> k{key_row<const T>(args, args.k, rows.sequence, rows.kv_head, 0), args.k.stride[2]};
+        tile.each_top_key([&](int64_t lane, const TopKey<A>& top) {
+            subtract(k, top.key, args.d, top.of_product, d_q_rows + lane * width);
+            if (owned_bias(args)) correct_bias(args, rows, lane, top);
+        });
+        store_rows(d_q_rows, rows.count, args.d, static_cast<A>(args.scale),
+                   query_row<T>(args.d_q, rows.sequence, rows.head[0], rows.query[0]), args.d_q.stride[2]);
+    }
+
+    static Lanes<const T> query_rows(const AttentionArgs& args, const Sequence& sequence, int64_t head, int64_t i) {
+        return {query_row<const T>(args.q, sequence, head, i), args.q.stride[2]};
+    }
+
+    // to -= factor * a row
+    static void subtract(Lanes<const T> rows, int64_t row, int64_t columns, A factor, A* to) {
+        const T* const from = rows.ptr + row * rows.ld;
+        for (int64_t c = 0; c < columns; ++c) to[c] -= factor * static_cast<A>(widen(from[c]));
+    }
+
+    static void correct_bias(const AttentionArgs& args, const Rows& rows, int64_t lane, const TopKey<A>& top) {
+        with_dtype(args.bias_dtype, [&](auto element) {
+            using B = decltype(element);
+            B* const row = query_row<B>(args.d_bias, rows.sequence, rows.head[lane], rows.query[lane]);
+            B* const at = row + top.key * args.d_bias.stride[3];
+            const A corrected = static_cast<A>(widen(*at)) - top.excess;
+            store_row(&corrected, 1, A(1), at);
+        });
     }
 
     static void store_key_gradients(const AttentionArgs& args, const Sequence& sequence, int64_t kv_head, int64_t j,

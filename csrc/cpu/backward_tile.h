@@ -10,6 +10,14 @@
 namespace pyattn {
 namespace PYATTN_ISA {
 
+// The key that a row gives most weight to, and by how much the row's dS of it is too large: as the gradient of the logit,
+// and of the product q.k.
+template <class A>
+struct TopKey {
+    int64_t key;  // -1: none
+    A excess, of_product;
+};
+
 // Tiles of P and dS are [key][query]; gradients of k and v are [key][padded column]; that of q is [column][query].
 // Source: Dao, "FlashAttention-2", arXiv:2307.08691, Algorithm 2.
 template <class T>
@@ -39,7 +47,10 @@ class BackwardTile {
           row_max_(scratch.take<A>(kQueries)),
           log_sum_(scratch.take<A>(kQueries)),
           delta_(scratch.take<A>(kQueries)),
-          d_lse_(scratch.take<A>(kQueries)) {}
+          d_lse_(scratch.take<A>(kQueries)),
+          ds_sum_(scratch.take<A>(kQueries)),
+          excess_(scratch.take<A>(kQueries)),
+          top_slope_(scratch.take<A>(kQueries)) {}
 
     // Brings queries [i, i + kQueries) of one head into the tile.
     void load_queries(const Sequence& sequence, int64_t head, int64_t i) {
@@ -62,6 +73,7 @@ class BackwardTile {
             delta_[lane] = sees ? delta[lane] : A(0);
             d_lse_[lane] = sees && d_lse ? d_lse[lane] : A(0);
         }
+        start_corrections();
         const uint8_t* wanted = every ? nullptr : sees_;
         load_sides(query_row<T>(args_.q, sequence, head, i), args_.q.stride[2], args_.d, wanted, q_rows_, q_t_, q_);
         load_sides(query_row<T>(args_.d_out, sequence, head, i), args_.d_out.stride[2], args_.dv, wanted, d_out_rows_,
@@ -136,6 +148,39 @@ class BackwardTile {
         gemm<E>(width, keys_, depth, q_, {ds, kQueries, 1}, {d_k_rows, width}, {true, nullptr});
     }
 
+    // Once the tile has met all its keys: the delta of peaked rows as it should have been, and what their top keys have
+    // too much of. Others keep theirs, and have none.
+    //
+    // delta is d_out . out, so that it carries the rounding of out. Where nearly all the weight of a row is on one key,
+    // its gradients are differences of equals, dP - delta, and smaller than that rounding. But a row's dS sums to the
+    // d_lse of its keys, so that their sum tells what delta lacks. Each key has felt that by its weight: the top key
+    // alone as more than a small part of its dS.
+    void settle(A* settled) {
+        const int64_t row = statistic(args_, rows_.sequence, rows_.head[0], rows_.query[0]);
+        std::memcpy(settled + row, delta_, static_cast<size_t>(rows_.count) * sizeof(A));
+        for (int64_t lane = 0; any_peaked_ && lane < rows_.count; ++lane) {
+            if (!peaked(lane) || top_key_[lane] < 0) continue;
+            const A delta = delta_[lane];
+            A of_sink = 0;
+            if (args_.sinks) {
+                const A lse = static_cast<const A*>(args_.lse)[row + lane];
+                of_sink = std::exp(static_cast<const A*>(args_.sinks)[rows_.head[0]] - lse);
+            }
+            // As exactly as delta can say it.
+            settled[row + lane] = delta + (ds_sum_[lane] - of_sink * delta - (1 - of_sink) * d_lse_[lane]);
+            excess_[lane] = (settled[row + lane] - delta) * std::exp(-log_sum_[lane]);
+        }
+    }
+
+    // Calls f(lane, top key) for the rows of the tile that have been corrected.
+    template <class F>
+    void each_top_key(const F& f) const {
+        for (int64_t lane = 0; any_peaked_ && lane < rows_.count; ++lane) {
+            const TopKey<A> top{top_key_[lane], excess_[lane], excess_[lane] * top_slope_[lane]};
+            if (top.key >= 0) f(lane, top);
+        }
+    }
+
     // sum[key][query] += dS
     void add_score_gradient(A* sum) const {
         for (int64_t key = 0; key < keys_; ++key) {
@@ -146,7 +191,7 @@ class BackwardTile {
         }
     }
 
-    int64_t queries() const { return rows_.count; }
+    const Rows& rows() const { return rows_; }
     const AttentionArgs& args() const { return args_; }
 
   private:
@@ -172,30 +217,69 @@ class BackwardTile {
     // Scores and dP -> P with dropout and dS = P (dP - delta + d_lse).
     template <bool Dropout>
     void differentiate() {
-        const A factor = Score<A>::factor(args_);
         for (int64_t lane = 0; lane < lanes_; lane += W) {
-            const Vec<A> top = load(row_max_ + lane), log_sum = load(log_sum_ + lane);
-            const Vec<A> delta = load(delta_ + lane), d_lse = load(d_lse_ + lane);
-            for (int64_t at = lane; at < keys_ * kQueries; at += kQueries) {
-                // The scores have the bits that they had in the forward, so that the largest leaves exactly 0.
-                const Vec<A> p = exp<A>((load(p_ + at) - top) * factor - log_sum);
-                Vec<A> dp = load(ds_ + at), dropped = p;
-                if constexpr (Dropout) {
-                    const Vec<A> keep = load(keep_ + at);
-                    dp *= keep;
-                    dropped *= keep;
-                }
-                store(p_ + at, dropped);
-                // An unseen pair has P = 0; its dP may hold a NaN that others see, or nothing at all.
-                store(ds_ + at, p == A(0) ? Vec<A>{} : p * ((dp - delta) + d_lse));
+            if (any_peaked_) {
+                differentiate_lanes<Dropout, true>(lane);
+            } else {
+                differentiate_lanes<Dropout, false>(lane);
             }
+        }
+    }
+
+    template <bool Dropout, bool Peaked>
+    void differentiate_lanes(int64_t lane) {
+        const A factor = Score<A>::factor(args_);
+        const Vec<A> top = load(row_max_ + lane), log_sum = load(log_sum_ + lane);
+        const Vec<A> delta = load(delta_ + lane), d_lse = load(d_lse_ + lane);
+        Vec<A> sum = {};
+        Bits<A> top_at = Bits<A>{} - 1, key = {};
+        for (int64_t at = lane; at < keys_ * kQueries; at += kQueries) {
+            const Vec<A> score = load(p_ + at), p = exp<A>((score - top) * factor - log_sum);
+            Vec<A> dp = load(ds_ + at), dropped = p;
+            if constexpr (Dropout) {
+                const Vec<A> keep = load(keep_ + at);
+                dp *= keep;
+                dropped *= keep;
+            }
+            store(p_ + at, dropped);
+            // An unseen pair has P = 0; its dP may hold a NaN that others see, or nothing at all.
+            const Vec<A> ds = p == A(0) ? Vec<A>{} : p * ((dp - delta) + d_lse);
+            store(ds_ + at, ds);
+            if constexpr (Peaked) {
+                sum += ds;
+                top_at = score == top ? key : top_at;  // scores have the bits that they had in the forward
+                key += 1;
+            }
+        }
+        if constexpr (Peaked) {
+            store(ds_sum_ + lane, load(ds_sum_ + lane) + sum);
+            for (int64_t c = 0; c < W; ++c) {
+                if (top_at[c] < 0) continue;
+                top_key_[lane + c] = j_ + top_at[c];
+                if (args_.softcap != 0) top_slope_[lane + c] = cap_slope_[top_at[c] * kQueries + lane + c];
+            }
+        }
+    }
+
+    // A row that has most of its weight on one key: the others' sum is less than the weight of that, which is 1.
+    bool peaked(int64_t lane) const { return log_sum_[lane] < static_cast<A>(0.6931471805599453); }
+
+    void start_corrections() {
+        any_peaked_ = 0;
+        for (int64_t lane = 0; lane < kQueries; ++lane) any_peaked_ |= peaked(lane);
+        for (int64_t lane = 0; any_peaked_ && lane < kQueries; ++lane) {
+            ds_sum_[lane] = excess_[lane] = 0;
+            top_slope_[lane] = 1;
+            top_key_[lane] = -1;
         }
     }
 
     const AttentionArgs& args_;
     E *q_t_, *d_out_t_, *q_rows_, *d_out_rows_, *k_rows_, *v_rows_, *k_across_rows_, *ds_across_;
     A *p_, *ds_, *visible_, *cap_slope_, *extra_rows_, *extra_tile_, *keep_, *row_max_, *log_sum_;
-    A *delta_, *d_lse_;
+    A *delta_, *d_lse_, *ds_sum_, *excess_, *top_slope_;
+    int64_t top_key_[kQueries];  // -1 before it is met
+    int any_peaked_ = 0;
     uint8_t seen_[kKeys], sees_[kQueries];
     Rows rows_;
     std::optional<Mask<A>> mask_;

@@ -359,38 +359,55 @@ class Forward {
         }
     }
 
-    // out = accumulated / denominator; a row that sees nothing has 0.
+    // Writes out and the statistics of the rows. What is accumulated becomes out by the factor that `close` leaves.
     void finish(const Rows& rows) {
-        A inverse[kQueries];
-        for (int64_t lane = 0; lane < rows.count; ++lane) inverse[lane] = close(rows, lane);
+        close(rows);
         const int64_t width = padded<A>(args_.dv);
         if (!few_) transpose<A>({out_, kQueries}, args_.dv, lanes_, {out_rows_, width}, width);
         for (int64_t lane = 0; lane < rows.count; ++lane) {
             T* to = query_row<T>(args_.out, rows.sequence, rows.head[lane], rows.query[lane]);
-            if (inverse[lane] == 0) {
+            if (rescale_[lane] == 0) {
                 std::memset(to, 0, static_cast<size_t>(args_.dv) * sizeof(T));  // 0 times a NaN would be one
             } else {
-                store_row((few_ ? out_ : out_rows_) + lane * width, args_.dv, inverse[lane], to);
+                store_row((few_ ? out_ : out_rows_) + lane * width, args_.dv, rescale_[lane], to);
             }
         }
     }
 
-    // Writes the statistics of a row, in whose denominator is the sink. Returns the factor from what is accumulated to
-    // the output.
-    A close(const Rows& rows, int64_t lane) {
+    // The statistics of the rows, with the sink of their heads in the denominator, and the denominator's inverse. A row
+    // that sees nothing has lse -inf, and an inverse of 0.
+    void close(const Rows& rows) {
         constexpr A infinity = static_cast<A>(INFINITY);
-        const A sink = args_.sinks ? static_cast<const A*>(args_.sinks)[rows.head[lane]] : -infinity;
-        const bool empty = row_sum_[lane] == 0;
-        const A score = empty ? A(0) : row_max_[lane];
-        // The sum is taken relative to the larger of the largest logit and the sink.
-        const A lead = std::fma(-score, factor_, sink), ahead = empty || lead > 0 ? lead : A(0);
-        const A shrink = empty ? A(0) : ahead > 0 ? std::exp(-ahead) : A(1);
-        const A sum = row_sum_[lane] * shrink + (sink == -infinity ? A(0) : std::exp(lead - ahead));
-        const int64_t row = statistic(args_, rows.sequence, rows.head[lane], rows.query[lane]);
-        static_cast<A*>(args_.lse)[row] = (ahead == lead ? sink : score * factor_) + std::log(sum);
-        static_cast<A*>(args_.row_max)[row] = score;
-        static_cast<A*>(args_.log_sum)[row] = sum == 0 ? infinity : ahead + std::log(sum);
-        return empty ? A(0) : shrink / sum;
+        A largest[kQueries], ahead[kQueries] = {};  // of the logits and the sink; of the sink over the logits
+        for (int64_t lane = 0; lane < lanes_; lane += W) {
+            const Vec<A> sum = load(row_sum_ + lane);
+            const Vec<A> score = sum == A(0) ? Vec<A>{} : load(row_max_ + lane);
+            store(row_max_ + lane, score);
+            store(largest + lane, score * factor_);
+            store(rescale_ + lane, sum == A(0) ? sum : A(1) / sum);
+        }
+        if (args_.sinks) add_sinks(rows, largest, ahead);
+        for (int64_t lane = 0; lane < rows.count; ++lane) {
+            const int64_t row = statistic(args_, rows.sequence, rows.head[lane], rows.query[lane]);
+            const A log_sum = std::log(row_sum_[lane]);
+            static_cast<A*>(args_.lse)[row] = largest[lane] + log_sum;
+            static_cast<A*>(args_.row_max)[row] = row_max_[lane];
+            static_cast<A*>(args_.log_sum)[row] = row_sum_[lane] == 0 ? infinity : ahead[lane] + log_sum;
+        }
+    }
+
+    // Sums are taken relative to the larger of the largest logit and the sink.
+    void add_sinks(const Rows& rows, A* largest, A* ahead) {
+        for (int64_t lane = 0; lane < rows.count; ++lane) {
+            const A sink = static_cast<const A*>(args_.sinks)[rows.head[lane]];
+            const bool empty = row_sum_[lane] == 0;
+            const A lead = std::fma(-row_max_[lane], factor_, sink);
+            if (sink == -static_cast<A>(INFINITY)) continue;
+            if (empty || lead > 0) largest[lane] = sink, ahead[lane] = lead;
+            const A shrink = empty ? A(0) : std::exp(-ahead[lane]);
+            row_sum_[lane] = row_sum_[lane] * shrink + std::exp(lead - ahead[lane]);
+            rescale_[lane] = shrink / row_sum_[lane];
+        }
     }
 
     const AttentionArgs& args_;

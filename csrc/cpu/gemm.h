@@ -153,6 +153,12 @@ struct MatrixUnit {};
 template <class E>
 static inline void gemm(int64_t lanes, int64_t columns, int64_t depth, Lanes<const E> x, Broadcast<E> y,
                         Lanes<Sum<E>> out, Old<Sum<E>> old) {
+    constexpr int64_t most = 128;  // the scores of large heads are sums of sums, too
+    if (depth > most) {
+        gemm(lanes, columns, depth - most, x, y, out, old);
+        x.ptr += (depth - most) * x.ld, y.ptr += (depth - most) * y.stride_t;
+        return gemm(lanes, columns, most, x, y, out, {true, nullptr});
+    }
 #ifdef PYATTN_AMX
     if constexpr (kStep<E> == 2) return gemm_tiles(lanes, columns, depth, x, y, out, old);
 #endif

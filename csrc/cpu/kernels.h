@@ -11,12 +11,7 @@ namespace PYATTN_ISA {
 
 template <template <class> class Kernel, class Args>
 static void run(const Args& args) {
-    switch (args.dtype) {
-        case Dtype::float32: return Kernel<float>::run(args);
-        case Dtype::bfloat16: return Kernel<bfloat16>::run(args);
-        case Dtype::float16: return Kernel<float16>::run(args);
-        case Dtype::float64: return Kernel<double>::run(args);
-    }
+    with_dtype(args.dtype, [&](auto element) { Kernel<decltype(element)>::run(args); });
 }
 
 void attention_fwd(const AttentionArgs& args) { run<Forward>(args); }

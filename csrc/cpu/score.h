@@ -76,12 +76,7 @@ class Score {
     }
 
     void add_bias(A* tile, int64_t j, int64_t keys, int64_t lanes) const {
-        switch (args_.bias_dtype) {
-            case Dtype::float32: return add_bias_of<float>(tile, j, keys, lanes);
-            case Dtype::bfloat16: return add_bias_of<bfloat16>(tile, j, keys, lanes);
-            case Dtype::float16: return add_bias_of<float16>(tile, j, keys, lanes);
-            case Dtype::float64: return add_bias_of<double>(tile, j, keys, lanes);
-        }
+        with_dtype(args_.bias_dtype, [&](auto element) { add_bias_of<decltype(element)>(tile, j, keys, lanes); });
     }
 
     template <class B>

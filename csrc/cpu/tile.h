@@ -147,6 +147,17 @@ static inline void transpose(Lanes<const A> from, int64_t count, int64_t columns
     }
 }
 
+// f of an element of that dtype, for its type.
+template <class F>
+static inline void with_dtype(Dtype dtype, const F& f) {
+    switch (dtype) {
+        case Dtype::float32: return f(float{});
+        case Dtype::bfloat16: return f(bfloat16{});
+        case Dtype::float16: return f(float16{});
+        case Dtype::float64: return f(double{});
+    }
+}
+
 template <class T, class A>
 static inline void store_row(const A* from, int64_t columns, A factor, T* to) {
     for (int64_t c = 0; c < columns; ++c) to[c] = Narrow<T>::from(from[c] * factor);
