@@ -42,9 +42,9 @@ struct AttentionArgs {
     int64_t pages = 0, page = 0;
     TensorArg mask, bias;               // [1|b, 1|h, 1|m, 1|n]; a broadcast dimension has stride 0
     void* lse = nullptr;                // [b, h, m] contiguous, in the accumulator's dtype, as are the next two
-    // lse in two parts, from which the backward knows weights again: the row's largest score, in the unit that tiles of
-    // scores have (cpu/score.h), and the log of the sum of exp(score - largest); +inf for a row that sees nothing.
-    void *row_max = nullptr, *log_sum = nullptr;
+    // What the backward knows weights by: the row's largest score, in the unit that tiles of scores have (cpu/score.h),
+    // and the denominator of the softmax relative to its exponential; 0 for a row that sees no key.
+    void *row_max = nullptr, *row_sum = nullptr;
     // [sequences + 1]: sequence t has rows [cu[t], cu[t + 1]) of q. Null where sequences are not packed.
     const int32_t* cu_seqlens_q = nullptr;
     const int32_t* cu_seqlens_k = nullptr;  // [sequences + 1], of k and v

@@ -188,7 +188,7 @@ void fill_tensors(AttentionArgs& args, const py::dict& tensors) {
         else if (name == "out") args.out = given(out);
         else if (name == "lse") point(args.lse, given(row));
         else if (name == "row_max") point(args.row_max, given(row));
-        else if (name == "log_sum") point(args.log_sum, given(row));
+        else if (name == "row_sum") point(args.row_sum, given(row));
         else if (name == "mask") args.mask = given(score(1));
         else if (name == "bias") args.bias = given(score(bias));
         else if (name == "key_lengths") point(args.key_lengths, given(list(args.b, 4)));
@@ -254,8 +254,8 @@ AttentionArgs arguments(const std::string& dtype, const std::string& bias_dtype,
     fill_numbers(args, numbers);
     fill_tensors(args, tensors);
     check_values(args);
-    REQUIRE(args.q && args.k && args.v && args.out && args.lse && args.row_max && args.log_sum,
-            "q, k, v, out, lse, row_max, log_sum: expected all of them");
+    REQUIRE(args.q && args.k && args.v && args.out && args.lse && args.row_max && args.row_sum,
+            "q, k, v, out, lse, row_max, row_sum: expected all of them");
     return args;
 }
 
@@ -326,7 +326,7 @@ double multiply_add_rate(const std::string& isa, const std::string& dtype, int t
 PYBIND11_MODULE(_C, module) {
     module.doc() = "pyattn's compiled kernels. Import torch first, so that both share one OpenMP runtime.";
     module.def("isas", &isas, "Instruction sets usable on this machine, best first.");
-    module.def("forward", &forward, "Writes out, lse, row_max and log_sum.");
+    module.def("forward", &forward, "Writes out, lse, row_max and row_sum.");
     module.def("backward", &backward, "Writes the gradients; `delta` is scratch.");
     module.def("linear", &linear, "Writes y = x w^T + bias, for few rows of x.");
     module.def("multiply_add_rate", &multiply_add_rate, "Operations per second of a loop of multiply-adds.");

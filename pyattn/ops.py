@@ -34,7 +34,7 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _NO_MODE = DispatchKeySet(DispatchKey.BackendSelect).add(DispatchKey.ADInplaceOrView).raw_repr()
 
 _library = torch.library.Library("pyattn", "DEF")
-_RESULTS = "Tensor out, Tensor lse, Tensor row_max, Tensor log_sum"
+_RESULTS = "Tensor out, Tensor lse, Tensor row_max, Tensor row_sum"
 _library.define(f"attention({_TENSORS}, {_NUMBERS}) -> ({_RESULTS})")
 _library.define(
     f"attention_backward(Tensor d_out, Tensor? d_lse, {_RESULTS}, bool bias_gradient, {_TENSORS}, {_NUMBERS}) "

@@ -55,10 +55,10 @@ def test_every_isa_agrees_with_definition(isa, dtype):
 
 
 def _exp(x: np.ndarray, isa: str) -> np.ndarray:
-    """The kernels' exponential of every x: the gradient of v where q = 1, k = x, statistics of 0 and d_out = 1."""
+    """The kernels' exponential of every x: the gradient of v where q = 1, k = x, a maximum of 0, a sum of 1 and d_out = 1."""
     one = torch.ones(1, 1, 1, 1, dtype=torch.from_numpy(x).dtype)
     zero, k = torch.zeros_like(one), torch.from_numpy(x).view(1, 1, -1, 1)
-    results = Results(zero, *(zero[..., 0] for _ in range(3)))
+    results = Results(zero, zero[..., 0], zero[..., 0], one[..., 0])
     inputs = Inputs(one, k, torch.zeros_like(k))
     spec = AttentionSpec.of(inputs, Numbers(1.0, len(x) - 1, None, None, None, 0.0))
     return cpu.CpuBackend(isa).backward(spec, inputs, results, one, None, False).v.view(-1).numpy()

@@ -18,11 +18,11 @@ B, H, HK, M, N, D, DV = 3, 4, 2, 5, 7, 8, 6
 SEQUENCES = 3
 POISON = 7.0
 WRITTEN = {
-    "forward": ("out", "lse", "row_max", "log_sum"),
+    "forward": ("out", "lse", "row_max", "row_sum"),
     "backward": ("delta", "d_q", "d_k", "d_v", "d_bias", "d_sinks"),
 }
 ROWS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")  # read and written row by row: the last stride must be 1
-STATISTICS = ("lse", "row_max", "log_sum")
+STATISTICS = ("lse", "row_max", "row_sum")
 LISTS = ("key_lengths", "q_segments", "k_segments", "alibi_slopes", "sinks", *STATISTICS, "d_lse", "delta", "d_sinks")
 SCORES = ("mask", "bias", "d_bias")
 BATCH = (*ROWS, *LISTS, *SCORES)

@@ -45,7 +45,7 @@ class BackwardTile {
           extra_tile_(scratch.take<A>(args.bias || args.mask ? kKeys * kQueries : 0)),
           keep_(scratch.take<A>(args.dropout ? kKeys * kQueries : 0)),
           row_max_(scratch.take<A>(kQueries)),
-          log_sum_(scratch.take<A>(kQueries)),
+          top_weight_(scratch.take<A>(kQueries)),
           delta_(scratch.take<A>(kQueries)),
           d_lse_(scratch.take<A>(kQueries)),
           ds_sum_(scratch.take<A>(kQueries)),
@@ -59,17 +59,17 @@ class BackwardTile {
         lanes_ = padded<A>(rows_.count);
         const int64_t row = statistic(args_, sequence, head, i);
         const A* row_max = static_cast<const A*>(args_.row_max) + row;
-        const A* log_sum = static_cast<const A*>(args_.log_sum) + row;
+        const A* row_sum = static_cast<const A*>(args_.row_sum) + row;
         const A* delta = static_cast<const A*>(args_.delta) + row;
         const A* d_lse = args_.d_lse ? static_cast<const A*>(args_.d_lse) + row : nullptr;
         bool every = true;
         for (int64_t lane = 0; lane < kQueries; ++lane) {
             // A row that sees nothing, and padding: weights of exp(s - inf) = 0. Its q and d_out are kept out as well.
-            const bool sees = lane < rows_.count && log_sum[lane] != static_cast<A>(INFINITY);
+            const bool sees = lane < rows_.count && row_sum[lane] != 0;
             sees_[lane] = sees;
             every &= sees || lane >= rows_.count;
-            row_max_[lane] = sees ? row_max[lane] : A(0);
-            log_sum_[lane] = sees ? log_sum[lane] : static_cast<A>(INFINITY);
+            row_max_[lane] = sees ? row_max[lane] : static_cast<A>(INFINITY);
+            top_weight_[lane] = sees ? A(1) / row_sum[lane] : A(0);
             delta_[lane] = sees ? delta[lane] : A(0);
             d_lse_[lane] = sees && d_lse ? d_lse[lane] : A(0);
         }
@@ -168,7 +168,7 @@ class BackwardTile {
             }
             // As exactly as delta can say it.
             settled[row + lane] = delta + (ds_sum_[lane] - of_sink * delta - (1 - of_sink) * d_lse_[lane]);
-            excess_[lane] = (settled[row + lane] - delta) * std::exp(-log_sum_[lane]);
+            excess_[lane] = (settled[row + lane] - delta) * top_weight_[lane];
         }
     }
 
@@ -229,12 +229,12 @@ class BackwardTile {
     template <bool Dropout, bool Peaked>
     void differentiate_lanes(int64_t lane) {
         const A factor = Score<A>::factor(args_);
-        const Vec<A> top = load(row_max_ + lane), log_sum = load(log_sum_ + lane);
+        const Vec<A> top = load(row_max_ + lane), top_weight = load(top_weight_ + lane);
         const Vec<A> delta = load(delta_ + lane), d_lse = load(d_lse_ + lane);
         Vec<A> sum = {};
         Bits<A> top_at = Bits<A>{} - 1, key = {};
         for (int64_t at = lane; at < keys_ * kQueries; at += kQueries) {
-            const Vec<A> score = load(p_ + at), p = exp<A>((score - top) * factor - log_sum);
+            const Vec<A> score = load(p_ + at), p = exp<A>((score - top) * factor) * top_weight;
             Vec<A> dp = load(ds_ + at), dropped = p;
             if constexpr (Dropout) {
                 const Vec<A> keep = load(keep_ + at);
@@ -261,8 +261,8 @@ class BackwardTile {
         }
     }
 
-    // A row that has most of its weight on one key: the others' sum is less than the weight of that, which is 1.
-    bool peaked(int64_t lane) const { return log_sum_[lane] < static_cast<A>(0.6931471805599453); }
+    // Whether a row has most of its weight on one key.
+    bool peaked(int64_t lane) const { return top_weight_[lane] > A(0.5); }
 
     void start_corrections() {
         any_peaked_ = 0;
@@ -276,7 +276,7 @@ class BackwardTile {
 
     const AttentionArgs& args_;
     E *q_t_, *d_out_t_, *q_rows_, *d_out_rows_, *k_rows_, *v_rows_, *k_across_rows_, *ds_across_;
-    A *p_, *ds_, *visible_, *cap_slope_, *extra_rows_, *extra_tile_, *keep_, *row_max_, *log_sum_;
+    A *p_, *ds_, *visible_, *cap_slope_, *extra_rows_, *extra_tile_, *keep_, *row_max_, *top_weight_;
     A *delta_, *d_lse_, *ds_sum_, *excess_, *top_slope_;
     int64_t top_key_[kQueries];  // -1 before it is met
     int any_peaked_ = 0;

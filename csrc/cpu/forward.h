@@ -359,7 +359,7 @@ class Forward {
         }
     }
 
-    // Writes out and the statistics of the rows. What is accumulated becomes out by the factor that `close` leaves.
+    // Writes out and the statistics of the rows. `close` leaves what makes out of what is accumulated.
     void finish(const Rows& rows) {
         close(rows);
         const int64_t width = padded<A>(args_.dv);
@@ -374,39 +374,37 @@ class Forward {
         }
     }
 
-    // The statistics of the rows, with the sink of their heads in the denominator, and the denominator's inverse. A row
-    // that sees nothing has lse -inf, and an inverse of 0.
+    // Writes the statistics of the rows, and leaves the inverse of their denominators, 0 for a row that sees no key.
     void close(const Rows& rows) {
-        constexpr A infinity = static_cast<A>(INFINITY);
-        A largest[kQueries], ahead[kQueries] = {};  // of the logits and the sink; of the sink over the logits
+        A lse[kQueries];
+        for (int64_t lane = 0; lane < rows.count; ++lane) lse[lane] = row_max_[lane] * factor_ + std::log(row_sum_[lane]);
+        if (args_.sinks) add_sinks(rows, lse);
         for (int64_t lane = 0; lane < lanes_; lane += W) {
             const Vec<A> sum = load(row_sum_ + lane);
-            const Vec<A> score = sum == A(0) ? Vec<A>{} : load(row_max_ + lane);
-            store(row_max_ + lane, score);
-            store(largest + lane, score * factor_);
             store(rescale_ + lane, sum == A(0) ? sum : A(1) / sum);
         }
-        if (args_.sinks) add_sinks(rows, largest, ahead);
         for (int64_t lane = 0; lane < rows.count; ++lane) {
             const int64_t row = statistic(args_, rows.sequence, rows.head[lane], rows.query[lane]);
-            const A log_sum = std::log(row_sum_[lane]);
-            static_cast<A*>(args_.lse)[row] = largest[lane] + log_sum;
+            static_cast<A*>(args_.lse)[row] = lse[lane];
             static_cast<A*>(args_.row_max)[row] = row_max_[lane];
-            static_cast<A*>(args_.log_sum)[row] = row_sum_[lane] == 0 ? infinity : ahead[lane] + log_sum;
+            static_cast<A*>(args_.row_sum)[row] = row_sum_[lane];
         }
     }
 
-    // Sums are taken relative to the larger of the largest logit and the sink.
-    void add_sinks(const Rows& rows, A* largest, A* ahead) {
+    // A sink has its part of the denominator, and of lse, which is taken relative to the larger of the two.
+    void add_sinks(const Rows& rows, A* lse) {
         for (int64_t lane = 0; lane < rows.count; ++lane) {
             const A sink = static_cast<const A*>(args_.sinks)[rows.head[lane]];
-            const bool empty = row_sum_[lane] == 0;
             const A lead = std::fma(-row_max_[lane], factor_, sink);
-            if (sink == -static_cast<A>(INFINITY)) continue;
-            if (empty || lead > 0) largest[lane] = sink, ahead[lane] = lead;
-            const A shrink = empty ? A(0) : std::exp(-ahead[lane]);
-            row_sum_[lane] = row_sum_[lane] * shrink + std::exp(lead - ahead[lane]);
-            rescale_[lane] = shrink / row_sum_[lane];
+            if (row_sum_[lane] == 0) {
+                lse[lane] = sink;
+            } else if (lead > 0) {
+                lse[lane] = sink + std::log1p(row_sum_[lane] * std::exp(-lead));
+                row_sum_[lane] += std::exp(lead);
+            } else {
+                row_sum_[lane] += std::exp(lead);
+                lse[lane] = row_max_[lane] * factor_ + std::log(row_sum_[lane]);
+            }
         }
     }
 

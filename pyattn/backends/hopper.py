@@ -41,7 +41,7 @@ class HopperBackend(TritonBackend):
 
         y = empty_results(x.q, spec.dv)
         if 0 in (spec.b, spec.m, spec.n):
-            return Results(y.out.zero_(), y.lse.fill_(-torch.inf), y.row_max.zero_(), y.log_sum.fill_(torch.inf))
+            return Results(y.out.zero_(), y.lse.fill_(-torch.inf), y.row_max.zero_(), y.row_sum.fill_(torch.inf))
         with self.compiling(spec):
             hopper_fwd(_rows(x.q), _rows(x.k), _rows(x.v), *y, call_of(spec, x))
         return y
@@ -70,7 +70,7 @@ class HopperBackend(TritonBackend):
         written = [_rows(gradient) for gradient in gradients]
         with self.compiling(spec):
             hopper_bwd(
-                *tensors, y.row_max.contiguous(), y.log_sum.contiguous(), _rows(unit_stride(d_out)), d_lse, *written,
+                *tensors, y.row_max.contiguous(), y.row_sum.contiguous(), _rows(unit_stride(d_out)), d_lse, *written,
                 call_of(spec, x),
             )  # fmt: skip
         for gradient, result in zip(gradients, written, strict=True):

@@ -88,10 +88,10 @@ class TritonBackend(Backend):
             grads.bias.zero_()
         d_out = unit_stride(d_out)
         d_lse = None if d_lse is None else d_lse.float().contiguous()
-        row_max, log_sum = y.row_max.contiguous(), y.log_sum.contiguous()
+        row_max, row_sum = y.row_max.contiguous(), y.row_sum.contiguous()
         with self.compiling(spec):
             delta = flash_bwd(
-                x.q, x.k, x.v, y.out, row_max, log_sum, d_out, d_lse, grads.q, grads.k, grads.v, grads.bias,
+                x.q, x.k, x.v, y.out, row_max, row_sum, d_out, d_lse, grads.q, grads.k, grads.v, grads.bias,
                 call_of(spec, x),
             )  # fmt: skip
         return grads if x.sinks is None else grads._replace(sinks=_sink_gradient(x.sinks, y.lse, delta))
