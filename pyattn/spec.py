@@ -104,7 +104,7 @@ class Results(NamedTuple):
     out: Tensor  # [b, h, m, dv] in q's dtype, laid out by `empty_output`
     lse: Tensor  # [b, h, m] in the accumulator's dtype and contiguous, as are the next two
     # lse in two parts, because one number cannot hold a large score and the log of a sum beside it: the row's largest
-    # score and, relative to its exponential, the denominator. In terms of the backend's own, and for its backward alone.
+    # score and, relative to its exponential, the denominator. In the backend's own terms, and for its backward alone.
     row_max: Tensor
     row_sum: Tensor
 

@@ -55,7 +55,7 @@ def test_every_isa_agrees_with_definition(isa, dtype):
 
 
 def _exp(x: np.ndarray, isa: str) -> np.ndarray:
-    """The kernels' exponential of every x: the gradient of v where q = 1, k = x, a maximum of 0, a sum of 1 and d_out = 1."""
+    """The kernels' exponential of every x: the gradient of v where q, d_out and the sum are 1, k = x, the maximum 0."""
     one = torch.ones(1, 1, 1, 1, dtype=torch.from_numpy(x).dtype)
     zero, k = torch.zeros_like(one), torch.from_numpy(x).view(1, 1, -1, 1)
     results = Results(zero, zero[..., 0], zero[..., 0], one[..., 0])

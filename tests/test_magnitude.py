@@ -1,8 +1,8 @@
 """Scores and biases of every size: errors by norm against those of PyTorch's own fused and unfused attention.
 
 Where scores are large, nearly all gradients are 0 but those of rows in which two keys nearly tie. With random keys such
-rows are few, and each side is lucky in turn. So here every query has two keys of its own that score highest, and about 1
-apart, whatever their size; errors are norms, and their ratios are averaged over several inputs.
+rows are few, and each side is lucky in turn. So here every query has two keys of its own that score highest, about 1
+apart whatever their size; errors are norms, and their ratios are averaged over several inputs.
 """
 
 import math

@@ -15,10 +15,12 @@ class Backward {
   public:
     static void run(const AttentionArgs& args) {
         const int64_t rows = args.b * args.h * args.m;
-        const bool in_one = joint(args);
-        const Block settled(rows * static_cast<int64_t>(sizeof(A)));
-        const Block top_keys(in_one ? 0 : rows * static_cast<int64_t>(sizeof(TopKey<A>)));
-        Call call{args, longest_keys(args), static_cast<A*>(settled.get()), static_cast<TopKey<A>*>(top_keys.get())};
+        const bool in_one = joint(args), later_bias = args.d_bias && !owned_bias(args), sinks = args.d_sinks;
+        std::optional<Block> settled, top_keys;
+        if (later_bias || sinks) settled.emplace(rows * static_cast<int64_t>(sizeof(A)));
+        if (!in_one) top_keys.emplace(rows * static_cast<int64_t>(sizeof(TopKey<A>)));
+        Call call{args, longest_keys(args), settled ? static_cast<A*>(settled->get()) : nullptr,
+                  top_keys ? static_cast<TopKey<A>*>(top_keys->get()) : nullptr};
         over(call, Pieces::query_tiles, delta_scratch(args), delta_task);
         const int64_t tile = tile_scratch(args);
         if (in_one) {
@@ -28,9 +30,9 @@ class Backward {
             over(call, Pieces::key_tiles, tile + keys_scratch(args), keys_task);
         }
         AttentionArgs after = args;
-        after.delta = settled.get();
-        if (args.d_bias && !owned_bias(args)) bias_pass(after);
-        if (args.d_sinks) sink_gradient(after);
+        after.delta = call.settled;
+        if (later_bias) bias_pass(after);
+        if (sinks) sink_gradient(after);
     }
 
   private:
@@ -39,7 +41,8 @@ class Backward {
     struct Call {
         const AttentionArgs& args;
         int64_t longest;
-        // Of every row, by `statistic`: delta as it should have been; and for the second of two passes, its top key.
+        // Of every row, by `statistic`: delta as it should have been, for what reads it later; and its top key, for the
+        // second of two passes. Null where nothing needs them.
         A* settled;
         TopKey<A>* top_keys;
         const Pieces* pieces = nullptr;

@@ -148,8 +148,8 @@ class BackwardTile {
         gemm<E>(width, keys_, depth, q_, {ds, kQueries, 1}, {d_k_rows, width}, {true, nullptr});
     }
 
-    // Once the tile has met all its keys: the delta of peaked rows as it should have been, and what their top keys have
-    // too much of. Others keep theirs, and have none.
+    // Once the tile has met all its keys: what the top keys of peaked rows have too much of, and, where it is not null,
+    // the delta of all rows as it should have been.
     //
     // delta is d_out . out, so that it carries the rounding of out. Where nearly all the weight of a row is on one key,
     // its gradients are differences of equals, dP - delta, and smaller than that rounding. But a row's dS sums to the
@@ -157,7 +157,7 @@ class BackwardTile {
     // alone as more than a small part of its dS.
     void settle(A* settled) {
         const int64_t row = statistic(args_, rows_.sequence, rows_.head[0], rows_.query[0]);
-        std::memcpy(settled + row, delta_, static_cast<size_t>(rows_.count) * sizeof(A));
+        if (settled) std::memcpy(settled + row, delta_, static_cast<size_t>(rows_.count) * sizeof(A));
         for (int64_t lane = 0; any_peaked_ && lane < rows_.count; ++lane) {
             if (!peaked(lane) || top_key_[lane] < 0) continue;
             const A delta = delta_[lane];
@@ -167,8 +167,9 @@ class BackwardTile {
                 of_sink = std::exp(static_cast<const A*>(args_.sinks)[rows_.head[0]] - lse);
             }
             // As exactly as delta can say it.
-            settled[row + lane] = delta + (ds_sum_[lane] - of_sink * delta - (1 - of_sink) * d_lse_[lane]);
-            excess_[lane] = (settled[row + lane] - delta) * top_weight_[lane];
+            const A better = delta + (ds_sum_[lane] - of_sink * delta - (1 - of_sink) * d_lse_[lane]);
+            excess_[lane] = (better - delta) * top_weight_[lane];
+            if (settled) settled[row + lane] = better;
         }
     }
 
@@ -234,7 +235,7 @@ class BackwardTile {
         Vec<A> sum = {};
         Bits<A> top_at = Bits<A>{} - 1, key = {};
         for (int64_t at = lane; at < keys_ * kQueries; at += kQueries) {
-            const Vec<A> score = load(p_ + at), p = exp<A>((score - top) * factor) * top_weight;
+            const Vec<A> score = load(p_ + at), p = weight<A>(score, top, factor) * top_weight;
             Vec<A> dp = load(ds_ + at), dropped = p;
             if constexpr (Dropout) {
                 const Vec<A> keep = load(keep_ + at);

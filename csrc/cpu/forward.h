@@ -170,13 +170,6 @@ class Forward {
                 {false, nullptr});
     }
 
-    // e^(logit - the running maximum's). The difference is taken first: it is exact near the maximum, however large
-    // that is, where a multiply-add of the logit would leave half a unit in the last place of a huge number.
-    Vec<A> weight(Vec<A> score, Vec<A> top) const { return exp<A>((score - top) * factor_); }
-
-    // A row that has seen nothing yet has a maximum of -inf; subtracting 0 instead gives weights of 0, not NaN.
-    static Vec<A> subtractable(Vec<A> top) { return top == -static_cast<A>(INFINITY) ? Vec<A>{} : top; }
-
     // scores -> operands of weights, with dropout, and the factor by which the earlier part of the row shrinks. The
     // first key is even.
     template <bool Dropout>
@@ -189,15 +182,15 @@ class Forward {
             for (int64_t key = keys.begin + 1; key < keys.end; ++key) {
                 tile_max = running_max<A>(tile_max, load(scores_ + key * kQueries + lane));
             }
-            const Vec<A> top = running_max<A>(old_max, tile_max), shift = subtractable(top);
-            const Vec<A> shrink = weight(old_max, shift);
+            const Vec<A> top = running_max<A>(old_max, tile_max), shift = subtractable<A>(top);
+            const Vec<A> shrink = weight<A>(old_max, shift, factor_);
             Vec<A> sum = {};
             for (int64_t key = keys.begin; key < keys.end; key += S) {
                 Vec<A> p[S] = {};
 #pragma GCC unroll 2
                 for (int s = 0; s < S; ++s) {
                     if (s > 0 && key + s >= keys.end) break;
-                    p[s] = weight(load(scores_ + (key + s) * kQueries + lane), shift);
+                    p[s] = weight<A>(load(scores_ + (key + s) * kQueries + lane), shift, factor_);
                     sum += p[s];
                     if constexpr (Dropout) p[s] *= load(keep_ + (key + s) * kQueries + lane);
                 }
@@ -289,16 +282,18 @@ class Forward {
         const Vec<A> old_max = load(row_max_);
         Vec<A> top = old_max;
         for (int row = 0; row < W; ++row) top = running_max<A>(top, square[row]);
-        const Vec<A> shift = subtractable(top), shrink = weight(old_max, shift);
+        const A factor = factor_;
+        const Vec<A> shift = subtractable<A>(top), shrink = weight<A>(old_max, shift, factor);
         for (int row = 0; row < W; ++row) {
             square[row] = Vec<A>{};
+            const Vec<A> of_row = fill<A>(shift[row]);
             for (int64_t key = 0; row < rows && key < count; key += S * W) {
                 Vec<A> p[S] = {};
 #pragma GCC unroll 2
                 for (int s = 0; s < S; ++s) {
                     const int64_t at = key + s * W;
                     if (at >= count) break;
-                    p[s] = weight(scores(row, at), fill<A>(shift[row]));
+                    p[s] = weight<A>(scores(row, at), of_row, factor);
                     square[row] += p[s];
                     if constexpr (Dropout) p[s] *= load(few_keep_ + row * kKeys + at);
                 }
@@ -343,7 +338,8 @@ class Forward {
         A other[kQueries] = {};
         for (int64_t lane = 0; lane < lanes_; lane += W) {
             const Vec<A> mine = load(row_max_ + lane), theirs = load(max + lane), top = running_max<A>(mine, theirs);
-            const Vec<A> keep = weight(mine, subtractable(top)), add = weight(theirs, subtractable(top));
+            const Vec<A> keep = weight<A>(mine, subtractable<A>(top), factor_);
+            const Vec<A> add = weight<A>(theirs, subtractable<A>(top), factor_);
             store(row_sum_ + lane, load(row_sum_ + lane) * keep + load(sum + lane) * add);
             store(row_max_ + lane, top);
             store(rescale_ + lane, keep);

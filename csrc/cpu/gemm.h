@@ -149,20 +149,31 @@ static inline void gemm_tiles(int64_t lanes, int64_t columns, int64_t depth, Lan
 struct MatrixUnit {};
 #endif
 
+// The scores of large heads are sums of sums, too.
+constexpr int64_t kDeepest = 128;
+template <class E>
+static void deep_gemm(int64_t lanes, int64_t columns, int64_t depth, Lanes<const E> x, Broadcast<E> y,
+                      Lanes<Sum<E>> out, Old<Sum<E>> old);
+
 // lanes: a multiple of kWidth. Either y.stride_c or y.stride_t is 1. A task that calls it holds a MatrixUnit.
 template <class E>
-static inline void gemm(int64_t lanes, int64_t columns, int64_t depth, Lanes<const E> x, Broadcast<E> y,
+PYATTN_INLINE void gemm(int64_t lanes, int64_t columns, int64_t depth, Lanes<const E> x, Broadcast<E> y,
                         Lanes<Sum<E>> out, Old<Sum<E>> old) {
-    constexpr int64_t most = 128;  // the scores of large heads are sums of sums, too
-    if (depth > most) {
-        gemm(lanes, columns, depth - most, x, y, out, old);
-        x.ptr += (depth - most) * x.ld, y.ptr += (depth - most) * y.stride_t;
-        return gemm(lanes, columns, most, x, y, out, {true, nullptr});
-    }
+    if (depth > kDeepest) return deep_gemm(lanes, columns, depth, x, y, out, old);
 #ifdef PYATTN_AMX
     if constexpr (kStep<E> == 2) return gemm_tiles(lanes, columns, depth, x, y, out, old);
 #endif
     gemm_vectors<E>(lanes, columns, depth, x, y, out, old);
+}
+
+template <class E>
+__attribute__((noinline)) static void deep_gemm(int64_t lanes, int64_t columns, int64_t depth, Lanes<const E> x,
+                                                Broadcast<E> y, Lanes<Sum<E>> out, Old<Sum<E>> old) {
+    for (int64_t t = 0; t < depth; t += kDeepest) {
+        const Broadcast<E> part{y.ptr + t * y.stride_t, y.stride_c, y.stride_t};
+        gemm(lanes, columns, smaller(depth - t, kDeepest), {x.ptr + t * x.ld, x.ld}, part, out, old);
+        old = {true, nullptr};
+    }
 }
 
 }  // namespace PYATTN_ISA

@@ -7,6 +7,19 @@
 namespace pyattn {
 namespace PYATTN_ISA {
 
+// e^(logit - the largest one's). The difference is taken first: it is exact near the largest, however large that is, where
+// a multiply-add of the logit would leave half a unit in the last place of a huge number.
+template <class A>
+PYATTN_INLINE Vec<A> weight(Vec<A> score, Vec<A> largest, A factor) {
+    return exp<A>((score - largest) * factor);
+}
+
+// A row that has seen nothing yet has a maximum of -inf; subtracting 0 instead gives weights of 0, not NaN.
+template <class A>
+PYATTN_INLINE Vec<A> subtractable(Vec<A> largest) {
+    return largest == -static_cast<A>(INFINITY) ? Vec<A>{} : largest;
+}
+
 template <class A>
 class Score {
   public:
