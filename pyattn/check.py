@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -27,8 +28,12 @@ _UNLIMITED = 2**62  # a window this wide hides nothing and still fits 64 bits wh
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
-class PyattnError(Exception):
-    """Base of every error pyattn raises about its input."""
+class PyattnError(RuntimeError):
+    """Base of every error pyattn raises about its input.
+
+    A RuntimeError, because that is what torch raises: code that catches torch's errors catches these. Most are a
+    ValueError or a TypeError as well, as Python's own functions raise.
+    """
 
 
 class ShapeError(PyattnError, ValueError):
@@ -166,7 +171,7 @@ def check_band(causal: bool, window: Sequence[int | None] | None) -> tuple[int |
     for side, keys in zip(("left", "right"), window, strict=True):
         if keys is None:
             continue
-        if isinstance(keys, bool) or not isinstance(keys, (int, torch.SymInt)):
+        if isinstance(keys, bool) or not isinstance(keys, (Integral, torch.SymInt)):
             raise DtypeError(f"window: expected an int or None on the {side}, got {keys!r}")
         if keys < 0:
             raise RangeError(f"window: expected at least 0 keys on the {side} (None means unlimited), got {keys}")
@@ -239,7 +244,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool, paged: bool) -> tu
         q, k, v = as_batch(q), as_batch(k), as_batch(v)
     b, h, _, d = q.shape
     k_b, hk, n, k_d = k.shape
-    v_b, v_hk, v_n, dv = v.shape
+    v_b, v_hk, v_n, _ = v.shape
     if (k_b != b and not paged) or k_d != d:
         form = f"total_k, hk, d={d}" if packed else f"pages, hk, page size, d={d}" if paged else f"b={b}, hk, n, d={d}"
         why = f"d is {d} in q" if k_d != d else f"b is {b} in q"
@@ -251,8 +256,6 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool, paged: bool) -> tu
         raise ShapeError(f"q, k: expected at least 1 head, got h={h}, hk={hk}")
     if h % hk != 0:
         raise ShapeError(f"k: expected a number of heads that divides the {h} heads of q, got {hk}")
-    if d == 0 or dv == 0:
-        raise ShapeError(f"q, v: expected head sizes of at least 1, got d={d}, dv={dv}")
     return q, k, v
 
 
@@ -337,7 +340,7 @@ def _check_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
         if seed.dtype is not torch.int64 or seed.dim() != 0:
             raise DtypeError(f"seed: expected an int or an int64 scalar tensor, got {_described(seed)}")
         return seed.to(device)
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise DtypeError(f"seed: expected an int or an int64 scalar tensor, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
         raise RangeError(f"seed: expected an integer of 64 bits, got {seed}")
@@ -373,10 +376,24 @@ def _check_device(name: str, t: Tensor, device: torch.device) -> None:
         raise DeviceError(f"{name}: expected a tensor on {device}, the device of q, got {t.device}")
 
 
-def _number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+def number(name: str, value: Any) -> float:
+    """A real number of any type as one of Python's; of a tensor without dimensions, its value.
+
+    For that a GPU is waited for, as torch does where it is given such a tensor.
+    """
+    if type(value) in (int, float, torch.SymFloat):
+        return value
+    if isinstance(value, Tensor) and value.dim() == 0 and not (value.requires_grad or value.is_complex()):
+        value = value.item()
+    if not isinstance(value, Real):
         raise DtypeError(f"{name}: expected a number, got {type(value).__name__}")
-    return value
+    return float(value)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool):
+        raise DtypeError(f"{name}: expected a number, got bool")
+    return number(name, value)
 
 
 def _shape(t: Tensor) -> str:

@@ -119,3 +119,4 @@ torch.library.register_autograd(
 torch.library.register_autograd("pyattn::attention_backward", autograd.refuse_second_backward, lib=_library)
 torch.library.register_vmap("pyattn::attention", transforms.forward_rule, lib=_library)
 torch.library.register_vmap("pyattn::attention_backward", transforms.backward_rule, lib=_library)
+_library.impl("attention_backward", transforms.older_backward_rule, transforms.OLDER_VMAP)

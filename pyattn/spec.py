@@ -1,7 +1,7 @@
 """What to compute: one definition of attention, shared by every backend.
 
 Sizes: `b` batch, `h` query heads, `hk` key/value heads (head `i` reads key/value head `i // (h // hk)`), `m` queries,
-`n` keys, `d` query/key head size, `dv` value head size.
+`n` keys, `d` query/key head size, `dv` value head size. All but h and hk may be 0; with d = 0 every q_i . k_j is 0.
 
     s[i, j]  = scale * (q_i . k_j)
     s[i, j]  = softcap * tanh(s[i, j] / softcap)                   if softcap

@@ -72,6 +72,8 @@ CASES: tuple[Case, ...] = (
     Case("no-queries", m=0),
     Case("no-keys", n=0),
     Case("no-batch", b=0),
+    Case("no-head-size", d=0, dv=5, causal=True, alibi=True, sinks=True),
+    Case("no-value-size", dv=0, bias="1hmn"),
     Case("odd-head-sizes", d=17, dv=5),
     Case("large-head-size", b=1, m=33, n=70, d=192, dv=192),
     Case("layout-bmhd", layout="bmhd", d=64, dv=64),

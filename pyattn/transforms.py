@@ -2,15 +2,17 @@
 
 The operators' registered gradient is not one that torch.func can call, and without a batching rule vmap would call them
 once per sample. So under a transform attention is an autograd.Function over the operators, and vmap folds its dimension
-into the batch.
+into the batch. So does the older vmap in which torch.autograd.grad(..., is_grads_batched=True) runs a backward.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _dispatch_key_parse, _dispatch_keys
 from torch._C._functorch import peek_interpreter_stack
 
 from pyattn import autograd
@@ -20,6 +22,7 @@ _N_TENSORS = len(Inputs._fields)
 _BEFORE = 3 + len(Results._fields)  # arguments of the backward operator before those of `Inputs`
 # Dropout's mask depends on the number of the batch element, the others have no dimension of the batch.
 _UNFOLDED = ("sinks", "seed", "cu_seqlens_q", "cu_seqlens_k", "block_table")
+OLDER_VMAP = "Batched"  # torch's dispatch key of the tensors in it
 
 
 def active() -> bool:
@@ -79,6 +82,21 @@ def backward_rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
     if x.bias is not None and bias_gradient and _samples(x.bias, x_dims[4], size).shape[1] != b:
         grads[3] = grads[3].sum(1, keepdim=True)
     return grads, [0] * len(grads)
+
+
+def older_backward_rule(*args: Any) -> list[Tensor]:
+    """The older vmap's rule for `pyattn::attention_backward`: it gives no dimensions, but tensors that hide one.
+
+    It is taken to be the only one: torch has no rules for what this does with the tensors of one inside another.
+    """
+    key = _dispatch_key_parse(OLDER_VMAP)
+    in_dims = tuple(0 if isinstance(t, Tensor) and _dispatch_keys(t).has(key) else None for t in args)
+    shown = tuple(
+        t if dim is None else torch._remove_batch_dim(t, 1, 0, 0) for t, dim in zip(args, in_dims, strict=True)
+    )
+    size = next(len(t) for t, dim in zip(shown, in_dims, strict=True) if dim == 0)
+    grads, _ = backward_rule(SimpleNamespace(batch_size=size), in_dims, *shown)
+    return [torch._add_batch_dim(t, 0, 1) for t in grads]
 
 
 def _needs_turns(x: Inputs) -> bool:

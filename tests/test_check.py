@@ -1,5 +1,6 @@
 """Every wrong argument raises an error that names it, before anything runs."""
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -35,7 +36,11 @@ WRONG = {
         "k: expected a number of heads that divides the 4 heads of q, got 3",
     ),
     "v has another length": ({"v": torch.randn(B, HK, N + 1, D)}, pyattn.ShapeError, "v: expected .*n=7"),
-    "v has head size 0": ({"v": torch.randn(B, HK, N, 0)}, pyattn.ShapeError, "head sizes of at least 1"),
+    "q and k have no heads": (
+        {"q": torch.randn(B, 0, M, D), "k": torch.randn(B, 0, N, D), "v": torch.randn(B, 0, N, D)},
+        pyattn.ShapeError,
+        "expected at least 1 head",
+    ),
     "k is on another device": ({"k": torch.randn(B, HK, N, D, device="meta")}, pyattn.DeviceError, "k: .*got meta"),
     "mask is float": ({"mask": torch.zeros(M, N)}, pyattn.DtypeError, "mask: expected bool, got float32"),
     "mask does not broadcast": (
@@ -106,6 +111,18 @@ def test_attention_wrong_argument_raises_named_error(changes, error, message):
         pyattn.attention(**_arguments(**changes))
     assert isinstance(caught.value, (ValueError, TypeError))
     assert isinstance(caught.value, pyattn.PyattnError)
+    assert isinstance(caught.value, RuntimeError)  # which is what code written for torch catches
+
+
+def test_attention_numbers_may_be_numpys_or_tensors_without_dimensions():
+    options = {"scale": np.float32(0.25), "softcap": torch.tensor(2.0), "dropout_p": np.float16(0.5)}
+    whole = {"window": (np.int64(3), np.int32(1)), "seed": np.int64(5)}
+    same = {"scale": 0.25, "softcap": 2.0, "dropout_p": 0.5, "window": (3, 1), "seed": 5}
+    call = _arguments()
+    assert torch.equal(pyattn.attention(**call, **options, **whole), pyattn.attention(**call, **same))
+    for wrong in (torch.ones(1), torch.ones((), requires_grad=True), 1j, np.ones(1), True):
+        with pytest.raises(pyattn.DtypeError, match=r"^scale: expected a number"):
+            pyattn.attention(**_arguments(scale=wrong))
 
 
 def test_attention_empty_inputs_of_any_strides_are_valid():

@@ -245,9 +245,10 @@ def test_what_no_query_sees_does_not_leak(poison: float) -> None:
         torch.testing.assert_close(out, plain(seen)[: len(out)], msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_is_causal_excludes_a_mask_in_sdpa_and_needs_one_in_multihead_attention() -> None:
-    with pytest.raises(pyattn.RangeError, match="is_causal"):
-        sdpa(TOP_LEFT, is_causal=True)
+def test_is_causal_joins_a_mask_in_sdpa_and_needs_one_in_multihead_attention() -> None:
+    seen, added = normal(M, N) > -0.5, normal(M, N)
+    torch.testing.assert_close(sdpa(seen, is_causal=True), plain(seen & TOP_LEFT))
+    torch.testing.assert_close(sdpa(added, is_causal=True), plain(TOP_LEFT, added))
     x = normal(B, M, H * D)
     with pytest.raises(pyattn.RangeError, match="attn_mask"):
         multihead()(x, x, x, is_causal=True)

@@ -127,6 +127,13 @@ def test_face_gives_per_sample_gradients(ours: nn.Module) -> None:
         torch.testing.assert_close(got, expected)
 
 
+def test_face_gives_jacobians_and_batched_gradients(ours: nn.Module) -> None:
+    x, theirs = inputs(2)[:1], Block(TORCH)
+    expected = torch.autograd.functional.jacobian(theirs, x)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(ours, x, vectorize=True), expected)
+    assert torch.autograd.gradcheck(ours.double(), x.double().requires_grad_(), check_batched_grad=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_face_under_autocast_keeps_master_weights(ours: nn.Module, dtype: torch.dtype) -> None:
     theirs = Block(TORCH)

@@ -6,6 +6,7 @@ import inspect
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,16 @@ from pyattn import core
 from pyattn.testing import assert_as_accurate
 
 
-def torch_sdpa(*args: Any, **options: Any) -> Tensor:
-    """torch's definition in plain operations, which knows every shape and option."""
+def torch_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *, is_causal: bool = False, **options: Any
+) -> Tensor:
+    """torch's definition in plain operations, which knows every shape and option but a mask with is_causal."""
+    if is_causal and attn_mask is not None:
+        band = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+        attn_mask = attn_mask & band if attn_mask.dtype is torch.bool else torch.where(band, attn_mask, -torch.inf)
+        is_causal = False
     with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(*args, **options)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, **options)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -93,6 +100,10 @@ SHAPES = {
     "no-queries": ((2, 3, 0, 8), (2, 3, 9, 8), (2, 3, 9, 8)),
     "no-keys": ((2, 3, 7, 8), (2, 3, 0, 8), (2, 3, 0, 8)),
     "no-batch": ((0, 3, 7, 8), (0, 3, 9, 8), (0, 3, 9, 8)),
+    "no-heads": ((2, 0, 7, 8), (2, 0, 9, 8), (2, 0, 9, 8)),
+    "nothing-of-3d": ((0, 7, 8), (0, 9, 8), (0, 9, 8)),
+    "no-head-size": ((2, 3, 7, 0), (2, 3, 9, 0), (2, 3, 9, 8)),
+    "no-value-size": ((3, 7, 8), (3, 9, 8), (3, 9, 0)),
     "one-query": ((2, 3, 1, 8), (2, 3, 9, 8), (2, 3, 9, 8)),
 }
 
@@ -137,11 +148,22 @@ MASK_SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
-def test_sdpa_mask_of_any_broadcast_agrees_with_torch(shape: tuple, kind: str) -> None:
+def test_sdpa_mask_of_any_broadcast_agrees_with_torch(shape: tuple, kind: str, is_causal: bool) -> None:
     q, k, v = normal(2, 3, 7, 8), normal(2, 3, 9, 8, seed=1), normal(2, 3, 9, 8, seed=2)
-    assert_agrees_with_torch(q, k, v, bool_mask(*shape) if kind == "bool" else normal(*shape, seed=3))
+    mask = bool_mask(*shape) if kind == "bool" else normal(*shape, seed=3)
+    assert_agrees_with_torch(q, k, v, mask, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_sdpa_mask_with_is_causal_is_that_of_torchs_fused_kernel(kind: str) -> None:
+    q, k, v = normal(2, 3, 7, 8), normal(2, 3, 9, 8, seed=1), normal(2, 3, 9, 8, seed=2)
+    call = {"query": q, "key": k, "value": v, "attn_mask": bool_mask(7, 9) if kind == "bool" else normal(7, 9)}
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        expected = F.scaled_dot_product_attention(**call, is_causal=True)
+    torch.testing.assert_close(pyattn.scaled_dot_product_attention(**call, is_causal=True), expected)
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
@@ -184,6 +206,18 @@ def test_sdpa_scale_agrees_with_torch(scale: float | None, is_causal: bool) -> N
     assert_agrees_with_torch(q, k, v, scale=scale, is_causal=is_causal)
 
 
+@pytest.mark.parametrize(
+    "number", [np.float32(0.25), np.float64(0.25), torch.tensor(0.25), np.int64(1), torch.tensor(1), True], ids=repr
+)
+def test_sdpa_numbers_of_every_type_that_torch_takes(number: Any) -> None:
+    q, k, v = normal(2, 3, 7, 8), normal(2, 3, 9, 8, seed=1), normal(2, 3, 9, 8, seed=2)
+    assert_agrees_with_torch(q, k, v, scale=number)
+    torch.manual_seed(0)
+    out = pyattn.scaled_dot_product_attention(q, k, v, dropout_p=number)
+    torch.manual_seed(0)
+    assert torch.equal(out, pyattn.scaled_dot_product_attention(q, k, v, dropout_p=float(number)))
+
+
 def test_sdpa_float_mask_is_added_after_scaling() -> None:
     q, k, v = normal(2, 3, 7, 8), normal(2, 3, 9, 8, seed=1), normal(2, 3, 9, 8, seed=2)
     assert_agrees_with_torch(q, k, v, normal(7, 9), scale=7.0)
@@ -222,10 +256,9 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         "value": normal(*v_lead, keys, dv, seed=2),
         "scale": draw(st.sampled_from([None, -0.4, 1.1])),
     }
-    kind = draw(st.sampled_from(["none", "causal", "bool", "float"]))
-    if kind == "causal":
-        call["is_causal"] = True
-    elif kind != "none":
+    kind = draw(st.sampled_from(["none", "bool", "float"]))
+    call["is_causal"] = draw(st.booleans())
+    if kind != "none":
         scores = [*torch.broadcast_shapes(q_lead, k_lead), *lengths]
         shape = broadcast(scores)
         call["attn_mask"] = bool_mask(*shape) if kind == "bool" else normal(*shape, seed=3)
@@ -384,9 +417,6 @@ BAD_CALLS = {
     "mask-enlarges": (
         lambda q, k, v: ((q[:1], k[:1], v[:1], torch.ones(2, 1, 7, 9)), {}), pyattn.ShapeError, "attn_mask",
     ),
-    "mask-and-causal": (
-        lambda q, k, v: ((q, k, v, torch.ones(7, 9)), {"is_causal": True}), pyattn.RangeError, "is_causal",
-    ),
     "causal-bias-and-causal": (
         lambda q, k, v: ((q, k, v, causal_upper_left(7, 9)), {"is_causal": True}), pyattn.RangeError, "is_causal",
     ),
@@ -397,6 +427,10 @@ BAD_CALLS = {
     "dropout-negative": (lambda q, k, v: ((q, k, v), {"dropout_p": -0.1}), pyattn.RangeError, "dropout_p"),
     "causal-as-a-number": (lambda q, k, v: ((q, k, v), {"is_causal": 1}), pyattn.DtypeError, "^is_causal: "),
     "integers-alone": (lambda q, k, v: ((q.long(), k.long(), v.long()), {}), pyattn.DtypeError, "^query: "),
+    "scale-with-gradient": (
+        lambda q, k, v: ((q, k, v), {"scale": torch.ones((), requires_grad=True)}), pyattn.DtypeError, "^scale: ",
+    ),
+    "scale-of-one-dimension": (lambda q, k, v: ((q, k, v), {"scale": torch.ones(1)}), pyattn.DtypeError, "^scale: "),
     "scale-not-finite": (lambda q, k, v: ((q, k, v), {"scale": math.nan}), pyattn.RangeError, "scale"),
 }  # fmt: skip
 
@@ -405,8 +439,9 @@ BAD_CALLS = {
 def test_sdpa_bad_argument_raises_and_names_it(arguments, error: type[Exception], named: str) -> None:
     q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8)
     args, options = arguments(q, k, v)
-    with pytest.raises(error, match=named):
+    with pytest.raises(error, match=named) as caught:
         pyattn.scaled_dot_product_attention(*args, **options)
+    assert isinstance(caught.value, RuntimeError)  # which is what code written for torch catches
 
 
 def test_sdpa_nested_tensor_raises() -> None:

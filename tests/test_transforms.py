@@ -85,6 +85,33 @@ def test_vmap_of_grad_gives_each_sample_its_gradients(options: dict[str, tuple[A
         torch.testing.assert_close(got, want)
 
 
+def assert_batched_gradients_are_those_of_a_loop(outs: tuple[Tensor, ...], leaves: list[Tensor]) -> None:
+    """By torch.autograd.grad's own vmap, which is not that of torch.func."""
+    cotangents = tuple(normal(S, *out.shape) for out in outs)
+    many = torch.autograd.grad(outs, leaves, cotangents, retain_graph=True, is_grads_batched=True)
+    for i in range(S):
+        of_one = torch.autograd.grad(outs, leaves, tuple(t[i] for t in cotangents), retain_graph=True)
+        for found, expected in zip(many, of_one, strict=True):
+            torch.testing.assert_close(found[i], expected)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_batched_gradients_are_those_of_a_loop(options: dict[str, tuple[Any, int | None]]) -> None:
+    given = {name: value if dim is None else value.select(dim, 0) for name, (value, dim) in options.items()}
+    learned = {name: given[name].clone().requires_grad_() for name in ("bias", "sinks") if name in given}
+    qkv = [t[0].clone().requires_grad_() for t in QKV]
+    out, lse = pyattn.attention(*qkv, return_lse=True, **given | learned)
+    seen = torch.where(lse.isfinite(), lse, 0.0)
+    for outs in ((out,), (seen,), (out, seen)):
+        assert_batched_gradients_are_those_of_a_loop(outs, [*qkv[:2], *learned.values()])
+
+
+def test_batched_gradients_of_packed_sequences() -> None:
+    q, k, v = (normal(rows, heads, D).requires_grad_() for rows, heads in ((5, H), (7, HK), (7, HK)))
+    out = pyattn.attention_varlen(q, k, v, torch.tensor([0, 2, 5]), torch.tensor([0, 0, 7]), causal=True)
+    assert_batched_gradients_are_those_of_a_loop((out,), [q, k, v])
+
+
 def test_grad_is_that_of_autograd() -> None:
     q, k, v = (t[0].clone().requires_grad_() for t in QKV)
     expected = torch.autograd.grad(pyattn.attention(q, k, v, causal=True).square().sum(), (q, k, v))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyattn import core
-from pyattn.check import DtypeError, RangeError, ShapeError, autocast_dtype, by_names
+from pyattn.check import DtypeError, RangeError, ShapeError, autocast_dtype, by_names, number
 from pyattn.compat.nested import nested_attention
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def scaled_dot_product_attention(
         attn_mask: broadcastable to the scores [..., h, l, s]. bool: True means attend. float32 or query's dtype: added
             to the scaled scores, and differentiable. Or `torch.nn.attention.bias.causal_upper_left`, `.._lower_right`.
         dropout_p: probability of dropping a weight, in [0, 1]; applied whenever it is positive.
-        is_causal: query i sees the keys j <= i: the first query is aligned with the first key. Excludes attn_mask.
+        is_causal: query i sees the keys j <= i: the first query is aligned with the first key. Beside attn_mask, both
+            hold.
         scale: 1 / sqrt(e) by default.
         enable_gqa: key and value may have fewer heads; head i reads key/value head i // (h // hk).
 
@@ -53,18 +54,23 @@ def scaled_dot_product_attention(
 
         UnsupportedError: also where no backend takes the call; lists every backend's reason.
 
-    Differs from torch: a mask together with is_causal always raises (torch's fused CPU kernel joins the two), and a
-    NaN in a key or value that a boolean mask hides from every query does not reach the output. As in torch's fused
-    kernels, a row that a floating mask of large finite numbers hides as a whole has the mean of the values as its
-    output, and gradients that are of no use; -inf, or a boolean mask, gives zeros.
+    Differs from torch: any call may have attn_mask and is_causal (in torch one that its fused CPU kernel takes, others
+    raise), and a NaN in a key or value that a boolean mask hides from every query does not reach the output. As in
+    torch's fused kernels, a row that a floating mask of large finite numbers hides as a whole has the mean of the
+    values as its output, and gradients that are of no use; -inf, or a boolean mask, gives zeros.
     """
     if any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):
         return nested_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     _check_query_key_value(query, key, value, enable_gqa)
     if attn_mask is not None:
-        _check_mask(attn_mask, query, key, is_causal)
-    options: dict[str, Any] = {"scale": scale, "causal": is_causal, "top_left": True, "dropout_p": dropout_p}
+        _check_mask(attn_mask, query, key)
+    scale = None if scale is None else number("scale", scale)
+    options: dict[str, Any] = {
+        "scale": scale, "causal": is_causal, "top_left": True, "dropout_p": number("dropout_p", dropout_p)
+    }  # fmt: skip
     if _is_causal_bias(attn_mask):
+        if is_causal:
+            raise RangeError("attn_mask, is_causal: expected at most one of the two to be causal, got both")
         options |= {"causal": True, "top_left": attn_mask.variant.name == "UPPER_LEFT"}
         attn_mask = None
     is_batch = _is_batch(query, key, value, enable_gqa)
@@ -87,7 +93,7 @@ def _is_batch(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> bool:
     of_q, of_k, of_v = q.shape, k.shape, v.shape
     h, hk = of_q[-3], of_k[-3]
     same_batch = rank == 3 or of_q[0] == of_k[0] == of_v[0]
-    return same_batch and hk == of_v[-3] and (hk == h or (enable_gqa and hk > 0 and h % hk == 0))
+    return same_batch and hk == of_v[-3] and hk > 0 and (hk == h or (enable_gqa and h % hk == 0))
 
 
 def _folded_attention(
@@ -145,11 +151,7 @@ def _is_causal_bias(attn_mask: Tensor | None) -> TypeGuard[CausalBias]:
     return isinstance(attn_mask, CausalBias)
 
 
-def _check_mask(attn_mask: Any, query: Tensor, key: Tensor, is_causal: bool) -> None:
-    if is_causal:
-        raise RangeError(
-            "attn_mask, is_causal: expected at most one of the two, got both: is_causal is a mask of its own"
-        )
+def _check_mask(attn_mask: Any, query: Tensor, key: Tensor) -> None:
     if not isinstance(attn_mask, Tensor):
         raise DtypeError(f"attn_mask: expected a torch.Tensor, got {type(attn_mask).__name__}")
     if _is_causal_bias(attn_mask):
@@ -218,7 +220,7 @@ def _axes(lead: list[int], attn_mask: Tensor | None) -> tuple[list[int], list[in
         if kept and any(attn_mask.shape[axis] != lead[axis] for axis in batch):
             rows = [axis for axis in (*batch, heads) if attn_mask.shape[axis] != 1]
             return rows, [axis for axis in (*batch, heads) if axis not in rows]
-    return batch, [heads]
+    return ([heads], batch) if lead[heads] == 0 else (batch, [heads])  # a batch may be empty, heads may not
 
 
 def _folded(t: Tensor, rows: list[int], columns: list[int]) -> Tensor:
