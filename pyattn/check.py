@@ -209,7 +209,7 @@ def _check_pages(block_table: Tensor, lengths: Tensor, pages: int, page_size: in
 
 def check_starts(name: str, starts: list[int], rows: int) -> None:
     """Whether the sequences begin at row 0, follow one another, and end with the rows of q or k."""
-    side = name[-1]
+    side = name.removeprefix("cu_seqlens_")
     if starts[0] != 0:
         raise RangeError(f"{name}: expected 0 at position 0, got {starts[0]}: the first sequence starts at row 0")
     for place, (start, end) in enumerate(pairwise(starts), 1):

@@ -542,7 +542,7 @@ FLEX = torch.nn.attention.flex_attention.create_block_mask(lambda b, h, q, k: q 
             pyattn.UnsupportedError,
             "^cu_seq_lens_k: ",
         ),
-        ({"scaling": torch.ones(())}, pyattn.DtypeError, "^scaling: "),
+        ({"scaling": torch.ones(1)}, pyattn.DtypeError, "^scaling: "),
         ({"s_aux": torch.ones(3)}, pyattn.ShapeError, "^s_aux: "),
         (
             {"b": 1, "m": 7, "cu_seq_lens_k": STARTS},

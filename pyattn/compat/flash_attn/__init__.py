@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from pyattn.check import UnsupportedError
+from pyattn.compat import stand_ins
 from pyattn.compat.flash_attn import bert_padding, flash_attn_interface
 from pyattn.compat.flash_attn.flash_attn_interface import (
     flash_attn_func,
@@ -46,18 +46,9 @@ def install() -> None:
     Raises:
         UnsupportedError: another flash_attn is imported already, and may be in use.
     """
-    for name, module in _STAND_INS.items():
-        other = sys.modules.get(name, module)
-        if other is not module:
-            place = getattr(other, "__file__", None) or "a module without a file"
-            raise UnsupportedError(
-                f"install: expected no {name} imported yet, got {place}: call install() before it is"
-            )
-    sys.modules.update(_STAND_INS)
+    stand_ins.install(_STAND_INS)
 
 
 def uninstall() -> None:
     """Undoes `install`. Who has imported flash_attn meanwhile keeps what was imported."""
-    for name, module in _STAND_INS.items():
-        if sys.modules.get(name) is module:
-            del sys.modules[name]
+    stand_ins.uninstall(_STAND_INS)

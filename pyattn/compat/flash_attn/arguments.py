@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyattn.check import DtypeError, ShapeError, UnsupportedError, by_names, check_dense, check_scale
+from pyattn.check import DtypeError, ShapeError, UnsupportedError, by_names, check_dense, check_scale, number
 
 
 def check_shape(name: str, t: Any, form: str, *sizes: int | None) -> Tensor:
@@ -39,7 +40,7 @@ def options(
         by_names({"scale": "softmax_scale"}, check_scale, softmax_scale, 1)
     if (window := _window(window_size)) is not None:
         given["window"] = window
-    if not (isinstance(softcap, (int, float)) and softcap <= 0):
+    if not number("softcap", softcap) <= 0:
         given["softcap"] = softcap
     if alibi_slopes is not None:
         given["alibi_slopes"] = alibi_slopes
@@ -50,10 +51,12 @@ def _window(window_size: Sequence[int]) -> tuple[int | None, int | None] | None:
     """flash_attn's window, in which a negative side is unlimited, as pyattn's, in which None is."""
     if isinstance(window_size, tuple) and window_size == (-1, -1):
         return None
+    if isinstance(window_size, Tensor):  # as flash_attn's tests draw it
+        window_size = window_size.tolist()
     if (
         not isinstance(window_size, (tuple, list))
         or len(window_size) != 2
-        or not all(isinstance(side, int) for side in window_size)
+        or not all(isinstance(side, Integral) for side in window_size)
     ):
         raise DtypeError(f"window_size: expected a pair of ints (left, right), -1 for unlimited, got {window_size!r}")
     left, right = (None if side < 0 else side for side in window_size)
@@ -74,9 +77,26 @@ def refuse_with_dropout(dropout_p: float, return_attn_probs: bool, softcap: floa
         )
 
 
-def refuse_gradient(name: str, *tensors: Tensor | None) -> None:
-    """Raises where a gradient would be recorded through a cache, which has none."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise UnsupportedError(
-            f"{name}: expected tensors without gradient, or torch.no_grad() around the call: a cache has none"
-        )
+def without_gradient(
+    name: str, tensors: tuple[Tensor | None, ...], call: Callable[..., tuple[Tensor, Tensor]], *given: Any
+) -> tuple[Tensor, Tensor]:
+    """`call(*given)`, out and lse of a cache, which has no gradients: a backward through them to `tensors` raises."""
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        return call(*given)
+    with torch.no_grad():
+        out, lse = call(*given)
+    return _NoGradient.apply(name, out, lse, *tensors)
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(name: str, out: Tensor, lse: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return out, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise UnsupportedError(f"{ctx.name}: expected no backward through its results: a cache has no gradients")

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyattn import api, check, core
-from pyattn.check import RangeError, UnsupportedError
-from pyattn.compat.flash_attn.arguments import check_shape, options, refuse_gradient, refuse_with_dropout
+from pyattn.check import UnsupportedError
+from pyattn.compat.flash_attn.arguments import check_shape, options, refuse_with_dropout, without_gradient
+from pyattn.compat.flash_attn.cache import Cache, Packed, Rotary, attend
 from pyattn.compat.flash_attn.kvcache import flash_attn_with_kvcache
 
 __all__ = [
@@ -151,7 +151,7 @@ def flash_attn_varlen_func(
         max_seqlen_k: not read; the lengths are in cu_seqlens_k.
         alibi_slopes: [h] or [sequences, h].
         block_table: integer [sequences, pages of one]; key j of sequence t is row j % page size of page
-            block_table[t, j // page size], for any page size. There are no gradients and no dropout then.
+            block_table[t, j // page size], for any page size. There is no dropout then, and a backward raises.
         dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs: as for
             `flash_attn_func`.
 
@@ -159,7 +159,7 @@ def flash_attn_varlen_func(
         out [total_q, h, dv], or (out, lse [h, total_q], S_dmask) as for `flash_attn_func`.
 
     Raises:
-        As `flash_attn_func`; UnsupportedError for a block table with dropout or where a gradient would be recorded.
+        As `flash_attn_func`; UnsupportedError for a block table with dropout, or in its backward.
     """
     shared = options(softmax_scale, causal, window_size, softcap, alibi_slopes)
     if dropout_p != 0:
@@ -173,7 +173,10 @@ def flash_attn_varlen_func(
             q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_p=dropout_p, return_lse=True, **shared
         )
     else:
-        out, lse = _paged(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, block_table, shared)
+        out, lse = without_gradient(
+            "flash_attn_varlen_func, block_table", (q, k, v), _paged, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+            block_table, shared,
+        )  # fmt: skip
     return (out, lse, q.new_empty(0)) if return_attn_probs else out
 
 
@@ -234,29 +237,11 @@ def _paged(
     block_table: Tensor,
     shared: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """Packed queries over paged keys: (out [total_q, h, dv], lse [h, total_q]).
-
-    Queries become a padded batch whose last row is each sequence's last query, so that all stand where they should.
-    """
-    check_shape("q", q, "total_q h d", None, None, None)
-    total, h, d = q.shape
-    check_shape("k", k, "pages page_size hk d", None, None, None, d)
-    check_shape("v", v, "pages page_size hk dv", k.shape[0], k.shape[1], k.shape[2], None)
-    refuse_gradient("block_table", q, k, v)
+    """Packed queries over paged keys: (out [total_q, h, dv], lse [h, total_q])."""
     starts_q, starts_k = check.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
-    if q.device.type == "cpu" and not check.is_traced(starts_q):
-        check.check_starts("cu_seqlens_q", starts_q.tolist(), total)
-        longest = max(starts_q.diff().tolist(), default=0)
-        if longest > max_seqlen_q:
-            raise RangeError(f"max_seqlen_q: expected at least {longest}, got {max_seqlen_q}: a sequence has that many")
-    row = torch.arange(total, dtype=torch.int32, device=q.device)
-    ends = starts_q[1:]
-    sequence = torch.searchsorted(ends, row, right=True)
-    place = row + max_seqlen_q - ends[sequence]
-    padded = q.new_zeros(ends.shape[0], max_seqlen_q, h, d)
-    padded[sequence, place] = q
-    out, lse = api.attention_kvcache(
-        padded.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), starts_k.diff(),
-        block_table=block_table, return_lse=True, **shared,
-    )  # fmt: skip
-    return out.transpose(1, 2)[sequence, place], lse.transpose(1, 2)[sequence, place].T
+    k, v = (t.to(check.autocast_dtype(t)) for t in (k, v))
+    names = {"k_cache": "k", "v_cache": "v", "cache_seqlens": "cu_seqlens_k"}
+    cache = Cache(k, v, starts_k.diff(), table=block_table)
+    return check.by_names(
+        names, attend, q, None, None, cache, Rotary(None, None, True), Packed(starts_q, max_seqlen_q), shared
+    )
