@@ -10,6 +10,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -28,12 +29,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window": {"window_size": (3, 1)},
     "window-left": {"window_size": (2, -1)},
     "window-right": {"window_size": [-1, 2]},
+    "window-as-a-tensor": {"window_size": torch.tensor([2, 1])},
     "window-zero": {"window_size": (0, 0)},
     "window-negative-is-unlimited": {"window_size": (-2, -7)},
     "causal-means-right-0": {"causal": True, "window_size": (4, 9)},
     "scale": {"softmax_scale": 0.7},
     "softcap": {"softcap": 1.5, "softmax_scale": 2.0},
     "softcap-negative-is-none": {"softcap": -1.0},
+    "numbers-of-numpy": {"softcap": np.float32(1.5), "softmax_scale": np.float32(0.5), "window_size": [np.int64(3), 1]},
     "alibi-per-head": {"alibi_slopes": SLOPES[0], "causal": True},
     "alibi-per-batch-capped": {"alibi_slopes": SLOPES, "softcap": 1.5, "window_size": (5, 0)},
 }
@@ -450,8 +453,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("kvpacked_func", {"q": X, "kv": X[:, :, None]}, ShapeError, r"kv: expected \[b, n, stacked=2, hk, d\]"),
     ("varlen_func", {"max_seqlen_q": 4}, RangeError, "max_seqlen_q: expected at least 5, got 4"),
     ("varlen_func", {"dropout_p": 0.1}, UnsupportedError, "block_table: expected dropout_p=0"),
-    ("varlen_func", {"q": PACKED.clone().requires_grad_()}, UnsupportedError, "block_table: expected tensors without"),
-    ("with_kvcache", {"q": X.clone().requires_grad_()}, UnsupportedError, "kvcache: expected tensors without"),
+    ("func", {"window_size": torch.tensor([1.5, 2.0])}, DtypeError, "window_size: expected a pair of ints"),
     ("with_kvcache", {"cache_seqlens": None}, DtypeError, "cache_seqlens: .* with k and v, got None"),
     ("with_kvcache", {"cache_seqlens": 6}, RangeError, r"cache_seqlens: expected values in \[0, 5\], got 6"),
     ("with_kvcache", {"cache_seqlens": CU}, ShapeError, r"cache_seqlens: expected shape \[2\]"),
@@ -475,6 +477,20 @@ def test_wrong_argument_is_named_and_nothing_written(name: str, changes: Any, er
     with pytest.raises(error, match=message):
         getattr(flash_attn, f"flash_attn_{name}")(**given | changes)
     assert torch.equal(CACHE["k_cache"], normal(B, 9, H, D))
+
+
+@pytest.mark.parametrize(("name", "given", "learned"), [
+    ("varlen_func", PAGES, "q"), ("varlen_func", PAGES, "k"), ("varlen_func", PAGES, "v"),
+    ("with_kvcache", CACHE, "q"), ("with_kvcache", CACHE, "k"), ("with_kvcache", CACHE, "v"),
+])  # fmt: skip
+def test_backward_through_a_cache_raises_and_not_before(name: str, given: dict[str, Any], learned: str) -> None:
+    given = {name: t.clone() if isinstance(t, Tensor) else t for name, t in given.items()}
+    call = getattr(flash_attn, f"flash_attn_{name}")
+    expected, leaf = call(**given), given[learned].clone().requires_grad_()
+    out = call(**given | {learned: leaf})
+    assert torch.equal(out, expected) and not any(t.requires_grad for t in given.values() if isinstance(t, Tensor))
+    with pytest.raises(UnsupportedError, match=r"no gradients"):
+        out.sum().backward()
 
 
 def test_bert_padding_wrong_shape_is_named() -> None:
