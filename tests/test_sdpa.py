@@ -164,6 +164,11 @@ def test_sdpa_mask_with_is_causal_is_that_of_torchs_fused_kernel(kind: str) -> N
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         expected = F.scaled_dot_product_attention(**call, is_causal=True)
     torch.testing.assert_close(pyattn.scaled_dot_product_attention(**call, is_causal=True), expected)
+    for attention in (F.scaled_dot_product_attention, pyattn.scaled_dot_product_attention):
+        with sdpa_kernel(SDPBackend.MATH), pytest.raises(RuntimeError, match=r"Explicit attn_mask should not be set"):
+            attention(**call, is_causal=True)
+        with sdpa_kernel(SDPBackend.MATH):
+            assert attention(q[:0], k[:0], v[:0], call["attn_mask"], is_causal=True).shape == (0, 3, 7, 8)
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])

@@ -39,7 +39,7 @@ def scaled_dot_product_attention(
             to the scaled scores, and differentiable. Or `torch.nn.attention.bias.causal_upper_left`, `.._lower_right`.
         dropout_p: probability of dropping a weight, in [0, 1]; applied whenever it is positive.
         is_causal: query i sees the keys j <= i: the first query is aligned with the first key. Beside attn_mask, both
-            hold.
+            hold; but where sdpa_kernel allows SDPBackend.MATH alone, torch refuses the two, and so does this.
         scale: 1 / sqrt(e) by default.
         enable_gqa: key and value may have fewer heads; head i reads key/value head i // (h // hk).
 
@@ -63,14 +63,12 @@ def scaled_dot_product_attention(
         return nested_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     _check_query_key_value(query, key, value, enable_gqa)
     if attn_mask is not None:
-        _check_mask(attn_mask, query, key)
+        _check_mask(attn_mask, query, key, is_causal)
     scale = None if scale is None else number("scale", scale)
     options: dict[str, Any] = {
         "scale": scale, "causal": is_causal, "top_left": True, "dropout_p": number("dropout_p", dropout_p)
     }  # fmt: skip
     if _is_causal_bias(attn_mask):
-        if is_causal:
-            raise RangeError("attn_mask, is_causal: expected at most one of the two to be causal, got both")
         options |= {"causal": True, "top_left": attn_mask.variant.name == "UPPER_LEFT"}
         attn_mask = None
     is_batch = _is_batch(query, key, value, enable_gqa)
@@ -151,10 +149,17 @@ def _is_causal_bias(attn_mask: Tensor | None) -> TypeGuard[CausalBias]:
     return isinstance(attn_mask, CausalBias)
 
 
-def _check_mask(attn_mask: Any, query: Tensor, key: Tensor) -> None:
+def _check_mask(attn_mask: Any, query: Tensor, key: Tensor, is_causal: bool) -> None:
+    if is_causal and query.numel() > 0 and _asks_for_torchs_definition():
+        raise RangeError(
+            "attn_mask, is_causal: expected at most one of the two under sdpa_kernel(SDPBackend.MATH), got both: "
+            "Explicit attn_mask should not be set when is_causal=True, says torch there"
+        )
     if not isinstance(attn_mask, Tensor):
         raise DtypeError(f"attn_mask: expected a torch.Tensor, got {type(attn_mask).__name__}")
     if _is_causal_bias(attn_mask):
+        if is_causal:
+            raise RangeError("attn_mask, is_causal: expected at most one of the two to be causal, got both")
         have, want = (attn_mask.seq_len_q, attn_mask.seq_len_kv), (query.shape[-2], key.shape[-2])
         if have != want:
             raise ShapeError(
@@ -163,6 +168,13 @@ def _check_mask(attn_mask: Any, query: Tensor, key: Tensor) -> None:
         return
     if attn_mask.dtype not in (torch.bool, torch.float32) and attn_mask.dtype is not (dtype := autocast_dtype(query)):
         raise DtypeError(f"attn_mask: expected torch.bool, torch.float32 or query's {dtype}, got {attn_mask.dtype}")
+
+
+def _asks_for_torchs_definition() -> bool:
+    """Whether torch.nn.attention.sdpa_kernel allows that alone. In a trace it cannot be read."""
+    cuda = torch.backends.cuda
+    fused = cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.cudnn_sdp_enabled
+    return not torch.compiler.is_compiling() and not any(enabled() for enabled in fused)
 
 
 def _check_mask_shape(attn_mask: Tensor, scores: Sequence[int]) -> None:
