@@ -298,6 +298,7 @@ WRONG: list[tuple[str, dict[str, Any], type[PyattnError], str]] = [
     ("flash_attn_func", {name: X.to(torch.float8_e4m3fn) for name in "qkv"}, DtypeError, "^q: .* got torch.float8"),
     ("flash_attn_func", {"q": PACKED}, ShapeError, r"^q: expected \[b, s, h, d\]"),
     ("flash_attn_varlen_func", {"cu_seqlens_q": None}, DtypeError, "^cu_seqlens_q: expected a torch.Tensor"),
+    ("flash_attn_varlen_func", {"q": [1], "seqused_q": CU}, DtypeError, "^q: expected a torch.Tensor, got list"),
     ("flash_attn_varlen_func", {"seqused_q": CU}, ShapeError, r"^seqused_q: expected shape \[2\]"),
     ("flash_attn_varlen_func", {"seqused_q": CU[[0, 2]]}, RangeError, "^seqused_q: .* at most 5 at position 1.* got 8"),
     ("flash_attn_varlen_func", {"seqused_k": -CU[:2]}, RangeError, "^seqused_k: .* got -3"),

@@ -155,6 +155,7 @@ def flash_attn_varlen_func(
     _refuse(qv, q_descale, k_descale, v_descale, attention_chunk)
     shared = options(softmax_scale, causal, window_size, softcap, None)
     if seqused_q is not None or seqused_k is not None:
+        check.check_dense("q", q)
         starts = check.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
         cu_seqlens_q, cu_seqlens_k = _with_room(*starts, seqused_q, seqused_k)
     out, lse = api.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, return_lse=True, **shared)

@@ -81,7 +81,7 @@ def without_gradient(
     name: str, tensors: tuple[Tensor | None, ...], call: Callable[..., tuple[Tensor, Tensor]], *given: Any
 ) -> tuple[Tensor, Tensor]:
     """`call(*given)`, out and lse of a cache, which has no gradients: a backward through them to `tensors` raises."""
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+    if not (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)):
         return call(*given)
     with torch.no_grad():
         out, lse = call(*given)

@@ -238,6 +238,8 @@ def _paged(
     shared: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """Packed queries over paged keys: (out [total_q, h, dv], lse [h, total_q])."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check.check_dense(name, t)
     starts_q, starts_k = check.check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
     k, v = (t.to(check.autocast_dtype(t)) for t in (k, v))
     names = {"k_cache": "k", "v_cache": "v", "cache_seqlens": "cu_seqlens_k"}
