@@ -27,7 +27,8 @@ def backward(
     """operator: in place of `pyattn::attention_backward`."""
     operator = operator or torch.ops.pyattn.attention_backward
     d_out, d_lse, *_ = d_results  # the other results never leave the operators
-    tensors, results = ctx.saved_tensors[:_N_TENSORS], Results(*ctx.saved_tensors[_N_TENSORS:])
+    saved = ctx.saved_tensors  # once: a checkpoint computes them again for it
+    tensors, results = saved[:_N_TENSORS], Results(*saved[_N_TENSORS:])
     if d_out is None:
         d_out = torch.zeros_like(results.out)
     bias_gradient = ctx.needs_input_grad[_BIAS]

@@ -1,6 +1,6 @@
 """Fused attention, backward: the gradients of q, k, v, bias and sinks, recomputing the probabilities.
 
-    ds = p * (dp - delta)    dp = d_out v^T    delta_i = out_i . d_out_i - d_lse_i
+    ds = p * (dp - delta + d_lse)    dp = d_out v^T    delta_i = out_i . d_out_i
     dq = scale * ds k        dk = scale * ds^T q        dv = p^T d_out        dbias = ds
 
 (and with a softcap, ds times its slope in dq and dk). Source: arXiv:2307.08691, algorithm 2, split so that every sum
@@ -34,7 +34,7 @@ from .schedule import (
     within_segments,
 )
 from .score import to_scores
-from .softmax import LOG2_E, exp_scores
+from .softmax import LOG2_E, exp_scores, score_gradient
 from .tiles import head_start, load_tile, score_ptrs, statistics_start, store_tile
 
 
@@ -190,8 +190,9 @@ def _flash_bwd_dq_kernel(
     # [BLOCK_M]
     i_m = start_m + rows
     delta = row_dots(do_tile, out_tile, EXACT)
+    d_lse = dlse_ptr
     if dlse_ptr is not None:
-        delta -= tl.load(statistics_start(dlse_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=0.0)
+        d_lse = tl.load(statistics_start(dlse_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=0.0)[:, None]
     top = tl.load(statistics_start(row_max_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=0.0)
     log_sum = tl.load(statistics_start(log_sum_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=float("inf"))
     delta = tl.where(log_sum == float("inf"), 0.0, delta)
@@ -240,7 +241,7 @@ def _flash_bwd_dq_kernel(
             if seed_ptr is not None:
                 keep = dropout_keep(seed, threshold, i_s, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N)
                 dp = tl.where(keep, dp * inv_keep, 0.0)
-            ds = p * (dp - delta[:, None])
+            ds = score_gradient(p, dp, delta[:, None], d_lse)
             if run == MASKED_RUN:
                 k_ids = None
                 if q_ids_ptr is not None:
@@ -276,6 +277,7 @@ def _flash_bwd_dkdv_kernel(
     row_max_ptr,
     log_sum_ptr,
     delta_ptr,
+    dlse_ptr,  # or None
     # Absent features are None.
     mask_ptr,  # uint8
     bias_ptr,
@@ -417,6 +419,10 @@ def _flash_bwd_dkdv_kernel(
             log_sum_ptrs = statistics_start(log_sum_ptr, i_b, i_h, H, M, first_m) + i_m
             log_sum = tl.load(log_sum_ptrs, mask=in_m, other=float("inf"))
             delta = tl.load(statistics_start(delta_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=0.0)
+            d_lse = dlse_ptr
+            if dlse_ptr is not None:
+                dlse_ptrs = statistics_start(dlse_ptr, i_b, i_h, H, M, first_m) + i_m
+                d_lse = tl.load(dlse_ptrs, mask=in_m, other=0.0)[None, :]
             bias_base = bias_ptr
             if bias_ptr is not None:
                 bias_base = head_start(bias_ptr, i_b, i_h, None, stride_bias_b, stride_bias_h, stride_bias_m, 1)
@@ -449,7 +455,7 @@ def _flash_bwd_dkdv_kernel(
                 p_kept = tl.where(keep, p_t * inv_keep, 0.0)
                 dp_t = tl.where(keep, dp_t * inv_keep, 0.0)
             dv = tl.dot(p_kept.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
-            ds_t = p_t * (dp_t - delta[None, :])
+            ds_t = score_gradient(p_t, dp_t, delta[None, :], d_lse)
             if run == MASKED_RUN:
                 ds_t = tl.where(see, ds_t, 0.0)
             ds_t = through_softcap(ds_t, t_t, softcap)
@@ -504,10 +510,10 @@ def flash_bwd(
         sizes = launch.sizes("dkdv", q, k, v, call)
         if b * n > 0:
             _flash_bwd_dkdv_kernel[(call.blocks(n, sizes.block_n) * hk * b,)](
-                q, k, v, d_out, dk, dv, row_max, log_sum, delta,
+                q, k, v, d_out, dk, dv, row_max, log_sum, delta, d_lse,
                 **launch.strides(q=q, k=k, v=v, do=d_out, dk=dk, dv=dv), **common, **sizes.arguments(),
                 GROUPED=h != hk, id_ranges_ptr=launch.id_ranges(call.q_segments, sizes.block_m),
             )  # fmt: skip
         if dbias is not None and not owned and b * m * n > 0:
-            flash_bwd_bias(q, k, v, row_max, log_sum, delta, d_out, dbias, call)
+            flash_bwd_bias(q, k, v, row_max, log_sum, delta, d_lse, d_out, dbias, call)
     return delta

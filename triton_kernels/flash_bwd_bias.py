@@ -13,7 +13,7 @@ from .mask import visible
 from .philox import dropout_keep
 from .schedule import keys_seen
 from .score import to_scores
-from .softmax import LOG2_E, exp_scores
+from .softmax import LOG2_E, exp_scores, score_gradient
 from .tiles import head_start, load_tile, score_ptrs, statistics_start
 
 
@@ -28,6 +28,7 @@ def _flash_bwd_dbias_kernel(
     row_max_ptr,
     log_sum_ptr,
     delta_ptr,
+    dlse_ptr,  # or None
     bias_ptr,
     # Absent features are None.
     mask_ptr,  # uint8
@@ -132,6 +133,9 @@ def _flash_bwd_dbias_kernel(
         log_sum_ptrs = statistics_start(log_sum_ptr, i_b, i_h, H, M, None) + i_m
         log_sum = tl.load(log_sum_ptrs, mask=in_m, other=float("inf"))
         delta = tl.load(statistics_start(delta_ptr, i_b, i_h, H, M, None) + i_m, mask=in_m, other=0.0)
+        d_lse = dlse_ptr
+        if dlse_ptr is not None:
+            d_lse = tl.load(statistics_start(dlse_ptr, i_b, i_h, H, M, None) + i_m, mask=in_m, other=0.0)[:, None]
         q_base = head_start(q_ptr, i_b, i_h, None, stride_qb, stride_qh, stride_qm, ALIGN)
         q_tile = load_tile(q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET)
         if SCALE_SIGN != 1:
@@ -163,7 +167,7 @@ def _flash_bwd_dbias_kernel(
             start_m, start_n, rows[:, None], cols[None, :], M, n_keys, offset, left, right,
             q_ids, k_ids, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
         )  # fmt: skip
-        acc += tl.where(see, p * (dp - delta[:, None]), 0.0)
+        acc += tl.where(see, score_gradient(p, dp, delta[:, None], d_lse), 0.0)
 
     if ONE_M:
         acc = tl.where(rows[:, None] == 0, tl.sum(acc, 0)[None, :], 0.0)
@@ -186,6 +190,7 @@ def flash_bwd_bias(
     row_max: Tensor,
     log_sum: Tensor,
     delta: Tensor,
+    d_lse: Tensor | None,
     d_out: Tensor,
     dbias: Tensor,
     call: launch.Call,
@@ -200,7 +205,7 @@ def flash_bwd_bias(
     for of_packed in ("S", "cu_q_ptr", "cu_k_ptr"):
         del common[of_packed]
     _flash_bwd_dbias_kernel[(programs,)](
-        q, k, v, d_out, dbias, row_max, log_sum, delta, **launch.strides(q=q, k=k, v=v, do=d_out),
+        q, k, v, d_out, dbias, row_max, log_sum, delta, d_lse, **launch.strides(q=q, k=k, v=v, do=d_out),
         **dict(zip((f"stride_dbias_{axis}" for axis in "bhmn"), dbias.stride(), strict=True)),
         **common, **sizes.arguments(), B=b, ONE_B=one_b, ONE_H=one_h, ONE_M=one_m, ONE_N=one_n,
     )  # fmt: skip

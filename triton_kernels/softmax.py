@@ -19,6 +19,18 @@ def exp_scores(s, top, unit, log_sum=0.0):
 
 
 @triton.jit
+def score_gradient(p, dp, delta, d_lse):
+    """p * (dp - delta + d_lse), the gradient of the logits; d_lse is None where there is none.
+
+    It joins last: where a row has all its weight on one key dp - delta is exactly 0, and dp - (delta - d_lse) would not be.
+    """
+    ds = dp - delta
+    if d_lse is not None:
+        ds += d_lse
+    return p * ds
+
+
+@triton.jit
 def softmax_step(s, row_max, row_sum, unit):
     """Folds the scores s [BLOCK_M, BLOCK_N] in. Returns p [BLOCK_M, BLOCK_N], row_max, row_sum, rescale [BLOCK_M].
 
@@ -54,5 +66,6 @@ def finish_rows(row_max, row_sum, sinks_ptr, i_h, factor):
         total = row_sum * shrink + tl.where(sink == float("-inf"), 0.0, tl.exp2((lead - ahead) * LOG2_E))
         largest = tl.where(ahead == lead, sink, largest)
     lse = tl.where(total == 0.0, float("-inf"), largest + tl.log(total))
-    log_sum = tl.where(total == 0.0, float("inf"), ahead * LOG2_E + tl.log2(total))
+    # Finite, however far the sink is ahead: the row sees something.
+    log_sum = tl.where(total == 0.0, float("inf"), tl.minimum(ahead, 2e38) * LOG2_E + tl.log2(total))
     return shrink / tl.where(total == 0.0, 1.0, total), lse, top, log_sum

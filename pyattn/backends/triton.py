@@ -94,7 +94,7 @@ class TritonBackend(Backend):
                 x.q, x.k, x.v, y.out, row_max, row_sum, d_out, d_lse, grads.q, grads.k, grads.v, grads.bias,
                 call_of(spec, x),
             )  # fmt: skip
-        return grads if x.sinks is None else grads._replace(sinks=_sink_gradient(x.sinks, y.lse, delta))
+        return grads if x.sinks is None else grads._replace(sinks=_sink_gradient(x.sinks, y.lse, delta, d_lse))
 
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
         from pyattn.triton_kernels import config, decode
@@ -108,8 +108,10 @@ class TritonBackend(Backend):
         return forward, rows * (4 + spec.dv * spec.dtype.itemsize)
 
 
-def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """A sink is one more key, with a value of 0: its ds is p (0 - delta), which sums over the head's rows."""
+def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, d_lse: Tensor | None) -> Tensor:
+    """A sink is one more key, with a value of 0: its ds is p (0 - delta + d_lse), which sums over the head's rows."""
+    if d_lse is not None:
+        delta = delta - d_lse
     p = torch.where(lse == -torch.inf, 0.0, (sinks[:, None] - lse).exp())
     return -(p * delta).sum((0, 2))
 
