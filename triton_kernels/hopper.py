@@ -206,9 +206,22 @@ def new_ring(desc, PLACES: gl.constexpr, READERS: gl.constexpr):
 
 
 @gluon.jit
-def _place(ring, count):
+def new_row_ring(ROWS: gl.constexpr, PLACES: gl.constexpr, READERS: gl.constexpr):
+    """As `new_ring`, of three numbers for each of ROWS rows."""
+    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    rows = gl.allocate_shared_memory(gl.float32, [PLACES * 3, ROWS], LAYOUT)
+    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(PLACES):
+        mbarrier.init(full.index(place), count=1)
+        mbarrier.init(empty.index(place), count=READERS)
+    return rows, full, empty
+
+
+@gluon.jit
+def place_of(ring, count):
     """Where the `count`-th tile that passes through the ring lies, and the phase of its barriers."""
-    PLACES: gl.constexpr = ring[0].type.shape[0]
+    PLACES: gl.constexpr = ring[1].type.shape[0]
     return count % PLACES, (count // PLACES) & 1
 
 
@@ -222,7 +235,7 @@ def coordinates(i_h, outer, stop, row):
 def load_rows(ring, count, desc, i_h, outer, stop, row):
     """Fills the ring's next place with the tile at `coordinates`, once its readers have left it."""
     tiles, full, empty = ring
-    place, phase = _place(ring, count)
+    place, phase = place_of(ring, count)
     mbarrier.wait(empty.index(place), phase ^ 1)
     mbarrier.expect(full.index(place), desc.block_type.nbytes)
     at = coordinates(i_h, outer, stop, row)
@@ -231,7 +244,7 @@ def load_rows(ring, count, desc, i_h, outer, stop, row):
 
 @gluon.jit
 def wait_full(ring, count):
-    place, phase = _place(ring, count)
+    place, phase = place_of(ring, count)
     mbarrier.wait(ring[1].index(place), phase)
 
 
@@ -239,14 +252,14 @@ def wait_full(ring, count):
 def tile(ring, count):
     """[rows, columns] in shared memory."""
     tiles = ring[0]
-    place, _ = _place(ring, count)
+    place, _ = place_of(ring, count)
     return tiles.index(place).reshape([tiles.type.shape[4], tiles.type.shape[5]])
 
 
 @gluon.jit
 def leave(ring, count):
     """Says that this reader needs the tile no more."""
-    place, _ = _place(ring, count)
+    place, _ = place_of(ring, count)
     mbarrier.arrive(ring[2].index(place), count=1)
 
 

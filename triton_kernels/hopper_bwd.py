@@ -16,6 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -30,6 +31,8 @@ from .hopper import (
     load_rows,
     masked_blocks,
     new_ring,
+    new_row_ring,
+    place_of,
     run_of,
     settled,
     tile,
@@ -256,14 +259,17 @@ def _hopper_bwd_dq_kernel(
 
 
 @gluon.jit
-def _dkdv_load(rings, descs, outers, problem, GROUP, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """The loading warp: a tile of keys and values, then queries and do block by block, of all heads of the group."""
-    k_ring, v_ring, q_ring, do_ring = rings
+def _dkdv_load(rings, descs, statistics, outers, problem, GROUP, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The loading warp: a tile of keys and values, then block by block queries, do and what is known of their rows, of
+    all heads of the group."""
+    k_ring, v_ring, q_ring, do_ring, row_ring = rings
     k_desc, v_desc, q_desc, do_desc = descs
     outer_k, outer_v, outer_q, outer_do, _, _ = outers
     i_b, i_kv, first_n, start_n, _, n_keys, first_m, _, _, first, last, blocks = tile_of_keys(
         gl.program_id(0), problem, BLOCK_N, BLOCK_M
     )
+    H = problem[3] * GROUP
+    M = problem[4]
     for w in gl.static_range(WARPGROUPS):
         row = start_n + w * (BLOCK_N // WARPGROUPS)
         load_rows(k_ring, w, k_desc, i_kv, i_b * outer_k + first_n, n_keys, row)
@@ -276,24 +282,45 @@ def _dkdv_load(rings, descs, outers, problem, GROUP, BLOCK_M: gl.constexpr, BLOC
             start_m = first + visited(first_step + i % steps, blocks) * BLOCK_M
             load_rows(q_ring, count, q_desc, i_h, i_b * outer_q + first_m, last, start_m)
             load_rows(do_ring, count, do_desc, i_h, i_b * outer_do + first_m, last, start_m)
+            head = (i_b * H + i_h).to(gl.int64) * M + first_m
+            _load_statistics(row_ring, count, statistics, head, last, start_m)
             count += 1
 
 
 @gluon.jit
+def _load_statistics(ring, count, statistics, head, last, start_m):
+    """Fills the ring's next place with the largest scores, sums and deltas of the rows from `start_m` on."""
+    rows, full, empty = ring
+    row_max_ptr, log_sum_ptr, delta_ptr = statistics
+    BLOCK_M: gl.constexpr = rows.type.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
+    i_m = start_m + gl.arange(0, BLOCK_M, layout=LAYOUT)
+    inside = i_m < last
+    place, phase = place_of(ring, count)
+    mbarrier.wait(empty.index(place), phase ^ 1)
+    rows.index(3 * place).store(gl.load(row_max_ptr + head + i_m, mask=inside, other=0.0))
+    rows.index(3 * place + 1).store(gl.load(log_sum_ptr + head + i_m, mask=inside, other=float("inf")))
+    rows.index(3 * place + 2).store(gl.load(delta_ptr + head + i_m, mask=inside, other=0.0))
+    mbarrier.arrive(full.index(place), count=1)
+
+
+@gluon.jit
 def _dkdv_step(
-    state, columns, start_m, rings, limits, unit, WARPGROUP: gl.constexpr, MASKED: gl.constexpr, S_LAYOUT: gl.constexpr
+    state, start_m, rings, limits, unit, WARPGROUP: gl.constexpr, MASKED: gl.constexpr, S_LAYOUT: gl.constexpr
 ):
     """One block of queries, with the scores transposed: [64 keys, BLOCK_M]."""
     count, dk, dv = state
-    top, log_sum, delta = columns
-    k_ring, v_ring, q_ring, do_ring = rings
+    k_ring, v_ring, q_ring, do_ring, row_ring = rings
     here = WARPGROUP + unknown_zero()
     ROWS: gl.constexpr = dk.shape[0]
-    BLOCK_M: gl.constexpr = delta.shape[0]
+    BLOCK_M: gl.constexpr = row_ring[0].type.shape[1]
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     DTYPE: gl.constexpr = q_ring[0].dtype
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     zero = gl.zeros([ROWS, BLOCK_M], gl.float32, S_LAYOUT)
-    dp = settled(zero - gl.expand_dims(delta, 0))
+    wait_full(row_ring, count)
+    place, _ = place_of(row_ring, count)
+    dp = settled(zero - gl.expand_dims(row_ring[0].index(3 * place + 2).load(COLUMNS), 0))
     q_tile = tile(q_ring, count)
     do_tile = tile(do_ring, count)
     wait_full(q_ring, count)
@@ -303,7 +330,9 @@ def _dkdv_step(
     s = warpgroup_mma_wait(1, deps=(s,))
     if MASKED:
         s = hide(s, start_m, limits)
-    p = exp_scores(s, gl.expand_dims(top, 0), unit, gl.expand_dims(log_sum, 0))
+    top = gl.expand_dims(row_ring[0].index(3 * place).load(COLUMNS), 0)
+    p = exp_scores(s, top, unit, gl.expand_dims(row_ring[0].index(3 * place + 1).load(COLUMNS), 0))
+    leave(row_ring, count)
     p_half = gl.convert_layout(p.to(DTYPE), A_LAYOUT)
     dv = warpgroup_mma(p_half, do_tile, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))
@@ -321,19 +350,17 @@ def _dkdv_step(
 
 @gluon.jit
 def _dkdv_compute(
-    WARPGROUP: gl.constexpr, rings, descs, statistics, outers, problem, scale, GROUP, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
+    WARPGROUP: gl.constexpr, rings, descs, outers, problem, scale, GROUP, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
 ):  # fmt: skip
     """A warpgroup's part: 64 keys of a tile."""
-    k_ring, v_ring, _, _ = rings
-    row_max_ptr, log_sum_ptr, delta_ptr = statistics
+    k_ring, v_ring, _, _, _ = rings
     unit = scale * LOG2_E
-    HK, M, left, right = problem[3], problem[4], problem[8], problem[9]
+    left, right = problem[8], problem[9]
     ROWS: gl.constexpr = BLOCK_N // WARPGROUPS
     SIZE: gl.constexpr = k_ring[0].type.shape[5]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     D_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 16])
-    i_b, i_kv, first_n, start_n, rows, n_keys, first_m, n_queries, offset, first, _, blocks = tile_of_keys(
+    i_b, i_kv, first_n, start_n, rows, n_keys, _, n_queries, offset, first, _, blocks = tile_of_keys(
         gl.program_id(0), problem, BLOCK_N, BLOCK_M
     )
     row = start_n + WARPGROUP * ROWS
@@ -343,20 +370,11 @@ def _dkdv_compute(
     wait_full(v_ring, WARPGROUP)
     tiles = (tile(k_ring, WARPGROUP), tile(v_ring, WARPGROUP))
     state = (0, gl.zeros([ROWS, SIZE], gl.float32, D_LAYOUT), gl.zeros([ROWS, SIZE], gl.float32, D_LAYOUT))
-    cols = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, S_LAYOUT))
     for run in gl.static_range(2):
         first_step, steps = run_of(run, blocks)
         for i in range(GROUP * steps):
             start_m = visited(first_step + i % steps, blocks) * BLOCK_M
-            i_h = (i_b * HK + i_kv) * GROUP + i // steps
-            at = i_h.to(gl.int64) * M + (first_m + first + start_m + cols)
-            inside = start_m + cols < limits[0]
-            columns = (
-                gl.load(row_max_ptr + at, mask=inside, other=0.0),
-                gl.load(log_sum_ptr + at, mask=inside, other=float("inf")),
-                gl.load(delta_ptr + at, mask=inside, other=0.0),
-            )
-            state = _dkdv_step(state, columns, start_m, rings, limits, unit, WARPGROUP, run == 0, S_LAYOUT)
+            state = _dkdv_step(state, start_m, rings, limits, unit, WARPGROUP, run == 0, S_LAYOUT)
     _, dk, dv = state
     # Keys past the length were not masked; they are loaded as zeros, and only their own rows are wrong.
     keep = gl.expand_dims(row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, D_LAYOUT)) < n_keys, 1)
@@ -412,7 +430,7 @@ def _hopper_bwd_dkdv_kernel(
 ):
     rings = (
         new_ring(k_desc, WARPGROUPS, 1), new_ring(v_desc, WARPGROUPS, 1),
-        new_ring(q_desc, STAGES, WARPGROUPS), new_ring(do_desc, STAGES, WARPGROUPS),
+        new_ring(q_desc, STAGES, WARPGROUPS), new_ring(do_desc, STAGES, WARPGROUPS), new_row_ring(BLOCK_M, STAGES, WARPGROUPS),
     )  # fmt: skip
     fence_async_shared()
     problem = (cu_q_ptr, cu_k_ptr, lengths_ptr, H, M, N, S, offset, left, right, BLOCKS, SECTION, HEADS)
@@ -423,12 +441,12 @@ def _hopper_bwd_dkdv_kernel(
     OTHER: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_dkdv_compute, (ONE, rings, out, statistics, outers, problem, scale, GROUP, BLOCK_M, BLOCK_N)),
-            (_dkdv_compute, (OTHER, rings, out, statistics, outers, problem, scale, GROUP, BLOCK_M, BLOCK_N)),
-            (_dkdv_load, (rings, (k_desc, v_desc, q_desc, do_desc), outers, problem, GROUP, BLOCK_M, BLOCK_N)),
+            (_dkdv_compute, (ONE, rings, out, outers, problem, scale, GROUP, BLOCK_M, BLOCK_N)),
+            (_dkdv_compute, (OTHER, rings, out, outers, problem, scale, GROUP, BLOCK_M, BLOCK_N)),
+            (_dkdv_load, (rings, (k_desc, v_desc, q_desc, do_desc), statistics, outers, problem, GROUP, BLOCK_M, BLOCK_N)),
         ],
         [4, 1],
-        [240, 24],
+        [232, 40],
     )
 
 

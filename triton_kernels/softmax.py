@@ -22,7 +22,7 @@ def exp_scores(s, top, unit, log_sum=0.0):
 def score_gradient(p, dp, delta, d_lse):
     """p * (dp - delta + d_lse), the gradient of the logits; d_lse is None where there is none.
 
-    It joins last: where a row has all its weight on one key dp - delta is exactly 0, and dp - (delta - d_lse) would not be.
+    It joins last: where a row has all its weight on one key dp - delta is exactly 0; dp - (delta - d_lse) is not.
     """
     ds = dp - delta
     if d_lse is not None:
