@@ -187,6 +187,17 @@ def test_length_beyond_the_keys_reads_the_keys_alone(schedule: dict[str, int]) -
         assert torch.equal(got, want)
 
 
+def test_nan_in_keys_that_no_query_sees_reaches_no_gradient(schedule: dict[str, int]) -> None:
+    """Those keys would be seen by the queries past the end that their block has."""
+    q, k, v = torch.randn(1, 2, 40, 64).bfloat16(), *torch.randn(2, 1, 2, 90, 64).bfloat16()
+    k[:, :, 40:], v[:, :, 40:] = torch.nan, torch.nan
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    out, _ = core.attend(*leaves, causal=True, top_left=True, backend="hopper")
+    dq, dk, dv = torch.autograd.grad(out.sum(), leaves)
+    assert not dq.isnan().any()
+    assert not dk[:, :, 40:].any() and not dv[:, :, 40:].any()
+
+
 def test_wide_heads_have_the_backward_of_triton(schedule: dict[str, int]) -> None:
     q, v = torch.ones(1, 1, 5, 64).bfloat16(), torch.ones(1, 1, 5, 136).bfloat16()
     x, numbers = core.prepare(q, q, v)

@@ -177,17 +177,18 @@ def unknown_zero():
 def hide(s, col, limits):
     """Scores [64, BLOCK_N] of the keys from `col` on, -inf where a query does not see a key.
 
-    limits: (n_keys, the key that the first query stands at, left, right).
+    limits: (n_keys or None, the key that the first query stands at, left, right).
     """
-    n_keys, here, left, right = limits
+    end, here, left, right = limits
     i_m = gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, s.type.layout))
     j_n = gl.expand_dims(col + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout)), 0)
-    see = j_n < n_keys
+    if end is not None:
+        s = gl.where(j_n < end, s, -float("inf"))
     if left is not None:
-        see = see & (j_n >= gl.expand_dims(i_m + (here - left), 1))
+        s = gl.where(j_n >= gl.expand_dims(i_m + (here - left), 1), s, -float("inf"))
     if right is not None:
-        see = see & (j_n <= gl.expand_dims(i_m + (here + right), 1))
-    return gl.where(see, s, -float("inf"))
+        s = gl.where(j_n <= gl.expand_dims(i_m + (here + right), 1), s, -float("inf"))
+    return s
 
 
 # --- rings of tiles
@@ -206,16 +207,10 @@ def new_ring(desc, PLACES: gl.constexpr, READERS: gl.constexpr):
 
 
 @gluon.jit
-def new_row_ring(ROWS: gl.constexpr, PLACES: gl.constexpr, READERS: gl.constexpr):
-    """As `new_ring`, of three numbers for each of ROWS rows."""
-    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    rows = gl.allocate_shared_memory(gl.float32, [PLACES * 3, ROWS], LAYOUT)
-    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    for place in gl.static_range(PLACES):
-        mbarrier.init(full.index(place), count=1)
-        mbarrier.init(empty.index(place), count=READERS)
-    return rows, full, empty
+def new_numbers(ring, NUMBERS: gl.constexpr, ROWS: gl.constexpr):
+    """Room for NUMBERS of each of ROWS rows, beside every tile of the ring and guarded by the tile's own barriers."""
+    PLACES: gl.constexpr = ring[1].type.shape[0]
+    return gl.allocate_shared_memory(gl.float32, [PLACES * NUMBERS, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
@@ -232,11 +227,17 @@ def coordinates(i_h, outer, stop, row):
 
 
 @gluon.jit
+def wait_empty(ring, count):
+    place, phase = place_of(ring, count)
+    mbarrier.wait(ring[2].index(place), phase ^ 1)
+
+
+@gluon.jit
 def load_rows(ring, count, desc, i_h, outer, stop, row):
     """Fills the ring's next place with the tile at `coordinates`, once its readers have left it."""
-    tiles, full, empty = ring
-    place, phase = place_of(ring, count)
-    mbarrier.wait(empty.index(place), phase ^ 1)
+    tiles, full, _ = ring
+    place, _ = place_of(ring, count)
+    wait_empty(ring, count)
     mbarrier.expect(full.index(place), desc.block_type.nbytes)
     at = coordinates(i_h, outer, stop, row)
     tma.async_copy_global_to_shared(desc, at, full.index(place), tiles.index(place))

@@ -16,7 +16,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -30,8 +29,8 @@ from .hopper import (
     leave,
     load_rows,
     masked_blocks,
+    new_numbers,
     new_ring,
-    new_row_ring,
     place_of,
     run_of,
     settled,
@@ -40,6 +39,7 @@ from .hopper import (
     tile_of_queries,
     unknown_zero,
     visited,
+    wait_empty,
     wait_full,
 )
 from .softmax import LOG2_E, exp_scores
@@ -262,7 +262,7 @@ def _hopper_bwd_dq_kernel(
 def _dkdv_load(rings, descs, statistics, outers, problem, GROUP, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """The loading warp: a tile of keys and values, then block by block queries, do and what is known of their rows, of
     all heads of the group."""
-    k_ring, v_ring, q_ring, do_ring, row_ring = rings
+    k_ring, v_ring, q_ring, do_ring, numbers = rings
     k_desc, v_desc, q_desc, do_desc = descs
     outer_k, outer_v, outer_q, outer_do, _, _ = outers
     i_b, i_kv, first_n, start_n, _, n_keys, first_m, _, _, first, last, blocks = tile_of_keys(
@@ -280,28 +280,29 @@ def _dkdv_load(rings, descs, statistics, outers, problem, GROUP, BLOCK_M: gl.con
         for i in range(GROUP * steps):
             i_h = i_kv * GROUP + i // steps
             start_m = first + visited(first_step + i % steps, blocks) * BLOCK_M
+            head = (i_b * H + i_h).to(gl.int64) * M + first_m
+            _load_statistics(numbers, q_ring, count, statistics, head, last, start_m)
             load_rows(q_ring, count, q_desc, i_h, i_b * outer_q + first_m, last, start_m)
             load_rows(do_ring, count, do_desc, i_h, i_b * outer_do + first_m, last, start_m)
-            head = (i_b * H + i_h).to(gl.int64) * M + first_m
-            _load_statistics(row_ring, count, statistics, head, last, start_m)
             count += 1
 
 
 @gluon.jit
-def _load_statistics(ring, count, statistics, head, last, start_m):
-    """Fills the ring's next place with the largest scores, sums and deltas of the rows from `start_m` on."""
-    rows, full, empty = ring
-    row_max_ptr, log_sum_ptr, delta_ptr = statistics
-    BLOCK_M: gl.constexpr = rows.type.shape[1]
+def _load_statistics(numbers, q_ring, count, statistics, head, last, start_m):
+    """Brings what is known of the rows from `start_m` on, before their queries come."""
+    BLOCK_M: gl.constexpr = numbers.type.shape[1]
     LAYOUT: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
+    row_max_ptr, log_sum_ptr, delta_ptr = statistics
     i_m = start_m + gl.arange(0, BLOCK_M, layout=LAYOUT)
     inside = i_m < last
-    place, phase = place_of(ring, count)
-    mbarrier.wait(empty.index(place), phase ^ 1)
-    rows.index(3 * place).store(gl.load(row_max_ptr + head + i_m, mask=inside, other=0.0))
-    rows.index(3 * place + 1).store(gl.load(log_sum_ptr + head + i_m, mask=inside, other=float("inf")))
-    rows.index(3 * place + 2).store(gl.load(delta_ptr + head + i_m, mask=inside, other=0.0))
-    mbarrier.arrive(full.index(place), count=1)
+    row_max = gl.load(row_max_ptr + head + i_m, mask=inside, other=0.0)
+    log_sum = gl.load(log_sum_ptr + head + i_m, mask=inside, other=float("inf"))
+    delta = gl.load(delta_ptr + head + i_m, mask=inside, other=0.0)
+    place, _ = place_of(q_ring, count)
+    wait_empty(q_ring, count)
+    numbers.index(3 * place).store(row_max)
+    numbers.index(3 * place + 1).store(log_sum)
+    numbers.index(3 * place + 2).store(delta)
 
 
 @gluon.jit
@@ -310,29 +311,27 @@ def _dkdv_step(
 ):
     """One block of queries, with the scores transposed: [64 keys, BLOCK_M]."""
     count, dk, dv = state
-    k_ring, v_ring, q_ring, do_ring, row_ring = rings
+    k_ring, v_ring, q_ring, do_ring, numbers = rings
     here = WARPGROUP + unknown_zero()
     ROWS: gl.constexpr = dk.shape[0]
-    BLOCK_M: gl.constexpr = row_ring[0].type.shape[1]
+    BLOCK_M: gl.constexpr = numbers.type.shape[1]
     COLUMNS: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
     DTYPE: gl.constexpr = q_ring[0].dtype
     A_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     zero = gl.zeros([ROWS, BLOCK_M], gl.float32, S_LAYOUT)
-    wait_full(row_ring, count)
-    place, _ = place_of(row_ring, count)
-    dp = settled(zero - gl.expand_dims(row_ring[0].index(3 * place + 2).load(COLUMNS), 0))
     q_tile = tile(q_ring, count)
     do_tile = tile(do_ring, count)
+    place, _ = place_of(q_ring, count)
     wait_full(q_ring, count)
+    dp = settled(zero - gl.expand_dims(numbers.index(3 * place + 2).load(COLUMNS), 0))
     s = warpgroup_mma(tile(k_ring, here), q_tile.permute([1, 0]), zero, use_acc=False, is_async=True)
     wait_full(do_ring, count)
     dp = warpgroup_mma(tile(v_ring, here), do_tile.permute([1, 0]), dp, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
     if MASKED:
         s = hide(s, start_m, limits)
-    top = gl.expand_dims(row_ring[0].index(3 * place).load(COLUMNS), 0)
-    p = exp_scores(s, top, unit, gl.expand_dims(row_ring[0].index(3 * place + 1).load(COLUMNS), 0))
-    leave(row_ring, count)
+    top = gl.expand_dims(numbers.index(3 * place).load(COLUMNS), 0)
+    p = exp_scores(s, top, unit, gl.expand_dims(numbers.index(3 * place + 1).load(COLUMNS), 0))
     p_half = gl.convert_layout(p.to(DTYPE), A_LAYOUT)
     dv = warpgroup_mma(p_half, do_tile, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp,))
@@ -365,7 +364,8 @@ def _dkdv_compute(
     )
     row = start_n + WARPGROUP * ROWS
     # A key stands where the query of its own number would, less the offset, and what was its left is its right.
-    limits = (n_queries - first, row - offset - first, right, left)
+    # Queries past the end need no mask: their log_sum leaves them no weights.
+    limits = (None, row - offset - first, right, left)
     wait_full(k_ring, WARPGROUP)
     wait_full(v_ring, WARPGROUP)
     tiles = (tile(k_ring, WARPGROUP), tile(v_ring, WARPGROUP))
@@ -376,10 +376,11 @@ def _dkdv_compute(
             start_m = visited(first_step + i % steps, blocks) * BLOCK_M
             state = _dkdv_step(state, start_m, rings, limits, unit, WARPGROUP, run == 0, S_LAYOUT)
     _, dk, dv = state
-    # Keys past the length were not masked; they are loaded as zeros, and only their own rows are wrong.
-    keep = gl.expand_dims(row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, D_LAYOUT)) < n_keys, 1)
+    # Keys past the length, or that only queries past the end see, were not masked: their own rows alone are wrong.
+    seen = n_keys if right is None else gl.minimum(n_keys, n_queries + offset + right)
+    keep = gl.expand_dims(row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, D_LAYOUT)) < seen, 1)
     tiles[1].store(gl.where(keep, dv, 0.0).to(tiles[1].dtype))
-    tiles[0].store(gl.where(keep, dk * scale, 0.0).to(tiles[0].dtype))
+    tiles[0].store(gl.where(keep, dk * (unit / LOG2_E), 0.0).to(tiles[0].dtype))
     fence_async_shared()
     dk_desc, dv_desc = descs
     at = coordinates(i_kv, i_b * outers[4] + first_n, rows, row)
@@ -428,13 +429,15 @@ def _hopper_bwd_dkdv_kernel(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    q_ring = new_ring(q_desc, STAGES, WARPGROUPS)
     rings = (
         new_ring(k_desc, WARPGROUPS, 1), new_ring(v_desc, WARPGROUPS, 1),
-        new_ring(q_desc, STAGES, WARPGROUPS), new_ring(do_desc, STAGES, WARPGROUPS), new_row_ring(BLOCK_M, STAGES, WARPGROUPS),
+        q_ring, new_ring(do_desc, STAGES, WARPGROUPS), new_numbers(q_ring, 3, BLOCK_M),
     )  # fmt: skip
     fence_async_shared()
     problem = (cu_q_ptr, cu_k_ptr, lengths_ptr, H, M, N, S, offset, left, right, BLOCKS, SECTION, HEADS)
     outers = (outer_k, outer_v, outer_q, outer_do, outer_dk, outer_dv)
+    descs = (k_desc, v_desc, q_desc, do_desc)
     out = (dk_desc, dv_desc)
     statistics = (row_max_ptr, log_sum_ptr, delta_ptr)
     ONE: gl.constexpr = 0
@@ -443,10 +446,10 @@ def _hopper_bwd_dkdv_kernel(
         [
             (_dkdv_compute, (ONE, rings, out, outers, problem, scale, GROUP, BLOCK_M, BLOCK_N)),
             (_dkdv_compute, (OTHER, rings, out, outers, problem, scale, GROUP, BLOCK_M, BLOCK_N)),
-            (_dkdv_load, (rings, (k_desc, v_desc, q_desc, do_desc), statistics, outers, problem, GROUP, BLOCK_M, BLOCK_N)),
+            (_dkdv_load, (rings, descs, statistics, outers, problem, GROUP, BLOCK_M, BLOCK_N)),
         ],
         [4, 1],
-        [232, 40],
+        [240, 24],
     )
 
 

@@ -14,7 +14,7 @@ from pyattn.spec import AttentionSpec, Grads, Inputs, Results, empty_gradients, 
 # The releases whose machine code was looked at (tests/test_hopper_compile.py). Gluon moves between them.
 _TESTED = ("3.6", "3.7", "3.8")
 _MOST_PACKED = 128  # columns; beside more of them, the numbers that say where a sequence lies would spill
-_SCALES = (1e-30, 1e30)  # products times it, and lse divided by it, stay in float32's range
+_SCALES = (1e-30, 1e30)  # products times it stay in float32's range
 
 
 class HopperBackend(TritonBackend):
