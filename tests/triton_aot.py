@@ -167,11 +167,11 @@ def attention_launches(
 
     def run() -> None:
         if decoding:
-            return decode(q, k, v, out, lse, arguments)
-        flash_fwd(q, k, v, out, lse, arguments)
+            return decode(q, k, v, out, lse, lse, lse, arguments)
+        flash_fwd(q, k, v, out, lse, lse, lse, arguments)
         d_out, d_lse = torch.empty_like(out), torch.empty_like(lse)
         gradients = [None if t is None else torch.empty_like(t) for t in (q, k, v, arguments.bias)]
-        flash_bwd(q, k, v, out, lse, d_out, d_lse, *gradients, arguments)
+        flash_bwd(q, k, v, out, lse, lse, d_out, d_lse, *gradients, arguments)
 
     return record(run, architecture)
 
