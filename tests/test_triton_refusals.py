@@ -13,16 +13,31 @@ import triton
 
 import pyattn
 from pyattn import machine
+from pyattn.backends import hopper
 from pyattn.backends import triton as backend_module
 from pyattn.backends.triton import TritonBackend
 from pyattn.registry import AUTOMATIC, BACKENDS
 
 
 @pytest.mark.parametrize("version", ["2.3.1", "3.5.1", "3.10.0", "4.0.0"])
-def test_triton_that_was_not_tested_is_refused_by_its_version(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+def test_triton_that_was_not_tested_is_refused_with_the_torch_that_brings_one(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
     monkeypatch.setattr(triton, "__version__", version)
-    reason = backend_module._shortcoming.__wrapped__()
-    assert reason == f"needs Triton 3.6 to 3.9, with which it was tested; {version} is installed"
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    assert backend_module._shortcoming.__wrapped__() == (
+        f"needs Triton 3.6 to 3.9, which torch 2.10 to 2.15 bring; Triton {version} and torch 2.9.1 are installed"
+    )
+    assert hopper._shortcoming.__wrapped__() == (
+        f"needs Triton 3.6 to 3.8, which torch 2.10 to 2.14 bring; Triton {version} and torch 2.9.1 are installed"
+    )
+
+
+def test_triton_of_torch_2_8_is_refused_and_not_asked_for_what_it_does_not_have(monkeypatch) -> None:
+    monkeypatch.setattr(triton, "__version__", "3.4.0")
+    monkeypatch.delattr(triton, "knobs")
+    for backend in (backend_module, hopper):
+        assert "Triton 3.4.0" in backend._shortcoming.__wrapped__()
 
 
 def test_triton_that_is_missing_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyattn.backends import Backend
-from pyattn.backends.triton import TritonBackend, call_of
+from pyattn.backends.triton import TritonBackend, call_of, release_shortcoming
 from pyattn.spec import AttentionSpec, Grads, Inputs, Results, empty_gradients, empty_results, unit_stride
 
 # The releases whose machine code was looked at (tests/test_hopper_compile.py). Gluon moves between them.
@@ -66,13 +66,11 @@ class HopperBackend(TritonBackend):
                 gradient.zero_()
             return grads
         d_lse = None if d_lse is None else d_lse.float().contiguous()
-        tensors = (_rows(t) for t in (x.q, x.k, x.v, y.out))
-        written = [_rows(gradient) for gradient in gradients]
+        q, k, v, out, d_out = (_rows(t) for t in (x.q, x.k, x.v, y.out, unit_stride(d_out)))
+        d_q, d_k, d_v = written = [_rows(gradient) for gradient in gradients]
+        row_max, log_sum = y.row_max.contiguous(), y.row_sum.contiguous()
         with self.compiling(spec):
-            hopper_bwd(
-                *tensors, y.row_max.contiguous(), y.row_sum.contiguous(), _rows(unit_stride(d_out)), d_lse, *written,
-                call_of(spec, x),
-            )  # fmt: skip
+            hopper_bwd(q, k, v, out, row_max, log_sum, d_out, d_lse, d_q, d_k, d_v, call_of(spec, x))
         for gradient, result in zip(gradients, written, strict=True):
             if result is not gradient:
                 gradient.copy_(result)
@@ -109,14 +107,12 @@ def _undescribable(spec: AttentionSpec) -> str | None:
 @cache
 def _shortcoming() -> str | None:
     """Why this machine cannot run the kernels, beyond what Triton's says."""
-    try:
-        import triton
-    except ImportError as error:
-        return f"triton cannot be imported: {error}"
+    if reason := release_shortcoming(_TESTED):
+        return reason
+    import triton
+
     if triton.knobs.runtime.interpret:
         return "Triton's interpreter does not run Gluon"
-    if ".".join(triton.__version__.split(".")[:2]) not in _TESTED:
-        return f"needs Triton {', '.join(_TESTED)}, with which it was tested; {triton.__version__} is installed"
     if not torch.cuda.is_available():
         return "no CUDA device"
     capability = torch.cuda.get_device_capability()

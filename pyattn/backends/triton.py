@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
@@ -16,8 +16,8 @@ from pyattn.spec import AttentionSpec, Grads, Inputs, Results, empty_gradients, 
 if TYPE_CHECKING:
     from pyattn.triton_kernels.launch import Call
 
-# The releases that compile every kernel; in 3.9 a few spill (Makefile). Triton's language moves between them.
-_OLDEST, _NEWEST = (3, 6), (3, 9)
+# The releases that compile every kernel, and the first torch that brings each. Triton's language moves between them.
+_TORCH = {"3.6": "2.10", "3.7": "2.12", "3.8": "2.14", "3.9": "2.15"}
 _LONGEST_REASON = 300  # characters
 
 
@@ -134,13 +134,8 @@ def _kind(spec: AttentionSpec) -> tuple[object, ...]:
 @cache
 def _shortcoming() -> str | None:
     """Why this machine cannot run the kernels."""
-    try:
-        import triton
-    except ImportError as error:
-        return f"triton cannot be imported: {error}"
-    if not _OLDEST <= tuple(map(int, triton.__version__.split(".")[:2])) <= _NEWEST:
-        oldest, newest = (".".join(map(str, version)) for version in (_OLDEST, _NEWEST))
-        return f"needs Triton {oldest} to {newest}, with which it was tested; {triton.__version__} is installed"
+    if reason := release_shortcoming(tuple(_TORCH)):
+        return reason
     if _interpreted():
         return None
     if not torch.cuda.is_available():
@@ -149,6 +144,21 @@ def _shortcoming() -> str | None:
     if torch.version.hip is None and major < 8:
         return f"needs compute capability 8.0 or newer, {torch.cuda.get_device_name()} has {major}.{minor}"
     return None
+
+
+def release_shortcoming(tested: Sequence[str]) -> str | None:
+    """Why kernels that were tested with these releases of Triton do not run with what is installed."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    if ".".join(triton.__version__.split(".")[:2]) in tested:
+        return None
+    oldest, newest = tested[0], tested[-1]
+    return (
+        f"needs Triton {oldest} to {newest}, which torch {_TORCH[oldest]} to {_TORCH[newest]} bring; "
+        f"Triton {triton.__version__} and torch {torch.__version__} are installed"
+    )
 
 
 @cache

@@ -154,7 +154,7 @@ def _sdpa(
     except PyattnError as error:
         if _strict:
             raise
-        _warn_once("torch.nn.functional.scaled_dot_product_attention", str(error))
+        _warn_once("torch.nn.functional.scaled_dot_product_attention", error.args[0])
     if _is_causal_bias(attn_mask):  # torch's kind of mask compares the function's identity, which is not torch's now
         attn_mask = attn_mask._materialize(query.device)
     return _TORCH_SDPA(query, key, value, attn_mask, dropout_p, is_causal, **options)
@@ -184,7 +184,7 @@ def _mha(
     except PyattnError as error:
         if strict:
             raise
-        _warn_once("torch.nn.MultiheadAttention", str(error))
+        _warn_once("torch.nn.MultiheadAttention", error.args[0])
     return _TORCH_MHA(self, query, key, value, *arguments)
 
 

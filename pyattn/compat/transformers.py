@@ -338,19 +338,19 @@ def pyattn_mask(**call: Any) -> Tensor | None:
     Args:
         call: the arguments of `transformers.masking_utils.sdpa_mask`, and `config`.
     """
-    from transformers import masking_utils
+    from transformers.masking_utils import eager_mask, sdpa_mask
     from transformers.utils import import_utils
 
     config = type(call.get("config"))
     if not _declares(config, "_supports_sdpa", "_supports_flash_attn"):
-        return masking_utils.eager_mask(**call | {"allow_is_bidirectional_skip": False})
+        return eager_mask(**call | {"allow_is_bidirectional_skip": False})
     if call.get("q_length", 1) > 1 and not import_utils.is_tracing(call["attention_mask"]):
         band = _band(call["mask_function"])
         if band is not None:
             return _band_mask(call, **band)
     if not _declares(config, "_supports_sdpa"):
         call |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return masking_utils.sdpa_mask(**call)
+    return sdpa_mask(**call)
 
 
 @torch.compiler.assume_constant_result
