@@ -48,7 +48,7 @@ sanitize: .venv/sanitize
 	  || { cat $(SANITIZE)/report.*; exit 1; }
 
 # Each in a folder of its own.
-TRITONS := 3.6.0 3.7.0 3.8.0 3.9.0
+TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 
 test-compile: $(TRITONS:%=test-compile-%)
 

@@ -243,6 +243,7 @@ def test_call_it_does_not_do_is_refused_by_name(schedule: dict[str, int], option
 
 
 def test_gpu_that_is_no_hopper_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.__version__", "3.8.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "B200")

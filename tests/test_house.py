@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pyattn import core, registry, testing
+from pyattn.backends import triton
 from pyattn.spec import FEATURES, AttentionSpec
 
 ROOT = Path(__file__).parent.parent
@@ -106,6 +107,15 @@ def test_house_readme_names_files_that_exist():
         assert (ROOT / name).exists(), f"README names {name}"
     for name in re.findall(r"\]\(([\w./-]+)\)", readme):
         assert (ROOT / name).exists(), f"README links {name}"
+
+
+def test_house_promises_the_torch_and_the_triton_that_are_tested():
+    oldest, *_, newest = triton.TORCH.values()
+    pyproject, makefile = ((ROOT / name).read_text("utf-8") for name in ("pyproject.toml", "Makefile"))
+    assert f'"torch>={oldest}"' in pyproject
+    for name, expected in (("TORCHES", [oldest, newest]), ("TRITONS", list(triton.TORCH))):
+        versions = re.search(rf"^{name} := (.*)", makefile, re.M)[1].split()
+        assert [version.rpartition(".")[0] for version in versions] == expected
 
 
 def test_house_every_feature_has_a_case():

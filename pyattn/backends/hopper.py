@@ -12,7 +12,7 @@ from pyattn.backends.triton import TritonBackend, call_of, release_shortcoming
 from pyattn.spec import AttentionSpec, Grads, Inputs, Results, empty_gradients, empty_results, unit_stride
 
 # The releases whose machine code was looked at (tests/test_hopper_compile.py). Gluon moves between them.
-_TESTED = ("3.6", "3.7", "3.8")
+TESTED = ("3.6", "3.7", "3.8")
 _MOST_PACKED = 128  # columns; beside more of them, the numbers that say where a sequence lies would spill
 _SCALES = (1e-30, 1e30)  # products times it stay in float32's range
 
@@ -107,7 +107,7 @@ def _undescribable(spec: AttentionSpec) -> str | None:
 @cache
 def _shortcoming() -> str | None:
     """Why this machine cannot run the kernels, beyond what Triton's says."""
-    if reason := release_shortcoming(_TESTED):
+    if reason := release_shortcoming(TESTED):
         return reason
     import triton
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pyattn.triton_kernels.launch import Call
 
 # The releases that compile every kernel, and the first torch that brings each. Triton's language moves between them.
-_TORCH = {"3.6": "2.10", "3.7": "2.12", "3.8": "2.14", "3.9": "2.15"}
+TORCH = {"3.6": "2.10", "3.7": "2.12", "3.8": "2.14", "3.9": "2.15"}
 _LONGEST_REASON = 300  # characters
 
 
@@ -134,7 +134,7 @@ def _kind(spec: AttentionSpec) -> tuple[object, ...]:
 @cache
 def _shortcoming() -> str | None:
     """Why this machine cannot run the kernels."""
-    if reason := release_shortcoming(tuple(_TORCH)):
+    if reason := release_shortcoming(tuple(TORCH)):
         return reason
     if _interpreted():
         return None
@@ -156,7 +156,7 @@ def release_shortcoming(tested: Sequence[str]) -> str | None:
         return None
     oldest, newest = tested[0], tested[-1]
     return (
-        f"needs Triton {oldest} to {newest}, which torch {_TORCH[oldest]} to {_TORCH[newest]} bring; "
+        f"needs Triton {oldest} to {newest}, which torch {TORCH[oldest]} to {TORCH[newest]} bring; "
         f"Triton {triton.__version__} and torch {torch.__version__} are installed"
     )
 
