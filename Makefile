@@ -71,16 +71,17 @@ test-torch-%: .venv/bin/python
 # auditwheel names the oldest glibc that a wheel's symbols are in: 2.34 on Debian 12. libgomp stays torch's, which is
 # loaded before it is looked for; a copy of ours would be a second set of threads.
 PYTHONS ?= $(PYTHON)
+EMPTY := PIP_CONSTRAINT=constraints.txt build/wheel/empty/bin/python
 
 wheel: .venv/wheel
 	for python in $(PYTHONS); do $(MAKE) one-wheel PYTHON=$$python || exit 1; done
 
 one-wheel:
 	rm -rf build/wheel
-	PYATTN_BUILD_CPU=1 PIP_CONSTRAINT=constraints.txt $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
-	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude libgomp.so.1 --wheel-dir build/wheel/repaired build/wheel/*.whl
 	$(PYTHON) -m venv build/wheel/empty
-	PIP_CONSTRAINT=constraints.txt build/wheel/empty/bin/python -m pip install --quiet build/wheel/repaired/*.whl
+	PYATTN_BUILD_CPU=1 $(EMPTY) -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude libgomp.so.1 --wheel-dir build/wheel/repaired build/wheel/*.whl
+	$(EMPTY) -m pip install --quiet build/wheel/repaired/*.whl
 	cd build/wheel && empty/bin/python -I $(CURDIR)/tests/wheel_check.py
 	mkdir -p dist && cp build/wheel/repaired/*.whl dist
 
