@@ -57,7 +57,7 @@ def scaled_dot_product_attention(
     Differs from torch: any call may have attn_mask and is_causal (in torch one that its fused CPU kernel takes, others
     raise), and a NaN in a key or value that a boolean mask hides from every query does not reach the output. As in
     torch's fused kernels, a row that a floating mask of large finite numbers hides as a whole has the mean of the
-    values as its output, and gradients that are of no use; -inf, or a boolean mask, gives zeros.
+    values as its output, as softmax of equal numbers has; -inf, or a boolean mask, gives zeros.
     """
     if any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):
         return nested_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
