@@ -56,7 +56,7 @@ class Pyattn(Peer):
         self.backend = backend
 
     def refusal(self, case: Case, direction: Direction, device: str) -> str | None:
-        reason = pyattn.backends().get(self.backend, "ready")
+        reason = pyattn.list_backends().get(self.backend, "ready")
         return super().refusal(case, direction, device) if reason == "ready" else reason
 
     def prepare(self, case: Case, x: Inputs) -> Attention:

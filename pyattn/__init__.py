@@ -6,7 +6,7 @@ from pyattn.check import DeviceError, DtypeError, PyattnError, RangeError, Shape
 from pyattn.compat.patch import patch
 from pyattn.compat.torch import scaled_dot_product_attention
 from pyattn.nn.multihead_attention import MultiheadAttention
-from pyattn.registry import backends, use_backend
+from pyattn.registry import list_backends, use_backend
 
 __version__ = "0.1.0"
 
@@ -21,8 +21,8 @@ __all__ = [
     "attention",
     "attention_kvcache",
     "attention_varlen",
-    "backends",
     "explain",
+    "list_backends",
     "patch",
     "scaled_dot_product_attention",
     "testing",

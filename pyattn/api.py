@@ -57,7 +57,7 @@ def attention(
         seed: int or int64 scalar tensor of the dropout mask, the same mask on every backend and device; drawn from
             torch's generator by default.
         return_lse: also return the log of the softmax's denominator, differentiable.
-        backend: "auto", or a name out of `pyattn.backends()`, which then runs or raises.
+        backend: "auto", or a name out of `pyattn.list_backends()`, which then runs or raises.
 
     Returns:
         out [b, h, m, dv] in q's dtype, laid out as q is; with return_lse also lse [b, h, m] in float32 (float64 for

@@ -36,7 +36,7 @@ def describe() -> dict[str, str]:
 
 def backends() -> dict[str, str]:
     """Every backend's name with "ready" or the reason why not, after a small attention on those that say they are."""
-    states = registry.backends()
+    states = registry.list_backends()
     for name in (name for name, state in states.items() if state == "ready"):
         backend = registry.BACKENDS[name]
         x, numbers = core.prepare(*torch.zeros(3, 1, 1, 16, 16, device="cpu" if "cpu" in backend.devices else "cuda"))

@@ -78,7 +78,7 @@ def run(spec: AttentionSpec, name: str, call: Callable[[Backend], Result]) -> Re
             continue  # the backend refuses `spec` now
 
 
-def backends() -> dict[str, str]:
+def list_backends() -> dict[str, str]:
     """Every backend's name with "ready", or the reason why this machine cannot run it."""
     return {name: backend.unavailable() or "ready" for name, backend in BACKENDS.items()}
 

@@ -46,7 +46,7 @@ def ready(asked: list[str] | None) -> list[str]:
         RangeError: there is no such backend.
         UnsupportedError: one that was asked for is not ready.
     """
-    states = registry.backends()
+    states = registry.list_backends()
     for name in map(registry.requested, asked or []):
         if states[name] != "ready":
             raise UnsupportedError(f"backend: {name} is not ready: {states[name]}")

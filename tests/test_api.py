@@ -21,7 +21,7 @@ def _qkv(m=33, n=33, requires_grad=False):
 
 
 def test_backends_are_ready_or_say_why():
-    states = pyattn.backends()
+    states = pyattn.list_backends()
     assert states["reference"] == "ready"
     assert states["cpu"] == "ready"
     if not torch.cuda.is_available():

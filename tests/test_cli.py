@@ -60,7 +60,7 @@ def test_info_lists_versions_and_every_backend() -> None:
     assert result.exit_code == 0
     assert torch.__version__ in result.output
     assert pyattn.__version__ in result.output
-    for name in pyattn.backends():
+    for name in pyattn.list_backends():
         assert name in result.output
 
 
@@ -96,7 +96,7 @@ def test_verify_unknown_backend_is_refused() -> None:
 
 
 def test_verify_backend_that_is_not_ready_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification.registry, "backends", lambda: {"reference": "has a cold"})
+    monkeypatch.setattr(verification.registry, "list_backends", lambda: {"reference": "has a cold"})
     _assert_refused(_run("verify", "--backend", "reference"), "reference is not ready: has a cold")
 
 

@@ -47,7 +47,7 @@ def warmed_up_graph(run) -> torch.cuda.CUDAGraph:
 
 @pytest.fixture(params=["triton", "hopper"])
 def backend(request: pytest.FixtureRequest) -> str:
-    if (reason := pyattn.backends()[request.param]) != "ready":
+    if (reason := pyattn.list_backends()[request.param]) != "ready":
         pytest.skip(reason)
     return request.param
 

@@ -1,9 +1,11 @@
 """The rules of the house: which way imports point, how long a file may be, who reads the environment, a true README."""
 
 import ast
+import importlib
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -71,6 +73,13 @@ def test_house_file_is_short(path):
     assert len(path.read_text("utf-8").splitlines()) <= MAX_LINES, (
         f"{path.name}: one subject per file, {MAX_LINES} lines at most"
     )
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.is_relative_to(ROOT / "pyattn")], ids=_module)
+def test_house_no_other_name_hides_a_module(path):
+    package, _, name = _module(path).rpartition(".")
+    found = getattr(importlib.import_module(package), name, None) if package else None
+    assert found is None or isinstance(found, ModuleType), f"{package}.{name} is {found}"
 
 
 def test_house_kernels_import_torch_and_triton_only():

@@ -1,4 +1,4 @@
-"""Why the Triton backend does not run a call: each reason is a sentence in `backends()`, `explain` and the error."""
+"""Why the Triton backend does not run a call: a sentence in `list_backends()`, in `explain` and in the error."""
 
 from __future__ import annotations
 
