@@ -67,10 +67,10 @@ class Pyattn(Peer):
             options |= {"dropout_p": case.dropout_p, "seed": SEED}
         if case.lengths is not None:
             starts = torch.tensor([0, *accumulate(case.lengths)], dtype=torch.int32, device=x.q.device)
-            return lambda q, k, v: pyattn.attention_varlen(q, k, v, starts, starts, **options)  # type: ignore[return-value]
+            return lambda q, k, v: pyattn.attention_varlen(q, k, v, starts, starts, **options)
         if x.documents is not None:
             options["segment_ids"] = x.documents, x.documents
-        return lambda q, k, v, bias=None: pyattn.attention(q, k, v, bias=bias, mask=x.mask, **options)  # type: ignore[return-value]
+        return lambda q, k, v, bias=None: pyattn.attention(q, k, v, bias=bias, mask=x.mask, **options)
 
 
 class Sdpa(Peer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,7 +11,45 @@ from torch import Tensor
 from pyattn import check, core, registry
 from pyattn.spec import AttentionSpec, dtype_name
 
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
 
+    # What return_lse makes the functions return is said in overloads, and the options of all overloads of one here.
+    class SharedOptions(TypedDict, total=False):
+        causal: bool
+        window: Sequence[int | None] | None
+        scale: float | None
+        softcap: float | None
+        alibi_slopes: Tensor | None
+        sinks: Tensor | None
+        backend: str
+
+    class CacheOptions(SharedOptions, total=False):
+        block_table: Tensor | None
+
+    class VarlenOptions(SharedOptions, total=False):
+        dropout_p: float
+        seed: int | Tensor | None
+
+    class Options(VarlenOptions, total=False):
+        mask: Tensor | None
+        bias: Tensor | None
+        key_lengths: Tensor | None
+        segment_ids: tuple[Tensor, Tensor] | None
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[Options]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -77,6 +115,21 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@overload
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, return_lse: Literal[False] = False,
+    **options: Unpack[VarlenOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, return_lse: Literal[True],
+    **options: Unpack[VarlenOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, return_lse: bool,
+    **options: Unpack[VarlenOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -130,6 +183,19 @@ def attention_varlen(
     return (out, lse) if return_lse else out
 
 
+@overload
+def attention_kvcache(
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor, *, return_lse: Literal[False] = False,
+    **options: Unpack[CacheOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention_kvcache(
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor, *, return_lse: Literal[True], **options: Unpack[CacheOptions]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_kvcache(
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor, *, return_lse: bool, **options: Unpack[CacheOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention_kvcache(
     q: Tensor,
     k: Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,11 +32,11 @@ def check_attention(name: str) -> None:
 
 
 def _pyattn_full(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_lengths: Tensor | None, dropout_p: float) -> Tensor:
-    return cast(Tensor, attention(q, k, v, causal=causal, key_lengths=key_lengths, dropout_p=dropout_p))
+    return attention(q, k, v, causal=causal, key_lengths=key_lengths, dropout_p=dropout_p)
 
 
 def _pyattn_cached(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None) -> Tensor:
-    return cast(Tensor, attention_kvcache(q, k, v, lengths, block_table=block_table, causal=True))
+    return attention_kvcache(q, k, v, lengths, block_table=block_table, causal=True)
 
 
 def _torch_full(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_lengths: Tensor | None, dropout_p: float) -> Tensor:
