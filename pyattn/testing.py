@@ -25,7 +25,26 @@ from torch import Tensor
 
 from pyattn import core, registry
 from pyattn.backends.reference import cast, definition, rounding, visible
+from pyattn.face import showing
 from pyattn.spec import AttentionSpec, as_batch, as_packed
+
+__all__ = [
+    "CASES",
+    "Call",
+    "Case",
+    "Oracle",
+    "Result",
+    "assert_as_accurate",
+    "check_case",
+    "compare",
+    "evaluate",
+    "evaluate_backend",
+    "make_inputs",
+    "reference",
+    "refusal",
+]
+
+__dir__ = showing(__all__)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The public functions around the kernels: dispatch, explanation, seeds, layouts, autocast."""
 
+import importlib
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -123,10 +124,42 @@ def test_gradient_checkpointing_repeats_the_dropout_mask():
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("module", ["triton", "transformers", "matplotlib", "typer", "rich", "tokenizers"])
-def test_import_pyattn_leaves_heavy_modules_alone(module):
-    code = f"import torch, sys; old = {{*sys.modules}}; import pyattn; sys.exit({module!r} in {{*sys.modules}} - old)"
+FACES = [
+    *("pyattn", "pyattn.nn", "pyattn.models", "pyattn.decoding", "pyattn.testing", "pyattn.compat"),
+    *("pyattn.compat.torch", "pyattn.compat.patch", "pyattn.compat.transformers", "pyattn.compat.xformers"),
+    *("pyattn.compat.flash_attn", "pyattn.compat.flash_attn.bert_padding", "pyattn.compat.flash_attn_interface"),
+    "pyattn.compat.flash_attn.flash_attn_interface",
+]
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_face_shows_its_public_names_alone(name):
+    face = importlib.import_module(name)
+    assert dir(face) == sorted(face.__all__)
+    assert all(hasattr(face, name) for name in face.__all__)
+
+
+def test_import_pyattn_reaches_every_face():
+    names = (
+        *("models.GPT", "models.Bert", "models.Transformer", "nn.MultiheadAttention", "decoding.beam_search"),
+        *("compat.torch.scaled_dot_product_attention", "compat.flash_attn.install", "compat.transformers.register"),
+        *("compat.flash_attn_interface.install", "compat.xformers.memory_efficient_attention"),
+    )
+    code = f"import pyattn; {'; '.join(f'pyattn.{name}' for name in names)}"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_name_that_pyattn_has_not_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'pyattn' has no attribute 'atention'") as raised:
+        pyattn.atention  # noqa: B018 (it raises)
+    assert (raised.value.name, raised.value.obj) == ("atention", pyattn)  # so that Python says what was meant
+
+
+def test_import_pyattn_leaves_heavy_modules_alone():
+    code = "import torch, sys; old = {*sys.modules}; import pyattn; print(*({*sys.modules} - old))"
+    new = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"triton", "transformers", "matplotlib", "typer", "rich", "tokenizers", "pyattn.models", "pyattn.decoding"}
+    assert not heavy & {*new}
 
 
 def _parameters():

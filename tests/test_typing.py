@@ -28,6 +28,13 @@ def test_typing_readme_passes(tmp_path, monkeypatch):
     _assert_typed(tmp_path / "readme.py", "\n".join((first, *blocks)), monkeypatch)
 
 
+def test_typing_faces_are_known_and_nothing_else_is(tmp_path, monkeypatch):
+    names = "models.GPT", "nn.MultiheadAttention", "decoding.beam_search", "compat.flash_attn.install"
+    unknown = "nothing", "compat.nothing", "models.nothing"
+    lines = [f"pyattn.{name}" for name in names] + [f"pyattn.{name}  # type: ignore[attr-defined]" for name in unknown]
+    _assert_typed(tmp_path / "names.py", "\n".join(("import pyattn", *lines)), monkeypatch)
+
+
 @pytest.mark.parametrize("function", [pyattn.attention, pyattn.attention_varlen, pyattn.attention_kvcache])
 def test_typing_return_lse_says_what_is_returned(function, tmp_path, monkeypatch):
     parameters = inspect.signature(function).parameters.values()

@@ -24,6 +24,7 @@ from pyattn.check import DtypeError, RangeError, ShapeError, UnsupportedError, b
 from pyattn.compat import flash_attn, stand_ins
 from pyattn.compat.flash_attn.arguments import check_shape, options, without_gradient
 from pyattn.compat.flash_attn.cache import Cache, Packed, Rotary, attend
+from pyattn.face import showing
 
 __all__ = [
     "flash_attn_combine",
@@ -33,6 +34,8 @@ __all__ = [
     "flash_attn_with_kvcache",
     "get_scheduler_metadata",
 ]
+
+__dir__ = showing(__all__)
 
 Result = Tensor | tuple[Tensor, Tensor]
 

@@ -21,8 +21,13 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from pyattn import registry
 from pyattn.check import DtypeError, PyattnError, UnsupportedError, autocast_dtype
 from pyattn.compat.torch import _is_causal_bias, scaled_dot_product_attention
+from pyattn.face import showing
 from pyattn.nn.multihead_attention import MultiheadAttention
 from pyattn.spec import AttentionSpec
+
+__all__ = ["Patch", "patch"]
+
+__dir__ = showing(__all__)
 
 _TORCH_SDPA = torch._C._nn.scaled_dot_product_attention
 _TORCH_MHA = nn.MultiheadAttention.forward

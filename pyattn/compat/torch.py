@@ -11,9 +11,14 @@ from torch import Tensor
 from pyattn import core
 from pyattn.check import DtypeError, RangeError, ShapeError, autocast_dtype, by_names, number
 from pyattn.compat.nested import nested_attention
+from pyattn.face import showing
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
+
+__all__ = ["scaled_dot_product_attention"]
+
+__dir__ = showing(__all__)
 
 _NAMES = {"q": "query", "k": "key", "v": "value", "mask": "attn_mask", "bias": "attn_mask", "causal": "is_causal"}
 

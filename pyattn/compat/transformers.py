@@ -14,7 +14,12 @@ from torch.utils._pytree import tree_map_only
 from pyattn import core
 from pyattn.backends.reference import cast, dropout_keep, scores, visible
 from pyattn.check import DtypeError, ShapeError, UnsupportedError, by_names, check_starts, is_traced, without_autocast
+from pyattn.face import showing
 from pyattn.spec import AttentionSpec, Inputs, Numbers, dtype_name
+
+__all__ = ["BandMask", "pyattn_attention_forward", "pyattn_mask", "register"]
+
+__dir__ = showing(__all__)
 
 # Keywords that come with a call and leave attention alone: a model hands down whatever nobody on the way has taken.
 _IGNORED = {

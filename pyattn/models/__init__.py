@@ -1,1 +1,32 @@
 """The models of the attention literature: one file per architecture, read top to bottom."""
+
+from pyattn.face import showing
+from pyattn.models.bert import (
+    Bert,
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
+from pyattn.models.gpt import GPT, GPTConfig
+from pyattn.models.pretrained import PretrainedError
+from pyattn.models.transformer import Transformer, TransformerConfig
+
+__all__ = [
+    "GPT",
+    "Bert",
+    "BertConfig",
+    "BertForMaskedLM",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "GPTConfig",
+    "PretrainedError",
+    "Transformer",
+    "TransformerConfig",
+]
+
+__dir__ = showing(__all__)

@@ -1,1 +1,8 @@
 """Modules built on `pyattn.attention`."""
+
+from pyattn.face import showing
+from pyattn.nn.multihead_attention import MultiheadAttention
+
+__all__ = ["MultiheadAttention"]
+
+__dir__ = showing(__all__)

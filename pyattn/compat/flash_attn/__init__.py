@@ -18,6 +18,7 @@ from pyattn.compat.flash_attn.flash_attn_interface import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
+from pyattn.face import showing
 
 __version__ = "2.8.3"  # of the interface; users compare it with the version they need
 
@@ -32,6 +33,8 @@ __all__ = [
     "install",
     "uninstall",
 ]
+
+__dir__ = showing(__all__)
 
 _STAND_INS = {
     "flash_attn": sys.modules[__name__],

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 from pyattn.check import ShapeError
+from pyattn.face import showing
+
+__all__ = ["index_first_axis", "index_put_first_axis", "pad_input", "unpad_input"]
+
+__dir__ = showing(__all__)
 
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from pyattn.check import UnsupportedError
 from pyattn.compat.flash_attn.arguments import check_shape, options, refuse_with_dropout, without_gradient
 from pyattn.compat.flash_attn.cache import Cache, Packed, Rotary, attend
 from pyattn.compat.flash_attn.kvcache import flash_attn_with_kvcache
+from pyattn.face import showing
 
 __all__ = [
     "flash_attn_func",
@@ -26,6 +27,8 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
 ]
+
+__dir__ = showing(__all__)
 
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
 

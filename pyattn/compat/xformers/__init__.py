@@ -33,6 +33,7 @@ from pyattn.compat.xformers.biases import (
     LowerTriangularMask,
     LowerTriangularMaskWithTensorBias,
 )
+from pyattn.face import showing
 
 _NAMES = {"q": "query", "k": "key", "v": "value", "bias": "attn_bias", "dropout_p": "p"}
 
@@ -54,6 +55,8 @@ __all__ = [
     "LowerTriangularMaskWithTensorBias",
     "memory_efficient_attention",
 ]
+
+__dir__ = showing(__all__)
 
 
 def memory_efficient_attention(
