@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -69,6 +70,7 @@ def attention(
     seed: int | Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """out = softmax(cap(scale * q @ k.T) + bias, over the visible keys) @ v, without an m x n matrix in memory.
 
@@ -107,6 +109,8 @@ def attention(
 
     Source: Dao 2023, arXiv:2307.08691, Algorithm 1. Differs from torch's SDPA: `causal` is bottom-right.
     """
+    if others:
+        check.refuse_unknown("attention", others, attention)
     x, numbers = core.prepare(
         q, k, v, mask=mask, bias=bias, causal=causal, window=window, key_lengths=key_lengths, segment_ids=segment_ids,
         scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=seed,
@@ -147,6 +151,7 @@ def attention_varlen(
     seed: int | Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` over sequences of different lengths, packed one after the other without padding.
 
@@ -174,6 +179,8 @@ def attention_varlen(
 
     Source: the varlen interface of Dao 2023, arXiv:2307.08691.
     """
+    if others:
+        check.refuse_unknown("attention_varlen", others, attention_varlen)
     check.check_dense("cu_seqlens_q", cu_seqlens_q)  # without it the call would be an unpacked one
     x, numbers = core.prepare(
         q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, causal=causal, window=window, scale=scale,
@@ -211,6 +218,7 @@ def attention_kvcache(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of new queries over a key/value cache that is filled up to `key_lengths`, their own keys included.
 
@@ -239,6 +247,8 @@ def attention_kvcache(
 
     Source: Kwon et al. 2023, arXiv:2309.06180 (paged attention).
     """
+    if others:
+        check.refuse_unknown("attention_kvcache", others, attention_kvcache)
     check.check_dense("key_lengths", key_lengths)  # without them nothing says how much of the cache is filled
     x, numbers = core.prepare(
         q, k, v, key_lengths=key_lengths, block_table=block_table, causal=causal, window=window, scale=scale,
@@ -252,13 +262,21 @@ def attention_kvcache(
     return (out, lse) if return_lse else out
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options: Any) -> None:
-    """Prints which backend would run this call, why each other would not, and the memory it takes.
+class Explanation(str):
+    """Text that Python shows as it reads, also where it shows values."""
+
+    __repr__ = str.__str__
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options: Any) -> Explanation:
+    """Says which backend would run this call, why each other would not, and the memory it takes.
 
     Takes the arguments of `attention` or, all but q, k and v by name, of `attention_varlen`, or with `cached=True` of
     `attention_kvcache`. Runs nothing.
     """
     options.pop("return_lse", None)
+    if not options.keys() <= signature(core.prepare).parameters.keys():
+        check.refuse_unknown("explain", options, core.prepare)
     spec = AttentionSpec.of(*core.prepare(q, k, v, **options))
     name = registry.requested(backend)
     refusals = {candidate: b.refusal(spec) for candidate, b in registry.BACKENDS.items()}
@@ -266,13 +284,19 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options
     chosen = next((candidate for candidate in order if refusals[candidate] is None), None)
     features = ", ".join(sorted(spec.features)) or "none"
     sequences = "" if spec.sequences is None else f"sequences={spec.sequences} "
-    print(f"attention {sequences}b={spec.b} h={spec.h} hk={spec.hk} m={spec.m} n={spec.n} d={spec.d} dv={spec.dv} "
-          f"{dtype_name(spec.dtype)} on {spec.device}; features: {features}")  # fmt: skip
+    lines = [f"attention {sequences}b={spec.b} h={spec.h} hk={spec.hk} m={spec.m} n={spec.n} d={spec.d} dv={spec.dv} "
+             f"{dtype_name(spec.dtype)} on {spec.device}; features: {features}"]  # fmt: skip
     for candidate, b in registry.BACKENDS.items():
         arrow = "->" if candidate == chosen else "  "
         text = refusals[candidate] or _memory_line(spec, *b.workspace_bytes(spec))
-        print(f"{arrow} {candidate:<10} {text}")
-    print(f"   {'unfused':<10} would hold {_megabytes(spec.score_bytes)} for each [b, h, m, n] matrix")
+        lines.append(f"{arrow} {candidate:<10} {text}")
+    lines.append(f"   {'unfused':<10} would hold {_megabytes(spec.score_bytes)} for each [b, h, m, n] matrix")
+    if spec.sequences is None and spec.h > spec.m and spec.hk > spec.n:
+        lines.append(
+            f"   more heads than rows, h={spec.h} > m={spec.m} and hk={spec.hk} > n={spec.n}: q, k and v are "
+            "[batch, heads, length, head size]; .transpose(1, 2) makes them so of [batch, length, heads, head size]"
+        )
+    return Explanation("\n".join(lines))
 
 
 def _memory_line(spec: AttentionSpec, forward: int, backward: int) -> str:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from difflib import get_close_matches
+from inspect import signature
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -26,6 +28,21 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOAT32 = torch.finfo(torch.float32)
 _UNLIMITED = 2**62  # a window this wide hides nothing and still fits 64 bits when positions are added
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+# Options by the names that they have elsewhere.
+_ELSEWHERE = {
+    "is_causal": "did you mean causal=, which aligns the last query with the last key (torch: first with first)?",
+    "attn_mask": "did you mean mask=, where it is boolean, or bias=, where it is added to the scores?",
+    "attn_bias": "did you mean bias=, or mask=, where it is boolean?",
+    "key_padding_mask": "did you mean key_lengths=, or mask=~key_padding_mask[:, None, None]?",
+    "enable_gqa": "without it, too, k and v may have fewer heads than q",
+    "softmax_scale": "did you mean scale=?",
+    "window_size": "did you mean window=, where None is an unlimited side, and not -1?",
+    "return_attn_probs": "did you mean return_lse=? The weights are never in memory",
+    "cu_seqlens_q": "did you mean pyattn.attention_varlen?",
+    "max_seqlen_q": "without it, too, sequences may have any length",
+    "cache_seqlens": "did you mean key_lengths= of pyattn.attention_kvcache?",
+    "block_table": "did you mean pyattn.attention_kvcache?",
+}
 
 
 class PyattnError(RuntimeError):
@@ -68,6 +85,15 @@ def by_names(names: dict[str, str], function: Callable[..., Result], *given: Any
         head = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), head)
         rest = re.sub(r"\b[qkv]\b", lambda word: names.get(word[0], word[0]), rest)
         raise type(error)(head + colon + rest) from None
+
+
+def refuse_unknown(name: str, options: Iterable[str], function: Callable) -> None:
+    """Raises TypeError, as Python would, for the first option that `function` has not; says which one was meant."""
+    known = signature(function).parameters
+    option = next(option for option in options if option not in known)
+    close = get_close_matches(option, known, 1)
+    hint = _ELSEWHERE.get(option) or "".join(f"did you mean {other}=?" for other in close)
+    raise TypeError(f"{name}: expected no argument {option}" + (f": {hint}" if hint else ""))
 
 
 def check_inputs(
@@ -269,7 +295,11 @@ def _broadcastable(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], q: Ten
     fits = padded.dim() == 4 and all(have == want or have == 1 for have, want in zip(padded.shape, shape, strict=True))
     if not fits:
         b, h, m, n = shape
-        raise ShapeError(f"{name}: expected a shape that broadcasts to [b={b}, h={h}, m={m}, n={n}], got {_shape(t)}")
+        hint = f": {name}[:, None, None] does" if tuple(t.shape) == (b, n) else ""
+        hint += ", and key_lengths says the same of padding" if hint and name == "mask" else ""
+        raise ShapeError(
+            f"{name}: expected a shape that broadcasts to [b={b}, h={h}, m={m}, n={n}], got {_shape(t)}{hint}"
+        )
     return padded
 
 
@@ -369,8 +399,13 @@ def check_tensor(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], q: Tenso
     check_dense(name, t)
     if t.dtype not in dtypes:
         expected = " or ".join(dict.fromkeys(map(dtype_name, dtypes)))
-        raise DtypeError(f"{name}: expected {expected}, got {dtype_name(t.dtype)}")
+        hint = _mask_hint(t) if name == "mask" else ""
+        raise DtypeError(f"{name}: expected {expected}, got {dtype_name(t.dtype)}{hint}")
     _check_device(name, t, q.device)
+
+
+def _mask_hint(t: Tensor) -> str:
+    return ": one that is added is bias=" if t.is_floating_point() else ": its .bool() attends where it is not 0"
 
 
 def _check_device(name: str, t: Tensor, device: torch.device) -> None:

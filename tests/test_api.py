@@ -47,14 +47,26 @@ def test_use_backend_reference_differentiates_twice():
     assert k.grad.isfinite().all()
 
 
-def test_explain_prints_the_choice_every_refusal_and_bytes(capsys):
+def test_explain_says_the_choice_every_refusal_and_bytes():
     q, k, v = _qkv(64, 128)
-    pyattn.explain(q, k, v, causal=True, return_lse=True)
-    text = capsys.readouterr().out
+    text = pyattn.explain(q, k, v, causal=True, return_lse=True)
     assert "b=2 h=4 hk=4 m=64 n=128 d=16 dv=16 float32 on cpu; features: causal" in text
     assert "-> cpu" in text
     assert "triton" in text
     assert f"{2 * 4 * 64 * 128 * 4 / 1e6:.2f} MB" in text
+
+
+def test_explain_shows_itself_as_text():
+    explanation = pyattn.explain(*_qkv())
+    assert repr(explanation) == str(explanation)
+    assert len(repr(explanation).splitlines()) > 3
+
+
+def test_explain_notices_lengths_in_the_place_of_heads():
+    q, k, v = _qkv(40, 50)
+    assert "h=40 > m=4 and hk=40 > n=4" in pyattn.explain(*(t.transpose(1, 2) for t in (q, q, q)))
+    assert "transpose" not in pyattn.explain(q, k, v)
+    assert "transpose" not in pyattn.explain(q[:, :, :1], k, v), "decoding has more heads than queries"
 
 
 def test_dropout_seed_repeats_and_generator_advances():

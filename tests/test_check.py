@@ -1,5 +1,7 @@
 """Every wrong argument raises an error that names it, before anything runs."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -42,7 +44,14 @@ WRONG = {
         "expected at least 1 head",
     ),
     "k is on another device": ({"k": torch.randn(B, HK, N, D, device="meta")}, pyattn.DeviceError, "k: .*got meta"),
-    "mask is float": ({"mask": torch.zeros(M, N)}, pyattn.DtypeError, "mask: expected bool, got float32"),
+    "mask is float": ({"mask": torch.zeros(M, N)}, pyattn.DtypeError, "mask: expected bool, got float32: .* bias="),
+    "mask is integer": ({"mask": _ints(M, N)}, pyattn.DtypeError, r"mask: expected bool, got int64: its \.bool\(\)"),
+    "mask is of keys": (
+        {"mask": torch.ones(B, N, dtype=torch.bool)},
+        pyattn.ShapeError,
+        r"mask: .* got \[2, 7\]: mask\[:, None, None\] does, and key_lengths",
+    ),
+    "bias is of keys": ({"bias": torch.zeros(B, N)}, pyattn.ShapeError, r"got \[2, 7\]: bias\[:, None, None\] does$"),
     "mask does not broadcast": (
         {"mask": torch.ones(M, N + 1, dtype=torch.bool)},
         pyattn.ShapeError,
@@ -112,6 +121,28 @@ def test_attention_wrong_argument_raises_named_error(changes, error, message):
     assert isinstance(caught.value, (ValueError, TypeError))
     assert isinstance(caught.value, pyattn.PyattnError)
     assert isinstance(caught.value, RuntimeError)  # which is what code written for torch catches
+
+
+ELSEWHERE = {
+    "is_causal": "did you mean causal=",
+    "attn_mask": "did you mean mask=, .* bias=",
+    "enable_gqa": "k and v may have fewer heads than q",
+    "softmax_scale": "did you mean scale=",
+    "window_size": "did you mean window=",
+    "casual": r"did you mean causal=\?$",
+    "foo": "$",
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize(
+    "function", [pyattn.attention, pyattn.attention_varlen, pyattn.attention_kvcache, pyattn.explain]
+)
+def test_option_by_a_name_of_others_raises_and_says_ours(function, name):
+    parameters = inspect.signature(function).parameters.values()
+    tensors = [torch.zeros(0) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    with pytest.raises(TypeError, match=f"^{function.__name__}: expected no argument {name}.*{ELSEWHERE[name]}"):
+        function(*tensors, **{name: None})
 
 
 def test_attention_numbers_may_be_numpys_or_tensors_without_dimensions():

@@ -108,6 +108,10 @@ def test_pretrained_missing_config_is_named(kind: str, tmp_path: Path) -> None:
     _refused(kind, tmp_path, str(tmp_path / "config.json"), "there is none")
 
 
+def test_pretrained_name_on_the_hub_is_refused_and_says_how_to_get_its_folder(kind: str) -> None:
+    _refused(kind, Path("gpt2"), "there is no gpt2", "huggingface_hub.snapshot_download")
+
+
 def test_pretrained_missing_field_is_named(kind: str, tmp_path: Path) -> None:
     _saved(kind, tmp_path)
     path = tmp_path / "config.json"

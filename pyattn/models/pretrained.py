@@ -68,6 +68,11 @@ class Pretrained(nn.Module):
     @classmethod
     def read_config(cls, folder: Path) -> Any:
         """The configuration of the folder's model; raises PretrainedError where it is not this one's or cannot be."""
+        if not folder.is_dir():
+            raise PretrainedError(
+                f"model: expected a folder, there is no {folder}: names on the Hugging Face Hub are not downloaded; "
+                "huggingface_hub.snapshot_download(name) does that and returns a folder"
+            )
         fields = Fields.read(folder / CONFIG)
         try:
             return cls.config_from(fields)
