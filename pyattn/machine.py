@@ -26,7 +26,7 @@ def describe() -> dict[str, str]:
         "pyattn": f"{pyattn.__version__} at {Path(pyattn.__file__).parent}",
         "Python": f"{platform.python_version()} on {platform.platform()}",
         "torch": torch.__version__,
-        "Triton": _version("triton"),
+        "Triton": triton_version(),
         "compiler": _compiler(),
         "CPU": _cpu(),
         "CPU kernels": ", ".join(isas()) or "none",
@@ -49,9 +49,9 @@ def backends() -> dict[str, str]:
     return states
 
 
-def _version(package: str) -> str:
+def triton_version() -> str:
     try:
-        return importlib.metadata.version(package)
+        return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 

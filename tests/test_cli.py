@@ -64,6 +64,25 @@ def test_info_lists_versions_and_every_backend() -> None:
         assert name in result.output
 
 
+def test_version_is_one_line_with_torchs_and_tritons() -> None:
+    result = _run("--version")
+    assert result.exit_code == 0
+    assert re.fullmatch(
+        rf"pyattn {pyattn.__version__}, torch {re.escape(torch.__version__)}, Triton .+\n", result.output
+    )
+
+
+def test_verify_without_a_terminal_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "CASES", testing.CASES[:2])
+    lines = _run("verify", "--backend", "reference").output.splitlines()
+    assert lines[:4] == [
+        "reference float16: done, 2 of 8 cases",
+        "reference bfloat16: done, 4 of 8 cases",
+        "reference float32: done, 6 of 8 cases",
+        "reference float64: done, 8 of 8 cases",
+    ]
+
+
 def test_verify_all_right_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verification, "CASES", [case for case in testing.CASES if case.id in ("plain", "gqa", "sinks")])
     result = _run("verify", "--backend", "reference")

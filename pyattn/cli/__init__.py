@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import torch
+
 try:
     import rich  # noqa: F401 (the commands use it)
     import typer
 except ModuleNotFoundError as missing:
     raise SystemExit(f"pyattn: the command needs {missing.name}: pip install 'pyattn[tools]'") from None
 
+import pyattn
+from pyattn import machine
 from pyattn.cli import checks, text, train
 from pyattn.cli.console import Commands
 
@@ -16,8 +22,18 @@ app = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"pyattn {pyattn.__version__}, torch {torch.__version__}, Triton {machine.triton_version()}")
+        raise typer.Exit
+
+
 @app.callback()
-def _help() -> None:
+def _help(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Fused attention for PyTorch: what runs here, whether it is right, how fast it is, and models trained with it.
 
     [bold]A whole example[/bold]

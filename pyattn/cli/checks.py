@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,7 +44,11 @@ def verify(
 
     jobs = verification.jobs(verification.ready(backend))
     bar = track(jobs, "verifying", console=console, transient=True, disable=not console.is_terminal)
-    verdicts = [verification.verify(*job) for job in bar]
+    verdicts = []
+    for (name, dtype), group in groupby(bar, key=lambda job: (job[0], job[2])):
+        verdicts += [verification.verify(*job) for job in group]
+        if not console.is_terminal:
+            console.print(f"{name} {dtype_name(dtype)}: done, {len(verdicts)} of {len(jobs)} cases")
     console.print(_verification_table(verdicts))
     failed = [verdict for verdict in verdicts if verdict.failures]
     refused = [verdict for verdict in verdicts if verdict.refusal is not None]
