@@ -110,12 +110,16 @@ def test_house_readme_table_is_the_backends_own_declaration():
     assert registry.feature_table() in (ROOT / "README.md").read_text("utf-8")
 
 
-def test_house_readme_names_files_that_exist():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    for name in re.findall(r"`((?:csrc|triton_kernels|pyattn|benchmarks|tests)/[\w./-]*)`", readme):
-        assert (ROOT / name).exists(), f"README names {name}"
-    for name in re.findall(r"\]\(([\w./-]+)\)", readme):
-        assert (ROOT / name).exists(), f"README links {name}"
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "DECISIONS.md"])
+def test_house_document_names_what_exists(document):
+    text = (ROOT / document).read_text("utf-8")
+    for name in re.findall(r"`((?:csrc|triton_kernels|pyattn|benchmarks|tests)/[\w./-]*)`", text):
+        assert (ROOT / name).exists(), f"{document} names {name}"
+    for name in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (ROOT / name).exists(), f"{document} links {name}"
+    for module, name in re.findall(r"`(\w+)\.(\w+)`", text):
+        if (ROOT / "pyattn" / f"{module}.py").exists():
+            assert hasattr(importlib.import_module(f"pyattn.{module}"), name), f"{document} names {module}.{name}"
 
 
 def test_house_promises_the_torch_and_the_triton_that_are_tested():
