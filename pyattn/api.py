@@ -110,7 +110,7 @@ def attention(
     Source: Dao 2023, arXiv:2307.08691, Algorithm 1. Differs from torch's SDPA: `causal` is bottom-right.
     """
     if others:
-        check.refuse_unknown("attention", others, attention)
+        check.refuse_unknown("attention", others)
     x, numbers = core.prepare(
         q, k, v, mask=mask, bias=bias, causal=causal, window=window, key_lengths=key_lengths, segment_ids=segment_ids,
         scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=seed,
@@ -180,7 +180,7 @@ def attention_varlen(
     Source: the varlen interface of Dao 2023, arXiv:2307.08691.
     """
     if others:
-        check.refuse_unknown("attention_varlen", others, attention_varlen)
+        check.refuse_unknown("attention_varlen", others)
     check.check_dense("cu_seqlens_q", cu_seqlens_q)  # without it the call would be an unpacked one
     x, numbers = core.prepare(
         q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, causal=causal, window=window, scale=scale,
@@ -248,7 +248,7 @@ def attention_kvcache(
     Source: Kwon et al. 2023, arXiv:2309.06180 (paged attention).
     """
     if others:
-        check.refuse_unknown("attention_kvcache", others, attention_kvcache)
+        check.refuse_unknown("attention_kvcache", others)
     check.check_dense("key_lengths", key_lengths)  # without them nothing says how much of the cache is filled
     x, numbers = core.prepare(
         q, k, v, key_lengths=key_lengths, block_table=block_table, causal=causal, window=window, scale=scale,
@@ -275,8 +275,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options
     `attention_kvcache`. Runs nothing.
     """
     options.pop("return_lse", None)
-    if not options.keys() <= signature(core.prepare).parameters.keys():
-        check.refuse_unknown("explain", options, core.prepare)
+    check.refuse_unknown("explain", options.keys() - signature(core.prepare).parameters.keys())
     spec = AttentionSpec.of(*core.prepare(q, k, v, **options))
     name = registry.requested(backend)
     refusals = {candidate: b.refusal(spec) for candidate, b in registry.BACKENDS.items()}

@@ -129,7 +129,6 @@ ELSEWHERE = {
     "enable_gqa": "k and v may have fewer heads than q",
     "softmax_scale": "did you mean scale=",
     "window_size": "did you mean window=",
-    "casual": r"did you mean causal=\?$",
     "foo": "$",
 }
 
@@ -143,6 +142,12 @@ def test_option_by_a_name_of_others_raises_and_says_ours(function, name):
     tensors = [torch.zeros(0) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     with pytest.raises(TypeError, match=f"^{function.__name__}: expected no argument {name}.*{ELSEWHERE[name]}"):
         function(*tensors, **{name: None})
+
+
+def test_option_by_a_name_of_others_is_answered_in_a_trace_too():
+    compiled = torch.compile(pyattn.attention, fullgraph=True, backend="eager")
+    with pytest.raises(RuntimeError, match="did you mean causal="):
+        compiled(**_arguments(is_causal=True))
 
 
 def test_attention_numbers_may_be_numpys_or_tensors_without_dimensions():
