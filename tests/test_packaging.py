@@ -40,7 +40,7 @@ class Environment:
         return done.stdout.strip()
 
     def cpu_backend(self) -> str:
-        code = "import pyattn; print(pyattn.backends()['cpu'])"
+        code = "import pyattn; print(pyattn.list_backends()['cpu'])"
         return self.run("-c", code, folder=self.folder)
 
 

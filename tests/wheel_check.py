@@ -26,7 +26,7 @@ def check_place() -> None:
 
 def check_kernels() -> None:
     """Those of every instruction set are there, whichever of them this machine can run, and they compute attention."""
-    assert pyattn.backends()["cpu"] == "ready", pyattn.backends()
+    assert pyattn.list_backends()["cpu"] == "ready", pyattn.list_backends()
     module = Path(import_module("pyattn._C").__file__).read_bytes()
     missing = [isa for isa in ISAS if b"\0" + isa.encode() + b"\0" not in module]
     assert not missing or platform.machine() != "x86_64", f"compiled without {missing}"
