@@ -431,6 +431,13 @@ def _flash_bwd_dkdv_kernel(
                 slope, bias_base, stride_bias_m, stride_bias_n, OFFSET,
             )  # fmt: skip
             p_t = exp_scores(s_t, top[None, :], unit, log_sum[None, :])
+            dp_t = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
+            # While the product runs: before it, registers are scarce.
+            delta = tl.load(statistics_start(delta_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=0.0)
+            d_lse = dlse_ptr
+            if dlse_ptr is not None:
+                dlse_ptrs = statistics_start(dlse_ptr, i_b, i_h, H, M, first_m) + i_m
+                d_lse = tl.load(dlse_ptrs, mask=in_m, other=0.0)[None, :]
             if run == MASKED_RUN:
                 mask_base = mask_ptr
                 if mask_ptr is not None:
@@ -447,16 +454,8 @@ def _flash_bwd_dkdv_kernel(
             if seed_ptr is not None:
                 keep = tl.trans(dropout_keep(seed, threshold, i_s, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N))
                 p_kept = tl.where(keep, p_t * inv_keep, 0.0)
-            dv = tl.dot(p_kept.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
-            dp_t = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
-            if seed_ptr is not None:
                 dp_t = tl.where(keep, dp_t * inv_keep, 0.0)
-            # While the product runs: before it, registers are scarce.
-            delta = tl.load(statistics_start(delta_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=0.0)
-            d_lse = dlse_ptr
-            if dlse_ptr is not None:
-                dlse_ptrs = statistics_start(dlse_ptr, i_b, i_h, H, M, first_m) + i_m
-                d_lse = tl.load(dlse_ptrs, mask=in_m, other=0.0)[None, :]
+            dv = tl.dot(p_kept.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
             ds_t = score_gradient(p_t, dp_t, delta[None, :], d_lse)
             if run == MASKED_RUN:
                 ds_t = tl.where(see, ds_t, 0.0)
