@@ -216,8 +216,9 @@ def empty_output(q: Tensor, dv: int) -> Tensor:
 
 def empty_results(q: Tensor, dv: int) -> Results:
     """Uninitialised."""
-    accumulator = torch.float64 if q.dtype is torch.float64 else torch.float32
-    return Results(empty_output(q, dv), *(q.new_empty(q.shape[:3], dtype=accumulator) for _ in range(3)))
+    b, h, m, _ = q.shape
+    lse = q.new_empty(b, h, m, dtype=torch.float64 if q.dtype is torch.float64 else torch.float32)
+    return Results(empty_output(q, dv), lse, torch.empty_like(lse), torch.empty_like(lse))
 
 
 def empty_gradient(t: Tensor) -> Tensor:

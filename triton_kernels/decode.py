@@ -255,7 +255,7 @@ def decode(
     """As `flash_fwd`, for calls that `suits`; k and v may be pages [pages, hk, page size, head size]."""
     (b, h, m, _), (hk, dv) = q.shape, v.shape[1::2]
     sizes, block_m = launch.sizes("decode", q, k, v, call), rows_per_tile(h // hk * m, call)
-    programs = triton.cdiv(h // hk * m, block_m) * hk * b
+    programs = launch.parts(h // hk * m, block_m) * hk * b
     chunks = split(programs, m, call.keys(k), call, sizes.block_n, config.processors(q.device))
     part = q.new_empty(chunks, b, h, m, dv, dtype=torch.float32)
     part_max, part_sum = (lse.new_empty(chunks, b, h, m) for _ in range(2))
@@ -278,10 +278,10 @@ def decode(
 def rows_per_tile(rows: int, call: launch.Call) -> int:
     """BLOCK_M for a group that has so many rows."""
     most = MOST_ROWS if call.mask is None and call.bias is None else MOST_ROWS_WITH_SCORES
-    return min(max(16, triton.next_power_of_2(rows)), most)
+    return min(max(16, launch.power_of_2(rows)), most)
 
 
 def split(programs: int, m: int, n: int, call: launch.Call, block: int, processors: int) -> int:
     """In how many chunks to take the keys of each of `programs` tiles, so that every processor gets two programs."""
     keys = n if call.left is None or call.right is None else min(n, call.left + call.right + m)
-    return min(triton.cdiv(2 * processors, programs), max(triton.cdiv(keys, block), 1), MOST_CHUNKS)
+    return min(launch.parts(2 * processors, programs), max(launch.parts(keys, block), 1), MOST_CHUNKS)

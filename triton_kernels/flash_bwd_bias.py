@@ -199,7 +199,7 @@ def flash_bwd_bias(
     (b, h, m, _), n = q.shape, k.shape[2]
     sizes = launch.sizes("dq", q, k, v, call)
     one_b, one_h, one_m, one_n = (size == 1 for size in dbias.shape)
-    blocks_m, blocks_n = triton.cdiv(m, sizes.block_m), triton.cdiv(n, sizes.block_n)
+    blocks_m, blocks_n = launch.parts(m, sizes.block_m), launch.parts(n, sizes.block_n)
     programs = (1 if one_b else b) * (1 if one_h else h) * (1 if one_m else blocks_m) * (1 if one_n else blocks_n)
     common = call.arguments(q, k, v) | launch.layout(q, k, v, d_out, scores=(call.mask, call.bias, dbias))
     for of_packed in ("S", "cu_q_ptr", "cu_k_ptr"):

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import config
 
+# The arguments that say a tensor's strides, of [b, heads, rows, size] and of [b, h, m, n]. They are put together once,
+# because a launch on the host would spend as long on a name as on its value.
+ROW_STRIDES = {
+    tensor: tuple(f"stride_{tensor}{axis}" for axis in ("bhn" if tensor in ("k", "v", "dk", "dv") else "bhm"))
+    for tensor in ("q", "o", "do", "dq", "k", "v", "dk", "dv")
+}
+SCORE_STRIDES = {tensor: tuple(f"stride_{tensor}_{axis}" for axis in "bhmn") for tensor in ("mask", "bias", "dbias")}
+
 # Values that change from call to call and must never cause a recompilation. Triton would otherwise compile a variant
 # for 1, one for multiples of 16 and one for the rest. Members of a tuple cannot be exempted, so strides are not in one.
 RUNTIME_VALUES = (
-    *(f"stride_{tensor}{axis}" for tensor in ("q", "o", "do", "dq") for axis in "bhm"),
-    *(f"stride_{tensor}{axis}" for tensor in ("k", "v", "dk", "dv") for axis in "bhn"),
-    *(f"stride_{tensor}_{axis}" for tensor in ("mask", "bias", "dbias") for axis in "bhmn"),
+    *(name for names in (ROW_STRIDES | SCORE_STRIDES).values() for name in names),
     *("H", "GROUP", "M", "N", "S", "offset", "left", "right"),
     *("magnitude", "factor", "scale", "softcap", "threshold", "inv_keep"),
     *("B", "CHUNKS", "PAGES", "page_size"),
@@ -34,8 +39,7 @@ WIDE_STRIDE = 1 << 23
 _LARGEST = torch.finfo(torch.float32).max
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One attention call beyond its main tensors, in the terms of `pyattn.spec`; None where a limit is absent."""
 
     scale: float
@@ -63,7 +67,7 @@ class Call:
 
     def blocks(self, rows: int, block: int) -> int:
         """As `schedule.num_blocks`."""
-        return triton.cdiv(rows, block) if self.cu_seqlens_q is None else rows // block + self.packed
+        return parts(rows, block) if self.cu_seqlens_q is None else rows // block + self.packed
 
     def keys(self, k: Tensor) -> int:
         """How many keys a batch element has, or has room for."""
@@ -117,11 +121,10 @@ def contiguous(t: Tensor | None) -> Tensor | None:
 
 def score_tensor(name: str, t: Tensor | None, b: int, h: int, m: int, n: int) -> dict[str, Any]:
     """NAME_ptr and its strides over [b, h, m, n], 0 where it broadcasts."""
-    names = [f"stride_{name}_{axis}" for axis in "bhmn"]
     if t is None:
-        return {f"{name}_ptr": None, **dict.fromkeys(names, 0)}
+        return {f"{name}_ptr": None, **dict.fromkeys(SCORE_STRIDES[name], 0)}
     t = (t.view(torch.uint8) if t.dtype is torch.bool else t).expand(b, h, m, n)
-    return {f"{name}_ptr": t, **dict(zip(names, t.stride(), strict=True))}
+    return {f"{name}_ptr": t, **dict(zip(SCORE_STRIDES[name], t.stride(), strict=True))}
 
 
 def id_ranges(ids: Tensor | None, block: int) -> Tensor | None:
@@ -129,7 +132,7 @@ def id_ranges(ids: Tensor | None, block: int) -> Tensor | None:
     if ids is None:
         return None
     b, rows = ids.shape
-    blocks = triton.cdiv(rows, block)
+    blocks = parts(rows, block)
     whole = ids.new_empty(b, blocks * block)
     whole[:, :rows] = ids
     whole[:, rows:] = ids[:, -1:]
@@ -142,17 +145,21 @@ def layout(*tensors: Tensor, scores: Iterable[Tensor | None]) -> dict[str, Any]:
     scores: tensors that broadcast to [b, h, m, n].
     """
     width = 16 // tensors[0].element_size()  # elements of one 16-byte load
-    aligned = all(stride % width == 0 for t in tensors for stride in t.stride()[:3])
-    inside_a_tile = [t.stride(2) for t in tensors] + [max(t.stride()[2:]) for t in scores if t is not None]
-    return {"ALIGN": width if aligned else 1, "OFFSET": tl.int64 if max(inside_a_tile) >= WIDE_STRIDE else tl.int32}
+    bits = widest = 0  # of all strides; the largest inside a tile
+    for t in tensors:
+        batch, head, row, _ = t.stride()
+        bits |= batch | head | row
+        widest = max(widest, row)
+    widest = max([widest, *(max(t.stride()[2:]) for t in scores if t is not None)])
+    return {"ALIGN": 1 if bits % width else width, "OFFSET": tl.int64 if widest >= WIDE_STRIDE else tl.int32}
 
 
 def strides(**tensors: Tensor) -> dict[str, int]:
     """stride_NAMEb, stride_NAMEh and stride_NAMEm, stride_NAMEn for keys and values: of [b, heads, rows, size]."""
     return {
-        f"stride_{name}{axis}": stride
-        for name, t in tensors.items()
-        for axis, stride in zip("bhn" if name in ("k", "v", "dk", "dv") else "bhm", t.stride(), strict=False)
+        name: stride
+        for tensor, t in tensors.items()
+        for name, stride in zip(ROW_STRIDES[tensor], t.stride(), strict=False)
     }
 
 
@@ -165,19 +172,33 @@ def sizes(kernel: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> config.Co
 
 def _load(q: Tensor, k: Tensor, v: Tensor, call: Call) -> str:
     """How much a call keeps in registers beside its tiles, in the words of `config.choose`."""
-    if any(t is not None for t in (call.mask, call.bias, call.q_segments)) or call.dropout_p > 0:
+    if call.mask is not None or call.bias is not None or call.q_segments is not None or call.dropout_p > 0:
         return "heavy"
-    padded = any(padded_head_dim(t.shape[3]) != t.shape[3] for t in (q, v))
+    d, dv = q.shape[3], v.shape[3]
+    padded = padded_head_dim(d) != d or padded_head_dim(dv) != dv
     grouped_window = call.left is not None and q.shape[1] != k.shape[1]
     logits = call.softcap is not None or call.alibi_slopes is not None
     return "crowded" if padded or grouped_window or logits or call.packed else "light"
 
 
+@cache
 def padded_head_dim(d: int) -> int:
     """The power of two, at least 16, that tiles are wide: the matrix units take no other widths."""
-    return max(16, triton.next_power_of_2(d))
+    return max(16, power_of_2(d))
+
+
+def power_of_2(x: int) -> int:
+    """The least that is no less than x, which is at least 1. Triton's own are slow on the host, as is its cdiv."""
+    return 1 << (x - 1).bit_length()
+
+
+def parts(rows: int, size: int) -> int:
+    """How many parts of at most `size` make up `rows`."""
+    return -(-rows // size)
 
 
 def on_device_of(q: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device; this makes it q's."""
-    return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
+    if not q.is_cuda or q.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(q.device)
