@@ -17,6 +17,7 @@ from pyattn.backends import hopper
 from pyattn.backends import triton as backend_module
 from pyattn.backends.triton import TritonBackend
 from pyattn.registry import AUTOMATIC, BACKENDS
+from pyattn.spec import AttentionSpec
 
 
 @pytest.mark.parametrize("version", ["2.3.1", "3.5.1", "3.10.0", "4.0.0"])
@@ -51,6 +52,31 @@ def test_old_gpu_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     reason = backend_module._shortcoming.__wrapped__()
     assert reason == "needs compute capability 8.0 or newer, Tesla T4 has 7.5"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fits"),
+    [
+        ({"m": 2**30 - 129, "n": 1}, True),
+        ({"m": 2**30, "n": 1}, False),
+        ({"m": 1, "n": 2**30}, False),
+        ({"h": 8, "hk": 1, "m": 2**27, "n": 1}, False),
+        ({"h": 8, "hk": 8, "m": 2**27, "n": 1}, True),
+    ],
+    ids=str,
+)
+def test_rows_beyond_32_bits_are_refused_before_a_kernel_counts_them(
+    monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], fits: bool
+) -> None:
+    monkeypatch.setattr(backend_module, "_shortcoming", lambda: None)
+    sizes = {"b": 1, "h": 1, "hk": 1, "d": 1, "dv": 1} | sizes
+    spec = AttentionSpec(
+        **sizes, dtype=torch.float16, device="cuda", scale=1.0, offset=0, left=None, right=None, softcap=None,
+        dropout_p=0.0,
+    )  # fmt: skip
+    reason = TritonBackend().refusal(spec)
+    assert (reason is None) == fits, reason
+    assert fits or reason.startswith("counts the queries of a group of heads and their keys to 2^30, got 1,07")
 
 
 @pytest.fixture

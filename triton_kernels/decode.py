@@ -109,7 +109,7 @@ def _decode_kernel(
     pages = table_ptr
     if table_ptr is not None:
         entry = None
-        pages = table_ptr + i_b * tl.cdiv(N, page_size)
+        pages = table_ptr + i_b.to(tl.int64) * tl.cdiv(N, page_size)
     k_base = head_start(k_ptr, entry, i_kv, None, stride_kb, stride_kh, stride_kn, ALIGN)
     v_base = head_start(v_ptr, entry, i_kv, None, stride_vb, stride_vh, stride_vn, ALIGN)
     # [BLOCK_M, 1]

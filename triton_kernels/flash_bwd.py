@@ -212,7 +212,7 @@ def _flash_bwd_dq_kernel(
         q_ids = tl.load(q_ids_base + start_m + rows, mask=in_m, other=0)
         low, high = id_range(q_ids, in_m)
         q_ids = q_ids[:, None]
-        ranges_base = id_ranges_ptr + i_b * tl.cdiv(N, BLOCK_N) * 2
+        ranges_base = id_ranges_ptr + i_b.to(tl.int64) * tl.cdiv(N, BLOCK_N) * 2
         start, full_start, full_stop, stop = within_segments(
             start, full_start, full_stop, stop, low, high, ranges_base, mask_base, BLOCK_N
         )
@@ -391,7 +391,7 @@ def _flash_bwd_dkdv_kernel(
         k_ids = tl.load(k_ids_base + start_n + cols, mask=in_keys, other=0)
         low, high = id_range(k_ids, in_keys)
         k_ids = k_ids[:, None]
-        ranges_base = id_ranges_ptr + i_b * tl.cdiv(M, BLOCK_M) * 2
+        ranges_base = id_ranges_ptr + i_b.to(tl.int64) * tl.cdiv(M, BLOCK_M) * 2
         start, full_start, full_stop, stop = within_segments(
             start, full_start, full_stop, stop, low, high, ranges_base, mask_ptr, BLOCK_M
         )

@@ -109,11 +109,10 @@ def _flash_bwd_dbias_kernel(
     rows = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for step in tl.range(0, each_n * each_m * each_h * each_b):
-        start_n = (own_n + step % each_n) * BLOCK_N
-        start_m = (own_m + step // each_n % each_m) * BLOCK_M
-        i_h = own_h + step // (each_n * each_m) % each_h
-        i_b = own_b + step // (each_n * each_m * each_h)
+    # Loops of their own, because the product of all four may need more than 32 bits.
+    for i_bh in tl.range(0, each_h * each_b):
+        i_h = own_h + i_bh % each_h
+        i_b = own_b + i_bh // each_h
         n_keys = N
         if lengths_ptr is not None:
             n_keys = tl.minimum(tl.load(lengths_ptr + i_b), N)  # a wrong length must not read past the keys
@@ -124,50 +123,57 @@ def _flash_bwd_dbias_kernel(
         slope = slopes_ptr
         if slopes_ptr is not None:
             slope = tl.load(slopes_ptr + i_b * H + i_h)
-        in_m = start_m + rows < M
-        stop_m = tl.minimum(start_m + BLOCK_M, M)
-        first, last, _, _ = keys_seen(start_m, stop_m, n_keys, offset, left, right)
-        wanted = (start_n + cols >= first) & (start_n + cols < last)
-        i_m = start_m + rows
-        top = tl.load(statistics_start(row_max_ptr, i_b, i_h, H, M, None) + i_m, mask=in_m, other=0.0)
-        log_sum_ptrs = statistics_start(log_sum_ptr, i_b, i_h, H, M, None) + i_m
-        log_sum = tl.load(log_sum_ptrs, mask=in_m, other=float("inf"))
-        delta = tl.load(statistics_start(delta_ptr, i_b, i_h, H, M, None) + i_m, mask=in_m, other=0.0)
-        d_lse = dlse_ptr
-        if dlse_ptr is not None:
-            d_lse = tl.load(statistics_start(dlse_ptr, i_b, i_h, H, M, None) + i_m, mask=in_m, other=0.0)[:, None]
         q_base = head_start(q_ptr, i_b, i_h, None, stride_qb, stride_qh, stride_qm, ALIGN)
-        q_tile = load_tile(q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET)
-        if SCALE_SIGN != 1:
-            q_tile = q_tile * SCALE_SIGN
         k_base = head_start(k_ptr, i_b, i_h // GROUP, None, stride_kb, stride_kh, stride_kn, ALIGN)
-        k_tile = load_tile(k_base, stride_kn, start_n, wanted, True, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN, OFFSET)
         do_base = head_start(do_ptr, i_b, i_h, None, stride_dob, stride_doh, stride_dom, ALIGN)
-        do_tile = load_tile(do_base, stride_dom, start_m, in_m, True, HEAD_DIM_V, BLOCK_M, BLOCK_DV, ALIGN, OFFSET)
         v_base = head_start(v_ptr, i_b, i_h // GROUP, None, stride_vb, stride_vh, stride_vn, ALIGN)
-        v_tile = load_tile(v_base, stride_vn, start_n, wanted, True, HEAD_DIM_V, BLOCK_N, BLOCK_DV, ALIGN, OFFSET)
-        # [BLOCK_M, BLOCK_N]
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        s, _ = to_scores(
-            s, start_m, start_n, rows[:, None], cols[None, :], M, n_keys, offset, magnitude, softcap,
-            slope, bias_base, stride_bias_m, stride_bias_n, OFFSET,
-        )  # fmt: skip
-        p = exp_scores(s, top[:, None], unit, log_sum[:, None])
-        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
-        if seed_ptr is not None:
-            keep = dropout_keep(seed, threshold, i_b, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N)
-            dp = tl.where(keep, dp * inv_keep, 0.0)
-        q_ids = None
-        k_ids = None
-        if q_ids_ptr is not None:
-            q_ids = tl.load(q_ids_ptr + i_b.to(tl.int64) * M + i_m, mask=in_m, other=0)[:, None]
-            j_n = start_n + cols
-            k_ids = tl.load(k_ids_ptr + i_b.to(tl.int64) * N + j_n, mask=j_n < n_keys, other=0)[None, :]
-        see = visible(
-            start_m, start_n, rows[:, None], cols[None, :], M, n_keys, offset, left, right,
-            q_ids, k_ids, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
-        )  # fmt: skip
-        acc += tl.where(see, score_gradient(p, dp, delta[:, None], d_lse), 0.0)
+        for block_m in tl.range(0, each_m):
+            start_m = (own_m + block_m) * BLOCK_M
+            in_m = start_m + rows < M
+            stop_m = tl.minimum(start_m + BLOCK_M, M)
+            first, last = keys_seen(start_m, stop_m, n_keys, offset, left, right)[:2]
+            i_m = start_m + rows
+            top = tl.load(statistics_start(row_max_ptr, i_b, i_h, H, M, None) + i_m, mask=in_m, other=0.0)
+            log_sum_ptrs = statistics_start(log_sum_ptr, i_b, i_h, H, M, None) + i_m
+            log_sum = tl.load(log_sum_ptrs, mask=in_m, other=float("inf"))
+            delta = tl.load(statistics_start(delta_ptr, i_b, i_h, H, M, None) + i_m, mask=in_m, other=0.0)
+            d_lse = dlse_ptr
+            if dlse_ptr is not None:
+                dlse_ptrs = statistics_start(dlse_ptr, i_b, i_h, H, M, None) + i_m
+                d_lse = tl.load(dlse_ptrs, mask=in_m, other=0.0)[:, None]
+            q_tile = load_tile(q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET)
+            if SCALE_SIGN != 1:
+                q_tile = q_tile * SCALE_SIGN
+            do_tile = load_tile(do_base, stride_dom, start_m, in_m, True, HEAD_DIM_V, BLOCK_M, BLOCK_DV, ALIGN, OFFSET)
+            for block_n in tl.range(0, each_n):
+                start_n = (own_n + block_n) * BLOCK_N
+                wanted = (start_n + cols >= first) & (start_n + cols < last)
+                k_tile = load_tile(k_base, stride_kn, start_n, wanted, True, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN, OFFSET)
+                v_tile = load_tile(
+                    v_base, stride_vn, start_n, wanted, True, HEAD_DIM_V, BLOCK_N, BLOCK_DV, ALIGN, OFFSET
+                )
+                # [BLOCK_M, BLOCK_N]
+                s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+                s, _ = to_scores(
+                    s, start_m, start_n, rows[:, None], cols[None, :], M, n_keys, offset, magnitude, softcap,
+                    slope, bias_base, stride_bias_m, stride_bias_n, OFFSET,
+                )  # fmt: skip
+                p = exp_scores(s, top[:, None], unit, log_sum[:, None])
+                dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
+                if seed_ptr is not None:
+                    keep = dropout_keep(seed, threshold, i_b, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N)
+                    dp = tl.where(keep, dp * inv_keep, 0.0)
+                q_ids = None
+                k_ids = None
+                if q_ids_ptr is not None:
+                    q_ids = tl.load(q_ids_ptr + i_b.to(tl.int64) * M + i_m, mask=in_m, other=0)[:, None]
+                    j_n = start_n + cols
+                    k_ids = tl.load(k_ids_ptr + i_b.to(tl.int64) * N + j_n, mask=j_n < n_keys, other=0)[None, :]
+                see = visible(
+                    start_m, start_n, rows[:, None], cols[None, :], M, n_keys, offset, left, right,
+                    q_ids, k_ids, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                )  # fmt: skip
+                acc += tl.where(see, score_gradient(p, dp, delta[:, None], d_lse), 0.0)
 
     if ONE_M:
         acc = tl.where(rows[:, None] == 0, tl.sum(acc, 0)[None, :], 0.0)

@@ -152,7 +152,7 @@ def _flash_fwd_kernel(
         q_ids = tl.load(q_ids_base + start_m + rows, mask=in_m, other=0)
         low, high = id_range(q_ids, in_m)
         q_ids = q_ids[:, None]
-        ranges_base = id_ranges_ptr + i_b * tl.cdiv(N, BLOCK_N) * 2
+        ranges_base = id_ranges_ptr + i_b.to(tl.int64) * tl.cdiv(N, BLOCK_N) * 2
         start, full_start, full_stop, stop = within_segments(
             start, full_start, full_stop, stop, low, high, ranges_base, mask_base, BLOCK_N
         )

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 # The releases that compile every kernel, and the first torch that brings each. Triton's language moves between them.
 TORCH = {"3.6": "2.10", "3.7": "2.12", "3.8": "2.14", "3.9": "2.15"}
 _LONGEST_REASON = 300  # characters
+# Positions add up to twice the queries and the keys, and a group's queries are rounded up to whole blocks for each of
+# its heads; all of them must fit 32 bits.
+_MOST_ROWS = 2**30
+_LARGEST_BLOCK = 128
 
 
 class TritonBackend(Backend):
@@ -44,7 +48,7 @@ class TritonBackend(Backend):
             if spec.dtype is torch.bfloat16:
                 return "Triton's interpreter computes bfloat16 wrongly and without an error"
             spec = spec._replace(device="cuda")  # the interpreter takes CPU tensors in a GPU's place
-        return super().refusal(spec) or self.failure(spec)
+        return super().refusal(spec) or _uncountable(spec) or self.failure(spec)
 
     def failure(self, spec: AttentionSpec) -> str | None:
         """What went wrong when a kernel for a call of this kind was to be compiled."""
@@ -124,6 +128,14 @@ def call_of(spec: AttentionSpec, x: Inputs) -> Call:
         x.mask, x.bias, x.key_lengths, x.q_segments, x.k_segments, x.alibi_slopes, x.sinks, x.seed,
         x.cu_seqlens_q, x.cu_seqlens_k, x.block_table,
     )  # fmt: skip
+
+
+def _uncountable(spec: AttentionSpec) -> str | None:
+    """Whether the kernels' row numbers would overflow."""
+    rows = spec.h // spec.hk * (spec.m + _LARGEST_BLOCK) + spec.n
+    if rows <= _MOST_ROWS:
+        return None
+    return f"counts the queries of a group of heads and their keys to 2^30, got {rows:,} in whole blocks"
 
 
 def _kind(spec: AttentionSpec) -> tuple[object, ...]:
