@@ -329,10 +329,9 @@ def _check_segments(ids: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> tuple[T
     if not isinstance(ids, (tuple, list)) or len(ids) != 2:
         raise DtypeError(f"segment_ids: expected a pair (q_ids [b, m], k_ids [b, n]), got {type(ids).__name__}")
     b = q.shape[0]
-    return (
-        check_integers("segment_ids[0]", ids[0], (b, q.shape[2]), q),
-        check_integers("segment_ids[1]", ids[1], (b, k.shape[2]), q),
-    )
+    q_ids = _check_whole_numbers("segment_ids[0]", ids[0], (b, q.shape[2]), q)
+    k_ids = _check_whole_numbers("segment_ids[1]", ids[1], (b, k.shape[2]), q)
+    return tuple(t if t.dtype is torch.int64 else t.to(torch.int32) for t in (q_ids, k_ids))  # type: ignore[return-value]
 
 
 def _check_slopes(slopes: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -376,14 +375,20 @@ def _check_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
 
 
 def check_integers(name: str, t: Tensor, shape: tuple[int, ...], q: Tensor) -> Tensor:
-    check_tensor(name, t, _INTEGERS, q)
-    if tuple(t.shape) != shape:
-        raise ShapeError(f"{name}: expected shape {list(shape)}, got {_shape(t)}")
+    """t as int32. Values of more bits are an error where they can be read."""
+    _check_whole_numbers(name, t, shape, q)
     if t.dtype is torch.int64 and t.device.type == "cpu" and t.numel() > 0 and not is_traced(t):
         low, high = (int(end) for end in torch.aminmax(t))
         if low < -(2**31) or high >= 2**31:
             raise RangeError(f"{name}: expected integers of 32 bits, got {low if low < -(2**31) else high}")
     return t.to(torch.int32)
+
+
+def _check_whole_numbers(name: str, t: Tensor, shape: tuple[int, ...], q: Tensor) -> Tensor:
+    check_tensor(name, t, _INTEGERS, q)
+    if tuple(t.shape) != shape:
+        raise ShapeError(f"{name}: expected shape {list(shape)}, got {_shape(t)}")
+    return t
 
 
 def is_traced(t: Tensor) -> bool:

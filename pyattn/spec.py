@@ -72,8 +72,8 @@ class Inputs(NamedTuple):
     mask: Tensor | None = None  # bool [1|b, 1|h, 1|m, 1|n], any strides
     bias: Tensor | None = None  # float [1|b, 1|h, 1|m, 1|n], any strides
     key_lengths: Tensor | None = None  # int32 [b], each in [0, n]
-    q_segments: Tensor | None = None  # int32 [b, m]
-    k_segments: Tensor | None = None  # int32 [b, n]
+    q_segments: Tensor | None = None  # int32 or int64 [b, m]
+    k_segments: Tensor | None = None  # int32 or int64 [b, n]
     alibi_slopes: Tensor | None = None  # float32 [b, h]; [s, h] for s packed sequences
     sinks: Tensor | None = None  # float32 (float64 with float64 q) [h]
     seed: Tensor | None = None  # int64 [], on q's device

@@ -57,6 +57,11 @@ def with_every_key_restriction(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     )  # fmt: skip
 
 
+def with_segment_ids_of_64_bits(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q_ids, k_ids = (torch.arange(t.shape[2]).expand(t.shape[0], -1) // 4 * 2**32 for t in (q, k))
+    return pyattn.attention(q, k, v, segment_ids=(q_ids, k_ids))
+
+
 def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The batch as packed sequences of one length."""
     q_starts, k_starts = (torch.arange(t.shape[0] + 1) * t.shape[2] for t in (q, k))
@@ -74,6 +79,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "attention-lse": with_lse,
     "attention-bias": with_bias_of_its_own,
     "attention-restricted": with_every_key_restriction,
+    "attention-wide-segments": with_segment_ids_of_64_bits,
     "attention-dropout": lambda q, k, v: pyattn.attention(q, k, v, dropout_p=0.4),
     "attention-dropout-seed": lambda q, k, v: pyattn.attention(q, k, v, dropout_p=0.4, seed=7),
     "attention-gqa": lambda q, k, v: pyattn.attention(q, k[:, :1], v[:, :1]),

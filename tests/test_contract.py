@@ -47,6 +47,18 @@ def test_contract_repeated_call_gives_same_bits(backend: str, device: str):
 
 
 @pytest.mark.parametrize(("backend", "device"), _backends())
+def test_contract_segment_ids_are_told_apart_by_their_upper_bits_too(backend: str, device: str):
+    case = next(case for case in testing.CASES if case.id == "segments-causal")
+    if testing.refusal(backend, case, torch.float32, device) is not None:
+        return
+    small, wide = (testing.make_inputs(case, torch.float32, device) for _ in range(2))
+    wide.options["segment_ids"] = tuple((ids.long() - 1) * 2**32 + 7 for ids in small.options["segment_ids"])
+    expected, actual = (testing.evaluate_backend(call, backend) for call in (small, wide))
+    for name, value in expected.items():
+        assert torch.equal(value, actual[name]), name
+
+
+@pytest.mark.parametrize(("backend", "device"), _backends())
 def test_contract_dropped_weights_are_the_definitions_bit_for_bit(backend: str, device: str):
     """With v the identity, out holds the weights themselves: a dropped one is exactly 0."""
     case = testing.Case("probe", b=2, h=3, hk=3, m=37, n=64, d=16, dv=64, dropout_p=0.4)

@@ -145,6 +145,22 @@ def test_segments_longer_than_a_block_are_right_in_full_and_skipped_blocks(ids):
     assert [r for r in results if not r.excess <= 1] == []
 
 
+def test_segment_ids_are_told_apart_by_their_upper_bits_too():
+    # Several blocks, the last of each side not whole.
+    ids = torch.arange(150)[None] // 60
+    options = {"m": 100, "n": 150, "causal": True}
+    small_spec, small = _spec_and_inputs(**options, segment_ids=(ids[:, 50:].int(), ids.int()))
+    wide_spec, wide = _spec_and_inputs(**options, segment_ids=((ids[:, 50:] - 1) * 2**32 + 7, (ids - 1) * 2**32 + 7))
+    expected, actual = BACKEND.forward(small_spec, small), BACKEND.forward(wide_spec, wide)
+    d_out = torch.ones_like(expected.out)
+    expected_grads, actual_grads = (
+        BACKEND.backward(spec, x, y, d_out, None, False)
+        for spec, x, y in ((small_spec, small, expected), (wide_spec, wide, actual))
+    )
+    for a, b in zip((*expected[:2], *expected_grads[:3]), (*actual[:2], *actual_grads[:3]), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(
     "sinks", [torch.arange(8.0)[::2], torch.tensor([0.5]).expand(4)], ids=["every-other", "expanded"]
 )

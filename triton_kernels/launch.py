@@ -51,8 +51,8 @@ class Call(NamedTuple):
     mask: Tensor | None = None  # bool, broadcastable to [b, h, m, n]
     bias: Tensor | None = None  # floating, broadcastable to [b, h, m, n]
     key_lengths: Tensor | None = None  # int32 [b]
-    q_segments: Tensor | None = None  # int32 [b, m]
-    k_segments: Tensor | None = None  # int32 [b, n]
+    q_segments: Tensor | None = None  # int32 or int64 [b, m]
+    k_segments: Tensor | None = None  # int32 or int64 [b, n]
     alibi_slopes: Tensor | None = None  # float32 [sequences, h]
     sinks: Tensor | None = None  # float32 [h]
     seed: Tensor | None = None  # int64 []
@@ -128,7 +128,7 @@ def score_tensor(name: str, t: Tensor | None, b: int, h: int, m: int, n: int) ->
 
 
 def id_ranges(ids: Tensor | None, block: int) -> Tensor | None:
-    """The least and greatest of every block of segment ids [b, rows]: int32 [b, blocks, 2]."""
+    """The least and greatest of every block of segment ids [b, rows], as [b, blocks, 2]."""
     if ids is None:
         return None
     b, rows = ids.shape

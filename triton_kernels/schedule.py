@@ -94,14 +94,15 @@ def visited_blocks(first, last, first_full, last_full, mask_base, BLOCK: tl.cons
 @triton.jit
 def id_range(ids, inside):
     """The least and the greatest of the segment ids that are `inside`."""
-    return tl.min(tl.where(inside, ids, 0x7FFFFFFF), 0), tl.max(tl.where(inside, ids, -0x80000000), 0)
+    MOST: tl.constexpr = 2 ** (ids.dtype.primitive_bitwidth - 1) - 1
+    return tl.min(tl.where(inside, ids, MOST), 0), tl.max(tl.where(inside, ids, -MOST - 1), 0)
 
 
 @triton.jit
 def within_segments(start, full_start, full_stop, stop, low, high, ranges_base, mask_base, BLOCK: tl.constexpr):
     """`visited_blocks`, narrowed to those that share a segment with rows whose ids lie in [low, high].
 
-    ranges_base: the (least, greatest) id of each block, int32 [blocks, 2]. Full are blocks of one id only, the rows'.
+    ranges_base: the (least, greatest) id of each block [blocks, 2]. Full are blocks of one id only, the rows'.
     """
     SCAN: tl.constexpr = 128
     first_met = stop // BLOCK

@@ -25,9 +25,8 @@ _TOGETHER = 4  # tiles of queries that a backward task works on, as in csrc/cpu/
 _LANES = 16  # the widest vector's elements, to which rows are padded
 # Calls of few tiles and at least this many keys split them into parts, as csrc/cpu/plan.cpp does.
 _SPLIT_FROM, _MOST_PARTS = 1024, 128
-# Tensors that the kernels read as one contiguous piece.
-_WHOLE = ("key_lengths", "q_segments", "k_segments", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k",
-          "block_table")  # fmt: skip
+# Tensors that the kernels read as one contiguous piece. So they do segment ids, which must be int32, too.
+_WHOLE = ("key_lengths", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "block_table")
 
 
 class CpuBackend(Backend):
@@ -72,6 +71,8 @@ class CpuBackend(Backend):
 
     def _run(self, direction: str, spec: AttentionSpec, x: Inputs, **results: Tensor | None) -> None:
         whole = {name: t.contiguous() for name in _WHOLE if (t := getattr(x, name)) is not None}
+        if x.q_segments is not None and x.k_segments is not None:
+            whole["q_segments"], whole["k_segments"] = _ids_of_32_bits(x.q_segments, x.k_segments)
         given = {"q": x.q, "k": x.k, "v": x.v, "mask": x.mask, "bias": x.bias} | whole | results
         dtype = _DTYPE_NAMES[spec.dtype]
         sequences = spec.b if spec.sequences is None else spec.sequences
@@ -94,6 +95,16 @@ class CpuBackend(Backend):
         forward = (threads * tiles + parts) * item
         per_row = 6 * spec.b * spec.h * spec.m  # delta, twice, and the top key with its excess
         return forward, (threads * (_TOGETHER * 2 * tiles + spec.n * columns) + per_row) * item
+
+
+def _ids_of_32_bits(q_ids: Tensor, k_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous int32 ids that are equal where the given ones are: other numbers, where those are larger."""
+    if q_ids.dtype is torch.int64 or k_ids.dtype is torch.int64:
+        ids = torch.cat((q_ids, k_ids), 1)
+        if not torch.equal(ids, ids.to(torch.int32)):
+            ids = ids.unique(return_inverse=True)[1]
+        q_ids, k_ids = ids.to(torch.int32).split((q_ids.shape[1], k_ids.shape[1]), 1)
+    return q_ids.contiguous(), k_ids.contiguous()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, isa: str | None = None) -> Tensor:
