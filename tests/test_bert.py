@@ -279,6 +279,19 @@ def test_bert_config_is_read_from_the_folder(tmp_path: Path) -> None:
     assert config == BertConfig(**SIZES, dropout=0.2, pad=5, pooler=False, attention="torch")
 
 
+@pytest.mark.parametrize("head", ["BertForSequenceClassification", "BertForTokenClassification"])
+def test_bert_names_of_labels_survive_a_round_trip(head: str, tmp_path: Path) -> None:
+    names = {0: "bad", 1: "fair", 2: "good"}
+    _peer(head, id2label=names, label2id={name: i for i, name in names.items()}).save_pretrained(tmp_path / "theirs")
+    model = MODELS[head].from_pretrained(tmp_path / "theirs")
+    assert model.config.label_names == tuple(names.values())
+    model.save_pretrained(tmp_path / "ours")
+    again = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
+    assert (again.id2label, again.label2id) == (names, {"bad": 0, "fair": 1, "good": 2})
+    new = MODELS[head].with_new_head(tmp_path / "ours", labels=5)
+    assert new.config.label_names is None, "the old head's names"
+
+
 def test_bert_reads_the_names_of_old_files(tmp_path: Path) -> None:
     """Such as the hub's bert-base-uncased: TensorFlow's names of LayerNorm, buffers, the decoder beside its twin."""
     peer = _peer("BertForPreTraining")
@@ -414,7 +427,7 @@ def test_bert_bad_argument_is_named(change: dict[str, Tensor], message: str, att
     "change",
     [
         {"layers": 0}, {"heads": 5}, {"dropout": 1.0}, {"dropout": -0.1}, {"attention": "flash"}, {"context": -1},
-        {"hidden": 0}, {"labels": 0}, {"pad": 97}, {"pad": -1}, {"vocab": 0}, {"width": 0},
+        {"hidden": 0}, {"labels": 0}, {"label_names": ("a", "b")}, {"pad": 97}, {"pad": -1}, {"vocab": 0}, {"width": 0},
     ],
 )  # fmt: skip
 def test_bert_config_bad_value_is_named(change: dict[str, Any]) -> None:

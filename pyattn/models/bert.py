@@ -52,10 +52,11 @@ class BertConfig:
         pad: the token that fills texts up, where there is one; its vector gets no gradient as an input.
         labels: outputs of a classification head.
         pooler: whether a `Bert` has one. The heads have it where they need it.
+        label_names: what the labels are called in files; None is LABEL_0, LABEL_1 and so on.
 
     Raises:
         RangeError: a size below 1, heads that do not divide width, dropout outside [0, 1), pad outside the vocabulary,
-            an unknown name.
+            an unknown name, names that are not as many as the labels.
     """
 
     vocab: int = 30522
@@ -69,6 +70,7 @@ class BertConfig:
     pad: int | None = 0
     labels: int = 2
     pooler: bool = True
+    label_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab", "context", "layers", "heads", "width", "hidden", "labels"):
@@ -80,6 +82,8 @@ class BertConfig:
             raise RangeError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
         if self.pad is not None and not 0 <= self.pad < self.vocab:
             raise RangeError(f"pad: expected a token in [0, vocab={self.vocab}), got {self.pad}")
+        if self.label_names is not None and len(self.label_names) != self.labels:
+            raise RangeError(f"label_names: expected labels={self.labels} names, got {list(self.label_names)}")
         check_attention(self.attention)
 
 
@@ -141,6 +145,7 @@ class _BertModel(Pretrained):
     def config_from(cls, fields: Fields) -> BertConfig:
         fields.expect(model_type="bert", hidden_act="gelu", layer_norm_eps=_EPS, type_vocab_size=_SEGMENTS)
         fields.expect(position_embedding_type="absolute", is_decoder=False, tie_word_embeddings=True)
+        labels = fields.get("num_labels") or len(fields.get("id2label", range(2)))
         return BertConfig(
             vocab=fields.integer("vocab_size"),
             context=fields.integer("max_position_embeddings"),
@@ -150,12 +155,13 @@ class _BertModel(Pretrained):
             hidden=fields.integer("intermediate_size"),
             dropout=fields.get("hidden_dropout_prob", 0.1),
             pad=fields.get("pad_token_id"),
-            labels=fields.get("num_labels") or len(fields.get("id2label", range(2))),
+            labels=labels,
+            label_names=_label_names(fields, labels),
         )
 
     def config_fields(self) -> dict[str, Any]:
         c, name = self.config, type(self).__name__
-        labels = [f"LABEL_{i}" for i in range(c.labels)]
+        labels = c.label_names or _default_names(c.labels)
         return {
             "model_type": "bert", "architectures": ["BertModel" if name == "Bert" else name], "vocab_size": c.vocab,
             "max_position_embeddings": c.context, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
@@ -269,13 +275,13 @@ class _BertHead(_BertModel):
         """Reads the body out of any BERT's folder, for fine-tuning; what stands on it starts anew. In eval mode.
 
         Args:
-            folder, changes: as for `from_pretrained`.
+            folder, changes: as for `from_pretrained`. The names of labels are the old head's, and not read.
             new_pooler: start the pooler anew, too. Masked language models' folders hold none.
         Raises:
             PretrainedError: as `from_pretrained`; tensors of heads may be missing, the body's may not.
         """
         folder = Path(folder)
-        model = cls(replace(cls.read_config(folder), **changes))
+        model = cls(replace(cls.read_config(folder), **({"label_names": None} | changes)))
         body = Bert.from_pretrained(folder, pooler=model.bert.config.pooler and not new_pooler)
         model.bert.load_state_dict(body.state_dict(), strict=not new_pooler)
         return model.eval()
@@ -371,7 +377,7 @@ class BertForQuestionAnswering(_BertHead):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.bert = Bert(replace(config, pooler=False, labels=2))  # a start and an end
+        self.bert = Bert(replace(config, pooler=False, labels=2, label_names=None))  # a start and an end
         self.config = self.bert.config
         self.qa_outputs = _initialize(nn.Linear(config.width, 2))
 
@@ -410,6 +416,19 @@ class BertForTokenClassification(_BertHead):
 
     def stored(self) -> dict[str, Tensor]:
         return self.bert.stored() | _parameters("classifier", self.classifier)
+
+
+def _default_names(labels: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{i}" for i in range(labels))
+
+
+def _label_names(fields: Fields, labels: int) -> tuple[str, ...] | None:
+    """The names that config.json gives the labels; None where it has none of its own, or not one for each."""
+    given = fields.get("id2label")
+    if not isinstance(given, dict) or given.keys() != {str(i) for i in range(labels)}:
+        return None
+    names = tuple(str(given[str(i)]) for i in range(labels))
+    return None if names == _default_names(labels) else names
 
 
 def _initialize(module: Module) -> Module:
