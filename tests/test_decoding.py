@@ -175,6 +175,18 @@ def test_each_prompt_has_its_own_limit() -> None:
         assert [h.tokens for h in best] == [h.tokens for h in beam_search(model, row[None], count)[0]]
 
 
+def test_each_prompt_fills_the_context_with_its_own_continuation() -> None:
+    model = _gpt(context=48)
+    texts = [_prompts(1, length, seed=length)[0].tolist() for length in (40, 3)]
+    prompt, lengths = pad_batch(texts)
+    found = beam_search(model, prompt, [9, 46], beams=3, lengths=lengths)
+    for text, count, best in zip(texts, (9, 46), found, strict=True):
+        alone = beam_search(model, torch.tensor([text]), count, beams=3)[0]
+        assert [h.tokens for h in best] == [h.tokens for h in alone]
+    with pytest.raises(pyattn.RangeError, match="context=48, got 3 and 46 tokens"):
+        beam_search(model, prompt, [9, 47], beams=3, lengths=lengths)
+
+
 def test_beams_share_the_pages_of_their_prompt() -> None:
     model, prompt = _gpt(), _prompts(2, 40)
     with torch.no_grad():

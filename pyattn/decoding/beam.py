@@ -72,7 +72,7 @@ def beam_search(
             can reach a better score, however long it becomes; False when none would if it ended now; True at once.
             (The names are those of transformers.)
     Raises:
-        RangeError: an argument out of range; prompt and count exceed the model's context; logits are NaN.
+        RangeError: an argument out of range; a prompt and its count exceed the model's context; logits are NaN.
     """
     check_prompt(prompt, lengths)
     counts = [count] * len(prompt) if isinstance(count, int) else list(count)
@@ -86,7 +86,7 @@ def beam_search(
     searches = [_Search(beams, most, end, normalize, early_stopping) for most in counts]
     if not searches:
         return []
-    logits, state = model.prefill(prompt, lengths, count=max(counts) - 1, page=_PAGE)
+    logits, state = model.prefill(prompt, lengths, count=[most - 1 for most in counts], page=_PAGE)
     history = history_of(state.read, prompt.device)
     running = searches
     for generated in range(max(counts)):

@@ -29,9 +29,15 @@ class Decoder(Protocol):
     config: Any  # its `context` is the most tokens of a text
 
     def prefill(
-        self, prompt: Tensor, lengths: Tensor | None = None, *, count: int, page: int | None = None
+        self,
+        prompt: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        count: int | Sequence[int],
+        page: int | None = None,
     ) -> tuple[Tensor, Any]:
-        """Reads prompts [b, m], padded behind lengths [b]; room for `count` steps, in a cache with pages of `page`.
+        """Reads prompts [b, m], padded behind lengths [b]; room for `count` steps, one number or one for each prompt,
+        in a cache with pages of `page`.
 
         Returns the logits [b, vocab] of the next token, and a State."""
 

@@ -177,32 +177,39 @@ class GPT(Pretrained):
         return self._logits(self._blocks(tokens, torch.arange(tokens.shape[1], device=tokens.device), None))
 
     def prefill(
-        self, prompt: Tensor, lengths: Tensor | None = None, *, count: int, page: int | None = None
+        self,
+        prompt: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        count: int | Sequence[int],
+        page: int | None = None,
     ) -> tuple[Tensor, Reading]:
         """Reads the prompts (`pyattn.decoding.protocol`).
 
         Args:
             prompt: [b, m] integer, padded behind.
             lengths: [b] integer, tokens of each prompt, at least 1; all m by default.
-            count: how many tokens `step` may be given afterwards.
+            count: how many tokens `step` may be given afterwards; one number, or one for each prompt, which must leave
+                the batch (`Reading.reorder`) before the others go beyond it.
             page: tokens per page of the cache.
         Returns:
             logits [b, vocab] of the token behind each prompt, and what `step` goes on with.
         Raises:
-            RangeError: prompt and count exceed the context.
+            RangeError: a prompt and its count, or the padded prompts, exceed the context.
         """
         check_prompt(prompt, lengths)
         b, m = prompt.shape
-        if m + count > self.config.context:
-            raise RangeError(
-                f"count: expected prompt and count within context={self.config.context}, got {m} and {count} tokens"
-            )
-        cache = KVCache(self.config.layers, b, m + count, page=page)
+        held = [m] * b if lengths is None else lengths.tolist()
+        counts = [count] * b if isinstance(count, int) else count
+        longest, most = max([(m, 0), *zip(held, counts, strict=True)], key=sum)
+        if longest + most > self.config.context:
+            limit = f"context={self.config.context}"
+            raise RangeError(f"count: expected prompt and count within {limit}, got {longest} and {most} tokens")
+        cache = KVCache(self.config.layers, b, longest + most, page=page)
         x = self._blocks(prompt, cache.extend(m, prompt.device), cache)
-        counts = [m] * b if lengths is None else lengths.tolist()
-        cache.truncate(counts)
-        last = torch.tensor(counts, device=x.device) - 1
-        read = [row[:length] for row, length in zip(prompt.tolist(), counts, strict=True)]
+        cache.truncate(held)
+        last = torch.tensor(held, device=x.device) - 1
+        read = [row[:length] for row, length in zip(prompt.tolist(), held, strict=True)]
         return self._logits(x[torch.arange(b, device=x.device), last]), Reading(read, cache)
 
     def step(self, tokens: Tensor, state: Reading) -> Tensor:

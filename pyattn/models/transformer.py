@@ -336,14 +336,19 @@ class Transformer(Pretrained):
         return self._logits(self.decoder(embed("target", target, self.shared.weight), positions, memory=memory))
 
     def prefill(
-        self, prompt: Tensor, lengths: Tensor | None = None, *, count: int, page: int | None = None
+        self,
+        prompt: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        count: int | Sequence[int],
+        page: int | None = None,
     ) -> tuple[Tensor, Reading]:
         """Reads the sources and the start token (`pyattn.decoding.protocol`).
 
         Args:
             prompt: the sources, [b, n] integer, padded behind.
             lengths: [b] integer, tokens of each source; all n by default.
-            count: how many tokens `step` may be given afterwards.
+            count: how many tokens `step` may be given afterwards; one number, or one for each source.
             page: tokens per page of the cache of the decoder's self-attention.
         Returns:
             logits [b, vocab] of the first token of each target, and what `step` goes on with.
@@ -351,11 +356,10 @@ class Transformer(Pretrained):
             RangeError: a source, or the start token and count, exceed the context.
         """
         c, b = self.config, len(prompt)
-        if 1 + count > c.context:
-            raise RangeError(
-                f"count: expected at most {c.context - 1}, context={c.context} less the start, got {count}"
-            )
-        cache = KVCache(len(self.decoder.layers), b, 1 + count, page=page)
+        most = count if isinstance(count, int) else max(count, default=0)
+        if 1 + most > c.context:
+            raise RangeError(f"count: expected at most {c.context - 1}, context={c.context} less the start, got {most}")
+        cache = KVCache(len(self.decoder.layers), b, 1 + most, page=page)
         state = Reading([[c.start] for _ in range(b)], self._memory("prompt", prompt, lengths), cache)
         return self.step(prompt.new_full((b,), c.start), state), state
 
