@@ -103,6 +103,8 @@ TensorArg tensor(const std::string& name, const py::tuple& given, const Form& fo
     REQUIRE(form.broadcasts || form.contiguous || tensor.size[last] <= 1 || tensor.stride[last] == 1,
             name + ": last stride must be 1");
     check_bounds(name, tensor, form.element, given[3].cast<uintptr_t>(), given[4].cast<int64_t>());
+    REQUIRE(reinterpret_cast<uintptr_t>(tensor.ptr) % static_cast<uintptr_t>(form.element) == 0,
+            name + ": expected elements aligned to their " + std::to_string(form.element) + " bytes");
     static char nothing;
     if (!tensor.ptr) tensor.ptr = &nothing;  // empty, so never read; but present
     return tensor;

@@ -182,6 +182,26 @@ def test_gradient_that_is_expanded_or_transposed_is_read_by_its_strides():
             assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+def test_elements_that_lie_askew_in_memory_are_read_as_a_copy():
+    def askew(t: torch.Tensor) -> torch.Tensor:
+        found = torch.frombuffer(b" " + t.numpy().tobytes(), dtype=t.dtype, offset=1).view(t.shape)
+        assert found.data_ptr() % t.itemsize
+        return found
+
+    q, k, v, d_out = (torch.randn(2, 3, 40, 8) for _ in range(4))
+    bias, lengths = torch.randn(1, 3, 40, 40), torch.tensor([40, 7], dtype=torch.int32)
+    results = []
+    for given in (lambda t: t), askew:
+        leaves = [given(t).detach().requires_grad_() for t in (q, k, v)]
+        out, _ = core.attend(*leaves, bias=given(bias), key_lengths=given(lengths), backend="cpu")
+        results.append((out, *torch.autograd.grad(out, leaves, given(d_out))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(
+        cpu.linear(askew(q), askew(k[0, 0]), askew(v[0, 0, :, 0])), cpu.linear(q, k[0, 0], v[0, 0, :, 0])
+    )
+
+
 def test_memory_of_a_long_sequence_stays_far_below_its_score_matrix():
     resource = pytest.importorskip("resource")
     length = 8192  # its score matrix takes 256 MB in float32

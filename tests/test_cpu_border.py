@@ -143,6 +143,14 @@ def test_border_tensor_outside_its_storage_is_refused(name, astray):
     border.assert_refused(f"^{name}: reaches outside its storage")
 
 
+@pytest.mark.parametrize("name", sorted({*BATCH, *PACKED} - {"mask"}))
+def test_border_tensor_whose_elements_lie_askew_is_refused(name):
+    border = Border("backward", packed=name in PACKED)
+    for place in (0, 4):  # from its second byte on, in a storage of one more
+        _put(name, place, lambda value: value + 1)(border)
+    border.assert_refused(f"^{name}: expected elements aligned to their 4 bytes")
+
+
 @pytest.mark.parametrize("name", (*ROWS, *SCORES))
 def test_border_strides_that_reach_outside_are_refused(name):
     for axis in range(4 if name in SCORES else 3):

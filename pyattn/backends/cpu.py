@@ -74,6 +74,7 @@ class CpuBackend(Backend):
         if x.q_segments is not None and x.k_segments is not None:
             whole["q_segments"], whole["k_segments"] = _ids_of_32_bits(x.q_segments, x.k_segments)
         given = {"q": x.q, "k": x.k, "v": x.v, "mask": x.mask, "bias": x.bias} | whole | results
+        aligned = {name: _aligned(t) for name, t in given.items() if t is not None}
         dtype = _DTYPE_NAMES[spec.dtype]
         sequences = spec.b if spec.sequences is None else spec.sequences
         seed = None if x.seed is None else int(x.seed)
@@ -83,7 +84,7 @@ class CpuBackend(Backend):
             dtype if x.bias is None else _DTYPE_NAMES[x.bias.dtype],
             (*spec[:7], sequences),
             (spec.scale, spec.offset, spec.left, spec.right, spec.softcap, spec.dropout_p, seed),
-            {name: _described(t) for name, t in given.items() if t is not None},
+            {name: _described(t) for name, t in aligned.items()},
             torch.get_num_threads(),
         )
 
@@ -117,7 +118,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, isa: str | None = Non
         [..., out]
     """
     # Copies are held until the kernel is done, which knows their addresses alone.
-    rows, bias = unit_stride(x.reshape(-1, x.shape[-1])), None if bias is None else bias.contiguous()
+    rows, weight = _aligned(unit_stride(x.reshape(-1, x.shape[-1]))), _aligned(weight)
+    bias = None if bias is None else _aligned(bias.contiguous())
     out = x.new_empty((len(rows), len(weight)))
     _module().linear(
         isa or _best_isa(),
@@ -129,6 +131,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, isa: str | None = Non
         torch.get_num_threads(),
     )
     return out.view(*x.shape[:-1], len(weight))
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """t, or a copy where its elements lie askew, as they may in a buffer or a file that is mapped into memory."""
+    return t if t.data_ptr() % t.itemsize == 0 else t.clone(memory_format=torch.contiguous_format)
 
 
 def _described(t: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], int, int]:
