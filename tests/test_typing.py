@@ -21,11 +21,11 @@ def _assert_typed(path: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_typing_readme_passes(tmp_path, monkeypatch):
-    first, *others = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    start, first, *others = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     blocks = [f"def block_{i}() -> None:\n{indent(block, '    ')}" for i, block in enumerate(others)]
     # What `install` makes of the name at run time.
     (tmp_path / "flash_attn.pyi").write_text("from pyattn.compat.flash_attn import *\n")
-    _assert_typed(tmp_path / "readme.py", "\n".join((first, *blocks)), monkeypatch)
+    _assert_typed(tmp_path / "readme.py", "\n".join((start, first, *blocks)), monkeypatch)
 
 
 def test_typing_faces_are_known_and_nothing_else_is(tmp_path, monkeypatch):
