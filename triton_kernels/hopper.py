@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -318,7 +317,7 @@ def arguments(q: Tensor, k: Tensor, call: launch.Call, tiled: Tensor, block: int
 
 def padded_size(d: int, dv: int) -> int:
     """The head size that tiles have: TMA fills the rest with zeros."""
-    return max(64, triton.next_power_of_2(max(d, dv)))
+    return max(64, launch.power_of_2(max(d, dv)))
 
 
 def outers(**tensors: Tensor) -> dict[str, int]:
