@@ -96,8 +96,10 @@ TensorArg tensor(const std::string& name, const py::tuple& given, const Form& fo
                     ", got " + std::to_string(got));
         tensor.size[axis] = got;
         tensor.stride[axis] = got == 1 ? 0 : stride[place].cast<int64_t>();
-        REQUIRE(!form.contiguous || got <= 1 || tensor.stride[axis] == next, name + ": expected a contiguous tensor");
-        next = checked(next, std::max<int64_t>(got, 1), 0, name);
+        // A tensor without elements is contiguous, whatever its strides.
+        REQUIRE(!form.contiguous || got <= 1 || next == 0 || tensor.stride[axis] == next,
+                name + ": expected a contiguous tensor");
+        next = checked(next, got, 0, name);
     }
     const int last = form.rank - 1;
     REQUIRE(form.broadcasts || form.contiguous || tensor.size[last] <= 1 || tensor.stride[last] == 1,

@@ -252,3 +252,9 @@ def test_is_causal_joins_a_mask_in_sdpa_and_needs_one_in_multihead_attention() -
     x = normal(B, M, H * D)
     with pytest.raises(pyattn.RangeError, match="attn_mask"):
         multihead()(x, x, x, is_causal=True)
+
+
+def test_segment_ids_beside_no_keys_give_zeros() -> None:
+    q, k = torch.ones(2, 1, 2, 16), torch.ones(2, 1, 0, 16)
+    ids = torch.tensor([[1, 2**40], [1, 1]]), torch.ones(2, 0, dtype=torch.int64)
+    assert not pyattn.attention(q, k, k, segment_ids=ids, backend="cpu").any()

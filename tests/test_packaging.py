@@ -152,9 +152,9 @@ def test_editable_install_is_the_package_beside_its_clone_and_for_type_checkers(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     user = elsewhere / "user.py"
-    user.write_text("import pyattn\nimport pyattn.triton_kernels.config\nreveal_type(pyattn.attention)\n")
+    user.write_text("import pyattn\nimport pyattn.triton_kernels.config\nreveal_type(pyattn.explain)\n")
     mypy = _run([sys.executable, "-m", "mypy", "--python-executable", environment.python, user], elsewhere)
     pyright = _run([sys.executable, "-m", "pyright", "--pythonpath", environment.python, user], elsewhere)
     for checker in (mypy, pyright):
         assert checker.returncode == 0, checker.stdout
-        assert re.search(r"causal: (builtins\.)?bool", checker.stdout), checker.stdout
+        assert re.search(r"backend: (builtins\.)?str", checker.stdout), checker.stdout

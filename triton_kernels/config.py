@@ -87,7 +87,7 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
     # registers of larger tiles.
     ("forward", "heavy", 16): {64: Config(64, 64, 8, 1), 128: Config(64, 32, 8, 1), 256: Config(32, 32, 8, 1)},
     ("dq", "heavy", 16): {128: Config(64, 32, 8, 1), 256: Config(32, 32, 8, 1)},
-    ("dkdv", "heavy", 16): {128: Config(32, 64, 8, 1), 256: Config(32, 32, 8, 1)},
+    ("dkdv", "heavy", 16): {64: Config(32, 64, 8, 1), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
     ("decode", "heavy", 16): {64: Config(16, 64, 4, 1), 128: Config(16, 32, 4, 1), 256: Config(16, 16, 4, 1)},
     # Decoding, any GPU: block_m follows the rows, of which there are few; what counts is bytes in flight.
     ("decode", "any", 16): {64: Config(16, 128, 4, 3), 128: Config(16, 64, 4, 3), 256: Config(16, 32, 4, 2)},
@@ -105,7 +105,6 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
 # bound of tests/test_triton_compile.py. Their cost, smaller tiles and one more stage, has not been measured.
 SINCE_3_9: dict[tuple[str, str, int], dict[int, Config]] = {
     ("dkdv", "hopper", 16): {128: Config(32, 128, 8, 2)},  # 64 queries would spill at least 96 bytes
-    ("dkdv", "heavy", 16): {128: Config(32, 64, 8, 2)},
     ("dkdv", "any", 32): {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1)},  # 64 as above
 }
 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
