@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, overload
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     class SharedOptions(TypedDict, total=False):
         causal: bool
         window: Sequence[int | None] | None
-        scale: float | None
-        softcap: float | None
+        scale: SupportsFloat | None
+        softcap: SupportsFloat | None
         alibi_slopes: Tensor | None
         sinks: Tensor | None
         backend: str
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         block_table: Tensor | None
 
     class VarlenOptions(SharedOptions, total=False):
-        dropout_p: float
+        dropout_p: SupportsFloat
         seed: int | Tensor | None
 
     class Options(VarlenOptions, total=False):
@@ -62,11 +62,11 @@ def attention(
     window: Sequence[int | None] | None = None,
     key_lengths: Tensor | None = None,
     segment_ids: tuple[Tensor, Tensor] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scale: SupportsFloat | None = None,
+    softcap: SupportsFloat | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: SupportsFloat = 0.0,
     seed: int | Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -143,11 +143,11 @@ def attention_varlen(
     *,
     causal: bool = False,
     window: Sequence[int | None] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scale: SupportsFloat | None = None,
+    softcap: SupportsFloat | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: SupportsFloat = 0.0,
     seed: int | Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
@@ -212,8 +212,8 @@ def attention_kvcache(
     block_table: Tensor | None = None,
     causal: bool = False,
     window: Sequence[int | None] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scale: SupportsFloat | None = None,
+    softcap: SupportsFloat | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
@@ -272,7 +272,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options
     """Says which backend would run this call, why each other would not, and the memory it takes.
 
     Takes the arguments of `attention` or, all but q, k and v by name, of `attention_varlen`, or with `cached=True` of
-    `attention_kvcache`. Runs nothing.
+    `attention_kvcache`; `top_left=True` aligns a causal mask as torch does. Runs nothing.
     """
     options.pop("return_lse", None)
     check.refuse_unknown("explain", options.keys() - signature(core.prepare).parameters.keys())
@@ -290,7 +290,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options
         text = refusals[candidate] or _memory_line(spec, *b.workspace_bytes(spec))
         lines.append(f"{arrow} {candidate:<10} {text}")
     lines.append(f"   {'unfused':<10} would hold {_megabytes(spec.score_bytes)} for each [b, h, m, n] matrix")
-    if spec.sequences is None and spec.h > spec.m and spec.hk > spec.n:
+    # One query, or a cache that is still short, has fewer rows than heads where all is as it should be.
+    if spec.sequences is None and spec.offset is not None and spec.h > spec.m > 1 and spec.hk > spec.n:
         lines.append(
             f"   more heads than rows, h={spec.h} > m={spec.m} and hk={spec.hk} > n={spec.n}: q, k and v are "
             "[batch, heads, length, head size]; .transpose(1, 2) makes them so of [batch, length, heads, head size]"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any, SupportsFloat, TypeVar
 
 import torch
 from torch import Tensor
@@ -162,7 +162,7 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext()
 
 
-def check_scale(scale: float | None, d: int) -> float:
+def check_scale(scale: SupportsFloat | None, d: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(d) if d > 0 else 1.0
     if not abs(_number("scale", scale)) <= _FLOAT32.max:
@@ -170,7 +170,7 @@ def check_scale(scale: float | None, d: int) -> float:
     return float(scale)
 
 
-def check_softcap(softcap: float | None) -> float | None:
+def check_softcap(softcap: SupportsFloat | None) -> float | None:
     if softcap is None:
         return None
     if not _FLOAT32.tiny <= _number("softcap", softcap) <= _FLOAT32.max:
@@ -178,7 +178,7 @@ def check_softcap(softcap: float | None) -> float | None:
     return float(softcap)
 
 
-def check_dropout(dropout_p: float) -> float:
+def check_dropout(dropout_p: SupportsFloat) -> float:
     if not 0 <= _number("dropout_p", dropout_p) < 1:
         raise RangeError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
     return float(dropout_p)

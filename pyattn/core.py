@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +31,11 @@ def prepare(
     window: Sequence[int | None] | None = None,
     key_lengths: Tensor | None = None,
     segment_ids: tuple[Tensor, Tensor] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scale: SupportsFloat | None = None,
+    softcap: SupportsFloat | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: SupportsFloat = 0.0,
     seed: int | Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,

@@ -182,5 +182,7 @@ def not_built_reason(package: Path, error: ImportError) -> str:
     if written.exists():
         return written.read_text(encoding="utf-8").strip()
     if not any(package.glob("_C*.so")) and not any(package.glob("_C*.pyd")):
+        if (package.parent / "setup.py").exists():  # the checkout, which Python takes first where it is started in it
+            return f"not built: this pyattn is the source in {package.parent}; run pip install --editable . there"
         return "not built: pyattn._C is missing from the installed package; run pip install again"
     return f"built, but cannot be loaded: {error}"

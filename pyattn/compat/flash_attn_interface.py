@@ -33,6 +33,8 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
     "get_scheduler_metadata",
+    "install",
+    "uninstall",
 ]
 
 __dir__ = showing(__all__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, SupportsFloat, TypeGuard
 
 import torch
 from torch import Tensor
@@ -28,10 +28,10 @@ def scaled_dot_product_attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: SupportsFloat = 0.0,
     is_causal: bool = False,
     *,
-    scale: float | None = None,
+    scale: SupportsFloat | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
     """softmax(scale * query @ key.T + attn_mask) @ value, with torch's names, order and meaning of every argument.
@@ -64,15 +64,14 @@ def scaled_dot_product_attention(
     torch's fused kernels, a row that a floating mask of large finite numbers hides as a whole has the mean of the
     values as its output, as softmax of equal numbers has; -inf, or a boolean mask, gives zeros.
     """
+    scale = None if scale is None else number("scale", scale)
+    dropout_p = number("dropout_p", dropout_p)
     if any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):
         return nested_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     _check_query_key_value(query, key, value, enable_gqa)
     if attn_mask is not None:
         _check_mask(attn_mask, query, key, is_causal)
-    scale = None if scale is None else number("scale", scale)
-    options: dict[str, Any] = {
-        "scale": scale, "causal": is_causal, "top_left": True, "dropout_p": number("dropout_p", dropout_p)
-    }  # fmt: skip
+    options: dict[str, Any] = {"scale": scale, "causal": is_causal, "top_left": True, "dropout_p": dropout_p}
     if _is_causal_bias(attn_mask):
         options |= {"causal": True, "top_left": attn_mask.variant.name == "UPPER_LEFT"}
         attn_mask = None
