@@ -69,6 +69,12 @@ def test_explain_notices_lengths_in_the_place_of_heads():
     assert "transpose" not in pyattn.explain(q[:, :, :1], k, v), "decoding has more heads than queries"
 
 
+def test_explain_takes_a_short_cache_for_what_it_is():
+    q, cache = torch.zeros(1, 12, 2, 16), torch.zeros(1, 12, 8, 16)
+    assert "heads" not in pyattn.explain(q, cache, cache, key_lengths=torch.tensor([4]), cached=True)
+    assert "heads" not in pyattn.explain(q[:, :, :1], cache, cache)
+
+
 def test_dropout_seed_repeats_and_generator_advances():
     q, k, v = _qkv()
     first, again = (pyattn.attention(q, k, v, dropout_p=0.5, seed=7) for _ in range(2))

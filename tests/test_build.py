@@ -122,6 +122,13 @@ def test_not_built_reason_of_a_module_that_cannot_be_loaded_quotes_the_loader(tm
     assert reason == "built, but cannot be loaded: libgomp.so.1: cannot open shared object file"
 
 
+def test_not_built_reason_of_a_source_folder_says_that_it_is_one(tmp_path):
+    assert "run pip install again" in cpu.not_built_reason(tmp_path / "pyattn", ImportError("no module"))
+    (tmp_path / "setup.py").touch()
+    reason = cpu.not_built_reason(tmp_path / "pyattn", ImportError("no module"))
+    assert reason == f"not built: this pyattn is the source in {tmp_path}; run pip install --editable . there"
+
+
 def test_backend_without_extension_is_unavailable_with_its_reason(monkeypatch):
     monkeypatch.setattr(cpu, "_extension", lambda: "not built: no compiler")
     assert cpu.CpuBackend().unavailable() == "not built: no compiler"
