@@ -158,17 +158,19 @@ def test_sdpa_mask_of_any_broadcast_agrees_with_torch(shape: tuple, kind: str, i
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
-def test_sdpa_mask_with_is_causal_is_that_of_torchs_fused_kernel(kind: str) -> None:
+def test_sdpa_mask_with_is_causal_is_both_in_one_mask(kind: str) -> None:
     q, k, v = normal(2, 3, 7, 8), normal(2, 3, 9, 8, seed=1), normal(2, 3, 9, 8, seed=2)
-    call = {"query": q, "key": k, "value": v, "attn_mask": bool_mask(7, 9) if kind == "bool" else normal(7, 9)}
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        expected = F.scaled_dot_product_attention(**call, is_causal=True)
-    torch.testing.assert_close(pyattn.scaled_dot_product_attention(**call, is_causal=True), expected)
-    for attention in (F.scaled_dot_product_attention, pyattn.scaled_dot_product_attention):
-        with sdpa_kernel(SDPBackend.MATH), pytest.raises(RuntimeError, match=r"Explicit attn_mask should not be set"):
-            attention(**call, is_causal=True)
-        with sdpa_kernel(SDPBackend.MATH):
-            assert attention(q[:0], k[:0], v[:0], call["attn_mask"], is_causal=True).shape == (0, 3, 7, 8)
+    mask, below = bool_mask(7, 9) if kind == "bool" else normal(7, 9), torch.ones(7, 9, dtype=torch.bool).tril()
+    expected = F.scaled_dot_product_attention(
+        q, k, v, mask.masked_fill(~below, False if kind == "bool" else -torch.inf)
+    )
+    torch.testing.assert_close(pyattn.scaled_dot_product_attention(q, k, v, mask, is_causal=True), expected)
+    with sdpa_kernel(SDPBackend.MATH):
+        for attention in (F.scaled_dot_product_attention, pyattn.scaled_dot_product_attention):
+            with pytest.raises(RuntimeError, match="Explicit attn_mask should not be set"):
+                attention(q, k, v, mask, is_causal=True)
+        empty = pyattn.scaled_dot_product_attention(q[:0], k[:0], v[:0], mask, is_causal=True)
+        assert empty.shape == (0, 3, 7, 8)
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])

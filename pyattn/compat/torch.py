@@ -59,8 +59,8 @@ def scaled_dot_product_attention(
 
         UnsupportedError: also where no backend takes the call; lists every backend's reason.
 
-    Differs from torch: any call may have attn_mask and is_causal (in torch one that its fused CPU kernel takes, others
-    raise), and a NaN in a key or value that a boolean mask hides from every query does not reach the output. As in
+    Differs from torch: any call may have attn_mask and is_causal (in torch 2.13 one that its fused CPU kernel takes; in
+    2.15 none), and a NaN in a key or value that a boolean mask hides from every query does not reach the output. As in
     torch's fused kernels, a row that a floating mask of large finite numbers hides as a whole has the mean of the
     values as its output, as softmax of equal numbers has; -inf, or a boolean mask, gives zeros.
     """
