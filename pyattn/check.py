@@ -423,6 +423,8 @@ def number(name: str, value: Any) -> float:
         return value
     if isinstance(value, Tensor) and value.dim() == 0 and not (value.requires_grad or value.is_complex()):
         value = value.item()
+    elif torch.compiler.is_compiling() and getattr(value, "ndim", None) == 0:
+        return float(value)  # one of numpy's numbers, for which an array without dimensions stands here
     if not isinstance(value, Real):
         raise DtypeError(f"{name}: expected a number, got {type(value).__name__}")
     return float(value)

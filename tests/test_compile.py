@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -118,6 +119,15 @@ def test_compile_marked_length_stays_dynamic() -> None:
     assert_compiled_agrees(function, compiled, *tensors)
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert_compiled_agrees(function, compiled, *qkv(11, 13, b=3))
+
+
+def test_compile_takes_a_scale_of_numpys() -> None:
+    scale = np.float64(0.3)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return pyattn.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    assert_compiled_agrees(function, torch.compile(function, fullgraph=True, backend="aot_eager"), *qkv(5, 7))
 
 
 def test_compile_with_inductor_gives_the_eager_result() -> None:

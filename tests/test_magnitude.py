@@ -1,8 +1,8 @@
 """Scores and biases of every size: errors by norm against those of PyTorch's own fused and unfused attention.
 
 Where scores are large, nearly all gradients are 0 but those of rows in which two keys nearly tie. With random keys such
-rows are few, and each side is lucky in turn. So here every query has two keys of its own that score highest, about 1
-apart whatever their size; errors are norms, and their ratios are averaged over several inputs.
+rows are few, and each side is lucky in turn. So here every query has keys of its own that score highest, about 1 apart
+whatever their size; errors are norms, and their ratios are averaged over several inputs.
 """
 
 import math
@@ -47,7 +47,31 @@ def errors(attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, d_ou
     return [float((a.double() - t).norm()) / size for a, t, size in zip(found, expected, sizes, strict=True)]
 
 
-def ratios(backend: str, dtype: torch.dtype, times: float, bias_level: float = 0.0) -> dict[str, float]:
+def tie(q: Tensor, k: Tensor, times: float, generator: torch.Generator) -> None:
+    """Gives every query two keys of its own that score highest, about 1 apart."""
+    along = (q / q.square().sum(-1, keepdim=True)).repeat_interleave(2, 2)
+    wanted = torch.randn(*k.shape[:3], 1, generator=generator, dtype=torch.float64) / max(times, 1) + 3
+    k += along * (wanted * math.sqrt(D) - (k * q.repeat_interleave(2, 2)).sum(-1, keepdim=True))
+
+
+def align(q: Tensor, k: Tensor, times: float, keys: int) -> None:
+    """Gives every query `keys` keys that are nearly parallel and score about 1 apart: in d_q they nearly cancel."""
+    own = q[:, :, :: keys // 2].repeat_interleave(keys, 2)
+    down = torch.arange(k.shape[2], dtype=torch.float64)[:, None] % keys * math.sqrt(D) / times
+    k.copy_(own * (1 - down / own.square().sum(-1, keepdim=True)))
+
+
+KEYS = {
+    "tied": tie,
+    "random": lambda q, k, times, generator: None,
+    "pairs": lambda q, k, times, generator: align(q, k, times, 2),
+    "fours": lambda q, k, times, generator: align(q, k, times, 4),
+}
+
+
+def ratios(
+    backend: str, dtype: torch.dtype, times: float, bias_level: float = 0.0, keys: str = "tied"
+) -> dict[str, float]:
     """The geometric mean of the backend's error over the better of torch's two; up to 1e-10 they count as none.
 
     times: what queries are multiplied by. bias_level: the bias of every other query, -inf for the dtype's lowest.
@@ -58,9 +82,7 @@ def ratios(backend: str, dtype: torch.dtype, times: float, bias_level: float = 0
         q, k, v, d_out = (
             torch.randn(B, H, rows, D, generator=generator, dtype=torch.float64) for rows in (M, 2 * M, 2 * M, M)
         )
-        along = (q / q.square().sum(-1, keepdim=True)).repeat_interleave(2, 2)
-        wanted = torch.randn(B, H, 2 * M, 1, generator=generator, dtype=torch.float64) / max(times, 1) + 3
-        k += along * (wanted * math.sqrt(D) - (k * q.repeat_interleave(2, 2)).sum(-1, keepdim=True))
+        KEYS[keys](q, k, times, generator)
         q, k, v, d_out = (t.to(dtype) for t in (q * times, k, v, d_out))
         bias = None
         if bias_level:
@@ -95,4 +117,12 @@ def test_magnitude_of_scores_leaves_errors_below_twice_torchs(times, dtype):
 @pytest.mark.parametrize("level", LEVELS)
 def test_magnitude_of_biases_leaves_errors_below_twice_torchs(level, dtype):
     found = ratios("cpu", dtype, 1.0, level)
+    assert max(found.values()) <= 2, found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("times", (1.0, 30.0, 300.0))
+@pytest.mark.parametrize("keys", ("random", "pairs", "fours"))
+def test_keys_that_nearly_cancel_leave_errors_below_twice_torchs(keys, times, dtype):
+    found = ratios("cpu", dtype, times, keys=keys)
     assert max(found.values()) <= 2, found

@@ -16,11 +16,9 @@ class Backward {
     static void run(const AttentionArgs& args) {
         const int64_t rows = args.b * args.h * args.m;
         const bool in_one = joint(args), later_bias = args.d_bias && !owned_bias(args), sinks = args.d_sinks;
-        std::optional<Block> settled, top_keys;
-        if (later_bias || sinks) settled.emplace(rows * static_cast<int64_t>(sizeof(A)));
-        if (!in_one) top_keys.emplace(rows * static_cast<int64_t>(sizeof(TopKey<A>)));
-        Call call{args, longest_keys(args), settled ? static_cast<A*>(settled->get()) : nullptr,
-                  top_keys ? static_cast<TopKey<A>*>(top_keys->get()) : nullptr};
+        std::optional<Block> settled;
+        if (later_bias || sinks || !in_one) settled.emplace(rows * static_cast<int64_t>(sizeof(A)));
+        Call call{args, longest_keys(args), settled ? static_cast<A*>(settled->get()) : nullptr};
         over(call, Pieces::query_tiles, delta_scratch(args), delta_task);
         const int64_t tile = tile_scratch(args);
         if (in_one) {
@@ -38,13 +36,16 @@ class Backward {
   private:
     static constexpr int kTogether = 4;  // tiles of queries
 
+    // What d_k of a tile's key has too much of a query.
+    struct Excess {
+        int64_t query, key;
+        A amount;
+    };
+
     struct Call {
         const AttentionArgs& args;
         int64_t longest;
-        // Of every row, by `statistic`: delta as it should have been, for what reads it later; and its top key, for the
-        // second of two passes. Null where nothing needs them.
-        A* settled;
-        TopKey<A>* top_keys;
+        A* settled;  // of every row, by `statistic`: delta as it should have been; null where nothing reads it later
         const Pieces* pieces = nullptr;
     };
 
@@ -81,7 +82,8 @@ class Backward {
         return (padded<A>(args.d) * (kQueries + kQueries) + bias) * static_cast<int64_t>(sizeof(A));
     }
     static int64_t keys_scratch(const AttentionArgs& args) {
-        return kKeys * (padded<A>(args.d) + padded<A>(args.dv)) * static_cast<int64_t>(sizeof(A));
+        return kKeys * (padded<A>(args.d) + padded<A>(args.dv)) * static_cast<int64_t>(sizeof(A)) +
+               kTogether * kMostHeavy<T> * kQueries * static_cast<int64_t>(sizeof(Excess));
     }
     static int64_t joint_scratch(const Call& call) {
         const int64_t columns = padded<A>(call.args.d) + padded<A>(call.args.dv);
@@ -102,11 +104,11 @@ class Backward {
         E* d_out_t = scratch.take<E>(kQueries * width);
         E* out_t = scratch.take<E>(kQueries * width);
         A* sum = scratch.take<A>(kQueries);
+        const int64_t lanes = padded<A>(rows.count);
         transpose<E>(rows.template load<E, T>(args.d_out, args.dv, in_rows), rows.count, depth, {d_out_t, kQueries},
-                     kQueries);
-        transpose<E>(rows.template load<E, T>(args.out, args.dv, in_rows), rows.count, depth, {out_t, kQueries},
-                     kQueries);
-        for (int64_t lane = 0; lane < kQueries; lane += kWidth<A>) {
+                     lanes);
+        transpose<E>(rows.template load<E, T>(args.out, args.dv, in_rows), rows.count, depth, {out_t, kQueries}, lanes);
+        for (int64_t lane = 0; lane < lanes; lane += kWidth<A>) {
             Vec<A> total = {};
             for (int64_t at = lane; at < depth * kQueries; at += kQueries) {
                 total = Product<E>::add(total, load(d_out_t + at), load(out_t + at));
@@ -143,7 +145,7 @@ class Backward {
                 Range keys = owned_bias(args) ? Range{0, sequence.n} : Range{sequence.n, 0};
                 for (int64_t t = 0; t < count; ++t) {
                     tiles[t]->load_queries(sequence, head, i + t * kQueries);
-                    zeroed(d_q_t[t], width * kQueries);
+                    zero_lanes(d_q_t[t], width, tiles[t]->rows().count);
                     keys = {smaller(keys.begin, tiles[t]->keys().begin), larger(keys.end, tiles[t]->keys().end)};
                 }
                 for (int64_t j = keys.begin / kKeys * kKeys; j < keys.end; j += kKeys) {
@@ -163,8 +165,9 @@ class Backward {
                 for (int64_t t = 0; t < count; ++t) {
                     finish_queries(*tiles[t], call.settled, d_q_t[t], d_q_rows);
                     const Lanes<const T> q = query_rows(args, sequence, head, i + t * kQueries);
-                    tiles[t]->each_top_key([&](int64_t lane, const TopKey<A>& top) {
-                        subtract(q, lane, args.d, top.of_product, d_k + top.key * width);
+                    tiles[t]->each_heavy([&](const HeavyPair<A>& pair) {
+                        const A excess = tiles[t]->excess(pair.lane) * pair.weight * pair.slope;
+                        subtract(q, pair.lane, args.d, excess, d_k + pair.key * width);
                     });
                 }
             }
@@ -185,27 +188,29 @@ class Backward {
         BackwardTile<T> tile(args, scratch);
         A* d_k = zeroed(scratch.take<A>(kKeys * width), kKeys * width);
         A* d_v = zeroed(scratch.take<A>(kKeys * width_v), kKeys * width_v);
+        Excess* const excesses = scratch.take<Excess>(kTogether * kMostHeavy<T> * kQueries);
         const Range queries = Mask<A>::queries_of(args, sequence, j, count);
-        const auto add_tile = [&](int64_t head, int64_t i) {
-            tile.load_queries(sequence, head, i);
-            // The same keys as the other pass takes, so that the sums over them agree.
-            if (!tile.compute(j, smaller(count, tile.keys().end - j))) return;
-            tile.pass_softcap();
-            tile.add_key_gradients(d_k, d_v);
-        };
         for (int64_t head = piece.head * group; head < (piece.head + 1) * group; ++head) {
             // Corrections come in where the joint pass has them, so that the sums over queries agree.
             constexpr int64_t together = kTogether * kQueries;
             for (int64_t i = queries.begin / together * together; i < queries.end; i += together) {
                 const int64_t end = smaller(i + together, queries.end);
-                for (int64_t t = larger(i, queries.begin / kQueries * kQueries); t < end; t += kQueries) add_tile(head, t);
-                for (int64_t t = i; t < end; t += kQueries) {
-                    const Lanes<const T> q = query_rows(args, sequence, head, t);
-                    const TopKey<A>* const top = call.top_keys + statistic(args, sequence, head, t);
-                    for (int64_t lane = 0; lane < smaller(kQueries, sequence.m - t); ++lane) {
-                        const int64_t key = top[lane].key - j;
-                        if (key >= 0 && key < count) subtract(q, lane, args.d, top[lane].of_product, d_k + key * width);
-                    }
+                Excess* last = excesses;
+                for (int64_t t = larger(i, queries.begin / kQueries * kQueries); t < end; t += kQueries) {
+                    tile.load_queries(sequence, head, t);
+                    // The same keys as the other pass takes, so that the sums over them agree.
+                    if (!tile.compute(j, smaller(count, tile.keys().end - j))) continue;
+                    tile.pass_softcap();
+                    tile.add_key_gradients(d_k, d_v);
+                    const int64_t row = statistic(args, sequence, head, t);
+                    tile.each_heavy([&](const HeavyPair<A>& pair) {
+                        const A of_row = call.settled[row + pair.lane] - static_cast<const A*>(args.delta)[row + pair.lane];
+                        *last++ = {t + pair.lane, pair.key - j, of_row * pair.weight * pair.slope};
+                    });
+                }
+                const Lanes<const T> q = query_rows(args, sequence, head, 0);
+                for (const Excess* at = excesses; at < last; ++at) {
+                    subtract(q, at->query, args.d, at->amount, d_k + at->key * width);
                 }
             }
         }
@@ -222,10 +227,11 @@ class Backward {
         const int64_t i = (piece.tiles - 1 - piece.tile) * kQueries, width = padded<A>(args.d);
         Scratch scratch(block);
         BackwardTile<T> tile(args, scratch);
-        A* d_q_t = zeroed(scratch.take<A>(width * kQueries), width * kQueries);
+        A* d_q_t = scratch.take<A>(width * kQueries);
         A* d_q_rows = scratch.take<A>(width * kQueries);
         A* bias_sums = scratch.take<A>(owned_bias(args) ? 2 * kKeys * kQueries : 0);
         tile.load_queries(sequence, piece.head, i);
+        zero_lanes(d_q_t, width, tile.rows().count);
         const Range own = tile.keys(), keys = owned_bias(args) ? Range{0, sequence.n} : own;
         for (int64_t j = keys.begin / kKeys * kKeys; j < keys.end; j += kKeys) {
             const bool seen =
@@ -236,9 +242,6 @@ class Backward {
             tile.add_query_gradient(d_q_t);
         }
         finish_queries(tile, call.settled, d_q_t, d_q_rows);
-        TopKey<A>* const top_keys = call.top_keys + statistic(args, sequence, piece.head, i);
-        for (int64_t lane = 0; lane < tile.rows().count; ++lane) top_keys[lane].key = -1;
-        tile.each_top_key([&](int64_t lane, const TopKey<A>& top) { top_keys[lane] = top; });
     }
 
     // Every element of the bias belongs to one pair of query and key, so that its gradient is a by-product.
@@ -361,7 +364,8 @@ class Backward {
         }
     }
 
-    // What is left to do with a tile of queries that has met all its keys: d_q, and the corrections of top keys.
+    // What is left to do with a tile of queries that has met all its keys: d_q, and the corrections of heavy pairs. Those
+    // of d_q take the whole excess of a row, that of its light keys as well, because d_q feels the sum more than its parts.
     static void finish_queries(BackwardTile<T>& tile, A* settled, const A* d_q_t, A* d_q_rows) {
         const AttentionArgs& args = tile.args();
         const Rows& rows = tile.rows();
@@ -369,9 +373,10 @@ class Backward {
         tile.settle(settled);
         transpose<A>({d_q_t, kQueries}, args.d, padded<A>(rows.count), {d_q_rows, width}, width);
         const Lanes<const T> k{key_row<const T>(args, args.k, rows.sequence, rows.kv_head, 0), args.k.stride[2]};
-        tile.each_top_key([&](int64_t lane, const TopKey<A>& top) {
-            subtract(k, top.key, args.d, top.of_product, d_q_rows + lane * width);
-            if (owned_bias(args)) correct_bias(args, rows, lane, top);
+        tile.each_heavy([&](const HeavyPair<A>& pair) {
+            const A excess = tile.excess(pair.lane);
+            subtract(k, pair.key, args.d, excess * tile.share(pair) * pair.slope, d_q_rows + pair.lane * width);
+            if (owned_bias(args)) correct_bias(args, rows, pair, excess * pair.weight);
         });
         store_rows(d_q_rows, rows.count, args.d, static_cast<A>(args.scale),
                    query_row<T>(args.d_q, rows.sequence, rows.head[0], rows.query[0]), args.d_q.stride[2]);
@@ -387,12 +392,12 @@ class Backward {
         for (int64_t c = 0; c < columns; ++c) to[c] -= factor * static_cast<A>(widen(from[c]));
     }
 
-    static void correct_bias(const AttentionArgs& args, const Rows& rows, int64_t lane, const TopKey<A>& top) {
+    static void correct_bias(const AttentionArgs& args, const Rows& rows, const HeavyPair<A>& pair, A excess) {
         with_dtype(args.bias_dtype, [&](auto element) {
             using B = decltype(element);
-            B* const row = query_row<B>(args.d_bias, rows.sequence, rows.head[lane], rows.query[lane]);
-            B* const at = row + top.key * args.d_bias.stride[3];
-            const A corrected = static_cast<A>(widen(*at)) - top.excess;
+            B* const row = query_row<B>(args.d_bias, rows.sequence, rows.head[pair.lane], rows.query[pair.lane]);
+            B* const at = row + pair.key * args.d_bias.stride[3];
+            const A corrected = static_cast<A>(widen(*at)) - excess;
             store_row(&corrected, 1, A(1), at);
         });
     }
@@ -406,6 +411,13 @@ class Backward {
 
     static void store_rows(const A* from, int64_t count, int64_t columns, A factor, T* to, int64_t ld) {
         for (int64_t r = 0; r < count; ++r) store_row(from + r * padded<A>(columns), columns, factor, to + r * ld);
+    }
+
+    // Of a tile [column][query], the first `count` queries.
+    static void zero_lanes(A* tile, int64_t columns, int64_t count) {
+        for (A* column = tile; column < tile + columns * kQueries; column += kQueries) {
+            for (int64_t lane = 0; lane < padded<A>(count); lane += kWidth<A>) store(column + lane, Vec<A>{});
+        }
     }
 
     static A* zeroed(A* piece, int64_t count) {

@@ -10,13 +10,17 @@
 namespace pyattn {
 namespace PYATTN_ISA {
 
-// The key that a row gives most weight to, and by how much the row's dS of it is too large: as the gradient of the logit,
-// and of the product q.k.
+// A row's key with more than kHeavy of its weight, and the slope from the gradient of their logit to that of q.k.
 template <class A>
-struct TopKey {
-    int64_t key;  // -1: none
-    A excess, of_product;
+struct HeavyPair {
+    int64_t lane, key;
+    A weight, slope;
 };
+// Results of 16 bits have rounding that shows next to several such keys, those of 32 next to a single one.
+template <class T>
+constexpr Accumulator<T> kHeavy = sizeof(T) == 2 ? 0.125 : 0.5;
+template <class T>
+constexpr int kMostHeavy = static_cast<int>(1 / kHeavy<T>) - 1;  // of one row
 
 // Tiles of P and dS are [key][query]; gradients of k and v are [key][padded column]; that of q is [column][query].
 // Source: Dao, "FlashAttention-2", arXiv:2307.08691, Algorithm 2.
@@ -49,8 +53,9 @@ class BackwardTile {
           delta_(scratch.take<A>(kQueries)),
           d_lse_(scratch.take<A>(kQueries)),
           ds_sum_(scratch.take<A>(kQueries)),
+          heavy_sum_(scratch.take<A>(kQueries)),
           excess_(scratch.take<A>(kQueries)),
-          top_slope_(scratch.take<A>(kQueries)) {}
+          heavy_(scratch.take<HeavyPair<A>>(kMostHeavy<T> * kQueries)) {}
 
     // Brings queries [i, i + kQueries) of one head into the tile.
     void load_queries(const Sequence& sequence, int64_t head, int64_t i) {
@@ -63,7 +68,7 @@ class BackwardTile {
         const A* delta = static_cast<const A*>(args_.delta) + row;
         const A* d_lse = args_.d_lse ? static_cast<const A*>(args_.d_lse) + row : nullptr;
         bool every = true;
-        for (int64_t lane = 0; lane < kQueries; ++lane) {
+        for (int64_t lane = 0; lane < lanes_; ++lane) {
             // A row that sees nothing, and padding: weights of exp(s - inf) = 0. Its q and d_out are kept out as well.
             const bool sees = lane < rows_.count && row_sum[lane] != 0;
             sees_[lane] = sees;
@@ -148,18 +153,18 @@ class BackwardTile {
         gemm<E>(width, keys_, depth, q_, {ds, kQueries, 1}, {d_k_rows, width}, {true, nullptr});
     }
 
-    // Once the tile has met all its keys: what the top keys of peaked rows have too much of, and, where it is not null,
-    // the delta of all rows as it should have been.
+    // Once the tile has met all its keys: by how much delta is too small, and, where it is not null, the delta of all rows
+    // as it should have been.
     //
-    // delta is d_out . out, so that it carries the rounding of out. Where nearly all the weight of a row is on one key,
-    // its gradients are differences of equals, dP - delta, and smaller than that rounding. But a row's dS sums to the
-    // d_lse of its keys, so that their sum tells what delta lacks. Each key has felt that by its weight: the top key
-    // alone as more than a small part of its dS.
+    // delta is d_out . out, so that it carries the rounding of out, and the products take a dS that is rounded as well. But
+    // a row's dS sums to the d_lse of its keys: the sum over what the products took tells what delta lacks. Each key has
+    // felt that by its weight. It shows where few keys have all the weight: there dP - delta may be smaller than the
+    // rounding of delta, and where those keys are nearly parallel, d_q is what is left of dS that cancel.
     void settle(A* settled) {
         const int64_t row = statistic(args_, rows_.sequence, rows_.head[0], rows_.query[0]);
         if (settled) std::memcpy(settled + row, delta_, static_cast<size_t>(rows_.count) * sizeof(A));
         for (int64_t lane = 0; any_peaked_ && lane < rows_.count; ++lane) {
-            if (!peaked(lane) || top_key_[lane] < 0) continue;
+            if (heavy_sum_[lane] == 0) continue;
             const A delta = delta_[lane];
             A of_sink = 0;
             if (args_.sinks) {
@@ -168,19 +173,19 @@ class BackwardTile {
             }
             // As exactly as delta can say it.
             const A better = delta + (ds_sum_[lane] - of_sink * delta - (1 - of_sink) * d_lse_[lane]);
-            excess_[lane] = (better - delta) * top_weight_[lane];
+            excess_[lane] = better - delta;
             if (settled) settled[row + lane] = better;
         }
     }
+    A excess(int64_t lane) const { return excess_[lane]; }
 
-    // Calls f(lane, top key) for the rows of the tile that have been corrected.
+    // Calls f(pair) for the heavy pairs among the keys met.
     template <class F>
-    void each_top_key(const F& f) const {
-        for (int64_t lane = 0; any_peaked_ && lane < rows_.count; ++lane) {
-            const TopKey<A> top{top_key_[lane], excess_[lane], excess_[lane] * top_slope_[lane]};
-            if (top.key >= 0) f(lane, top);
-        }
+    void each_heavy(const F& f) const {
+        for (const HeavyPair<A>* pair = heavy_; pair < heavy_ + heavy_count_; ++pair) f(*pair);
     }
+    // The part of the row's heavy weight that this pair has.
+    A share(const HeavyPair<A>& pair) const { return pair.weight / heavy_sum_[pair.lane]; }
 
     // sum[key][query] += dS
     void add_score_gradient(A* sum) const {
@@ -215,30 +220,37 @@ class BackwardTile {
                 {false, nullptr});
     }
 
-    // Scores and dP -> P with dropout and dS = P (dP - delta + d_lse).
+    static constexpr int64_t kBits = 8 * sizeof(A);  // of an element, each for one key
+
+    // Scores and dP -> P with dropout and dS = P (dP - delta + d_lse). Of rows that are peaked, sums and heavy pairs as
+    // well; with dropout what is kept gives its place to P.
     template <bool Dropout>
     void differentiate() {
         for (int64_t lane = 0; lane < lanes_; lane += W) {
-            if (any_peaked_) {
-                differentiate_lanes<Dropout, true>(lane);
-            } else {
-                differentiate_lanes<Dropout, false>(lane);
+            for (int64_t key = 0; key < keys_; key += kBits) {
+                const Range keys{key, smaller(key + kBits, keys_)};
+                if (any_peaked_) {
+                    differentiate_lanes<Dropout, true>(lane, keys);
+                } else {
+                    differentiate_lanes<Dropout, false>(lane, keys);
+                }
             }
         }
     }
 
     template <bool Dropout, bool Peaked>
-    void differentiate_lanes(int64_t lane) {
+    void differentiate_lanes(int64_t lane, Range keys) {
         const A factor = Score<A>::factor(args_);
         const Vec<A> top = load(row_max_ + lane), top_weight = load(top_weight_ + lane);
         const Vec<A> delta = load(delta_ + lane), d_lse = load(d_lse_ + lane);
         Vec<A> sum = {};
-        Bits<A> top_at = Bits<A>{} - 1, key = {};
-        for (int64_t at = lane; at < keys_ * kQueries; at += kQueries) {
+        Bits<A> heavy = {}, bit = Bits<A>{} + 1;
+        for (int64_t at = keys.begin * kQueries + lane; at < keys.end * kQueries; at += kQueries) {
             const Vec<A> score = load(p_ + at), p = weight<A>(score, top, factor) * top_weight;
             Vec<A> dp = load(ds_ + at), dropped = p;
             if constexpr (Dropout) {
                 const Vec<A> keep = load(keep_ + at);
+                if constexpr (Peaked) store(keep_ + at, p);
                 dp *= keep;
                 dropped *= keep;
             }
@@ -247,39 +259,43 @@ class BackwardTile {
             const Vec<A> ds = p == A(0) ? Vec<A>{} : p * ((dp - delta) + d_lse);
             store(ds_ + at, ds);
             if constexpr (Peaked) {
-                sum += ds;
-                top_at = score == top ? key : top_at;  // scores have the bits that they had in the forward
-                key += 1;
+                sum += as_operand<E>(ds);
+                heavy |= p > kHeavy<T> ? bit : Bits<A>{};
+                bit <<= 1;
             }
         }
         if constexpr (Peaked) {
             store(ds_sum_ + lane, load(ds_sum_ + lane) + sum);
             for (int64_t c = 0; c < W; ++c) {
-                if (top_at[c] < 0) continue;
-                top_key_[lane + c] = j_ + top_at[c];
-                if (args_.softcap != 0) top_slope_[lane + c] = cap_slope_[top_at[c] * kQueries + lane + c];
+                const uint64_t bits = static_cast<uint64_t>(heavy[c]) & ~uint64_t{0} >> (64 - kBits);
+                if (bits) list_heavy(lane + c, keys.begin, bits, Dropout ? keep_ : p_);
             }
         }
     }
 
-    // Whether a row has most of its weight on one key.
-    bool peaked(int64_t lane) const { return top_weight_[lane] > A(0.5); }
+    void list_heavy(int64_t lane, int64_t first, uint64_t bits, const A* weights) {
+        for (; bits; bits &= bits - 1) {
+            const int64_t heavy = first + __builtin_ctzll(bits), at = heavy * kQueries + lane;
+            if (heavy_count_ == kMostHeavy<T> * kQueries) return;
+            heavy_[heavy_count_++] = {lane, j_ + heavy, weights[at], args_.softcap != 0 ? cap_slope_[at] : A(1)};
+            heavy_sum_[lane] += weights[at];
+        }
+    }
 
     void start_corrections() {
-        any_peaked_ = 0;
-        for (int64_t lane = 0; lane < kQueries; ++lane) any_peaked_ |= peaked(lane);
-        for (int64_t lane = 0; any_peaked_ && lane < kQueries; ++lane) {
-            ds_sum_[lane] = excess_[lane] = 0;
-            top_slope_[lane] = 1;
-            top_key_[lane] = -1;
+        any_peaked_ = heavy_count_ = 0;
+        for (int64_t lane = 0; lane < lanes_; ++lane) {
+            any_peaked_ |= top_weight_[lane] > kHeavy<T>;
+            ds_sum_[lane] = heavy_sum_[lane] = excess_[lane] = 0;
         }
     }
 
     const AttentionArgs& args_;
     E *q_t_, *d_out_t_, *q_rows_, *d_out_rows_, *k_rows_, *v_rows_, *k_across_rows_, *ds_across_;
     A *p_, *ds_, *visible_, *cap_slope_, *extra_rows_, *extra_tile_, *keep_, *row_max_, *top_weight_;
-    A *delta_, *d_lse_, *ds_sum_, *excess_, *top_slope_;
-    int64_t top_key_[kQueries];  // -1 before it is met
+    A *delta_, *d_lse_, *ds_sum_, *heavy_sum_, *excess_;
+    HeavyPair<A>* heavy_;
+    int64_t heavy_count_ = 0;
     int any_peaked_ = 0;
     uint8_t seen_[kKeys], sees_[kQueries];
     Rows rows_;

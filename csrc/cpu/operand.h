@@ -81,5 +81,16 @@ using Sum = typename Product<E>::Sum;
 template <class E>
 constexpr int kStep = Product<E>::step;
 
+// x as a product takes it.
+template <class E>
+PYATTN_INLINE Vec<Sum<E>> as_operand(Vec<Sum<E>> x) {
+    if constexpr (kStep<E> == 1) {
+        return x;
+    } else {
+        const Bits<float> bits = (Bits<float>)x;
+        return (Vec<float>)((bits + 0x7fff + ((bits >> 16) & 1)) & ~0xffff);
+    }
+}
+
 }  // namespace PYATTN_ISA
 }  // namespace pyattn

@@ -53,7 +53,9 @@ struct Rows {
     int64_t head[kQueries], query[kQueries];
 
     static Rows of_head(const AttentionArgs& args, const Sequence& sequence, int64_t head, int64_t i) {
-        Rows rows{sequence, head / (args.h / args.hk), smaller(kQueries, sequence.m - i), {}, {}};
+        Rows rows;
+        rows.sequence = sequence, rows.kv_head = head / (args.h / args.hk);
+        rows.count = smaller(kQueries, sequence.m - i);
         for (int64_t lane = 0; lane < kQueries; ++lane) rows.head[lane] = head, rows.query[lane] = i + lane;
         return rows;
     }

@@ -94,7 +94,7 @@ class CpuBackend(Backend):
         tiles = _TILE * (3 * columns + 6 * _TILE)
         parts = _MOST_PARTS * _TILE * (columns + 2) if spec.n >= _SPLIT_FROM else 0
         forward = (threads * tiles + parts) * item
-        per_row = 6 * spec.b * spec.h * spec.m  # delta, twice, and the top key with its excess
+        per_row = 2 * spec.b * spec.h * spec.m  # delta, twice
         return forward, (threads * (_TOGETHER * 2 * tiles + spec.n * columns) + per_row) * item
 
 
