@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from pyattn import testing
-from pyattn.api import attention, attention_kvcache, attention_varlen, explain
+from pyattn.api import additive_attention, attention, attention_kvcache, attention_varlen, explain
 from pyattn.check import DeviceError, DtypeError, PyattnError, RangeError, ShapeError, UnsupportedError
 from pyattn.compat.patch import patch
 from pyattn.compat.torch import scaled_dot_product_attention
@@ -21,6 +21,7 @@ __all__ = [
     "RangeError",
     "ShapeError",
     "UnsupportedError",
+    "additive_attention",
     "attention",
     "attention_kvcache",
     "attention_varlen",

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
         key_lengths: Tensor | None
         segment_ids: tuple[Tensor, Tensor] | None
 
+    class AdditiveOptions(Options, total=False):
+        cu_seqlens_q: Tensor | None
+        cu_seqlens_k: Tensor | None
+
 
 @overload
 def attention(
@@ -262,6 +266,79 @@ def attention_kvcache(
     return (out, lse) if return_lse else out
 
 
+@overload
+def additive_attention(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, *, return_lse: Literal[False] = False,
+    **options: Unpack[AdditiveOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def additive_attention(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, *, return_lse: Literal[True], **options: Unpack[AdditiveOptions]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def additive_attention(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, *, return_lse: bool, **options: Unpack[AdditiveOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def additive_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    window: Sequence[int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    segment_ids: tuple[Tensor, Tensor] | None = None,
+    scale: SupportsFloat | None = None,
+    softcap: SupportsFloat | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: SupportsFloat = 0.0,
+    seed: int | Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    **others: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` by additive scores, weight . tanh(q_i + k_j), without an [m, n, a] tensor in memory.
+
+    The projections are the caller's: q = W s + b and k = U h, of the queries' states s and the keys' states h. Keys
+    that do not change, those of one sentence, are projected once.
+
+    Args:
+        q: [b, h, m, a] float16, bfloat16, float32 or float64; of packed sequences [total_q, h, a].
+        k: [b, hk, n, a] in q's dtype; hk divides h. Of packed sequences [total_k, hk, a].
+        v: [b, hk, n, dv] in q's dtype. Of packed sequences [total_k, hk, dv].
+        weight: [h, a] in q's dtype or float32.
+        scale: a factor of the scores; 1 by default.
+        cu_seqlens_q, cu_seqlens_k: as for `attention_varlen`, for packed sequences.
+        mask, bias, causal, window, key_lengths, segment_ids, softcap, alibi_slopes, sinks, dropout_p, seed, return_lse,
+            backend: as for `attention`.
+
+    Returns:
+        As `attention`, or for packed sequences as `attention_varlen`. There are gradients for q, k, v, weight, bias and
+        sinks; tanh is computed again for them.
+
+    Raises:
+        As `attention`.
+
+    Source: Bahdanau, Cho and Bengio 2015, arXiv:1409.0473, appendix A.1.2.
+    """
+    if others:
+        check.refuse_unknown("additive_attention", others)
+    check.check_dense("weight", weight)  # without it the scores would be products
+    x, numbers = core.prepare(
+        q, k, v, weight=weight, mask=mask, bias=bias, causal=causal, window=window, key_lengths=key_lengths,
+        segment_ids=segment_ids, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+        dropout_p=dropout_p, seed=seed, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+    )  # fmt: skip
+    out, lse = core.run(x, numbers, backend)
+    return (out, lse) if return_lse else out
+
+
 class Explanation(str):
     """Text that Python shows as it reads, also where it shows values."""
 
@@ -272,7 +349,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options
     """Says which backend would run this call, why each other would not, and the memory it takes.
 
     Takes the arguments of `attention` or, all but q, k and v by name, of `attention_varlen`, or with `cached=True` of
-    `attention_kvcache`; `top_left=True` aligns a causal mask as torch does. Runs nothing.
+    `attention_kvcache`, with `weight` of `additive_attention`; `top_left=True` aligns a causal mask as torch does.
+    Runs nothing.
     """
     options.pop("return_lse", None)
     check.refuse_unknown("explain", options.keys() - signature(core.prepare).parameters.keys())
@@ -289,7 +367,11 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **options
         arrow = "->" if candidate == chosen else "  "
         text = refusals[candidate] or _memory_line(spec, *b.workspace_bytes(spec))
         lines.append(f"{arrow} {candidate:<10} {text}")
-    lines.append(f"   {'unfused':<10} would hold {_megabytes(spec.score_bytes)} for each [b, h, m, n] matrix")
+    if spec.additive:
+        unfused = f"{_megabytes(spec.score_bytes * spec.d)} for the tensor [b, h, m, n, a] of sums"
+    else:
+        unfused = f"{_megabytes(spec.score_bytes)} for each [b, h, m, n] matrix"
+    lines.append(f"   {'unfused':<10} would hold {unfused}")
     # One query, or a cache that is still short, has fewer rows than heads where all is as it should be.
     if spec.sequences is None and spec.offset is not None and spec.h > spec.m > 1 and spec.hk > spec.n:
         lines.append(

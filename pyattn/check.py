@@ -108,6 +108,7 @@ def check_inputs(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     block_table: Tensor | None,
+    weight: Tensor | None,
 ) -> Inputs:
     """Checks every tensor by its metadata alone and returns them in the form `Inputs` promises."""
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
@@ -131,10 +132,12 @@ def check_inputs(
         alibi_slopes = _check_slopes(alibi_slopes, q, cu_seqlens_q)
     if sinks is not None:
         sinks = _check_sinks(sinks, q)
+    if weight is not None:
+        _check_weight(weight, q)
     return Inputs(
         unit_stride(q), unit_stride(k), unit_stride(v), mask, bias, key_lengths, q_segments, k_segments, alibi_slopes,
         sinks, _check_seed(seed, q.device) if dropout_p > 0 else None, cu_seqlens_q, cu_seqlens_k,
-        block_table,
+        block_table, weight,
     )  # fmt: skip
 
 
@@ -357,6 +360,13 @@ def _check_sinks(sinks: Tensor, q: Tensor) -> Tensor:
     if tuple(sinks.shape) != (h,):
         raise ShapeError(f"sinks: expected [h={h}], one logit per query head, got {_shape(sinks)}")
     return sinks.to(torch.float64 if q.dtype is torch.float64 else torch.float32)
+
+
+def _check_weight(weight: Tensor, q: Tensor) -> None:
+    h, a = q.shape[1], q.shape[3]
+    check_tensor("weight", weight, (q.dtype, torch.float32), q)
+    if tuple(weight.shape) != (h, a):
+        raise ShapeError(f"weight: expected [h={h}, a={a}], a number for every column of q, got {_shape(weight)}")
 
 
 def _check_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -3,7 +3,8 @@
 Sizes: `b` batch, `h` query heads, `hk` key/value heads (head `i` reads key/value head `i // (h // hk)`), `m` queries,
 `n` keys, `d` query/key head size, `dv` value head size. All but h and hk may be 0; with d = 0 every q_i . k_j is 0.
 
-    s[i, j]  = scale * (q_i . k_j)
+    s[i, j]  = scale * (q_i . k_j)                                 or, with a weight (additive scores),
+    s[i, j]  = scale * (weight_h . tanh(q_i + k_j))
     s[i, j]  = softcap * tanh(s[i, j] / softcap)                   if softcap
     s[i, j] += bias[i, j] - slope_h * |i + offset - j|             if bias / ALiBi slopes
     p        = softmax of s over the visible j (and the head's sink logit, if sinks)
@@ -57,6 +58,7 @@ FEATURES = {
     "packed": "packed sequences (varlen)",
     "cached": "key/value cache",
     "paged": "paged key/value cache",
+    "additive": "additive scores with gradient",
 }
 
 
@@ -80,6 +82,7 @@ class Inputs(NamedTuple):
     cu_seqlens_q: Tensor | None = None  # int32 [s + 1], contiguous: the start of each packed sequence, and the end
     cu_seqlens_k: Tensor | None = None  # int32 [s + 1], contiguous
     block_table: Tensor | None = None  # int32 [b, n / page size], contiguous
+    weight: Tensor | None = None  # float [h, d], of additive scores
 
     @property
     def n(self) -> int:
@@ -110,13 +113,14 @@ class Results(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients in the dtype and shape of their inputs; of bias and sinks None where there is none to have."""
+    """Gradients in the dtype and shape of their inputs; of the last three None where there is none to have."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     bias: Tensor | None = None
     sinks: Tensor | None = None
+    weight: Tensor | None = None
 
 
 class AttentionSpec(NamedTuple):
@@ -148,19 +152,20 @@ class AttentionSpec(NamedTuple):
     sinks: bool = False
     sequences: int | None = None  # how many are packed; None when they are not
     page_size: int | None = None  # keys per page; None when the cache is not paged
+    additive: bool = False
 
     @classmethod
     def of(cls, x: Inputs, numbers: Numbers) -> AttentionSpec:
         """The spec of a call whose tensors are already checked."""
-        q, _, v, mask, bias, key_lengths, q_segments, _, alibi_slopes, sinks, _, cu_seqlens_q, _, block_table = x
+        q, _, v, mask, bias, key_lengths, q_segments, _, slopes, sinks, _, cu_seqlens_q, _, block_table, weight = x
         b, h, m, d = q.shape
         _, hk, n, dv = v.shape
         return cls(
             b, h, hk, m, n if block_table is None else x.n, d, dv, q.dtype,
             "cpu" if q.is_cpu else q.device.type, *numbers,
             mask is not None, bias is not None, key_lengths is not None, q_segments is not None,
-            alibi_slopes is not None, sinks is not None, None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
-            None if block_table is None else n,
+            slopes is not None, sinks is not None, None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+            None if block_table is None else n, weight is not None,
         )  # fmt: skip
 
     @property
@@ -183,6 +188,7 @@ class AttentionSpec(NamedTuple):
             "packed": self.sequences is not None,
             "cached": self.offset is None,
             "paged": self.page_size is not None,
+            "additive": self.additive,
         }
         return frozenset(name for name, is_used in used.items() if is_used)
 
@@ -230,7 +236,7 @@ def empty_gradient(t: Tensor) -> Tensor:
 def empty_gradients(x: Inputs, bias_gradient: bool) -> Grads:
     """`empty_gradient` of every input that has one; of the bias only where it is wanted."""
     bias = x.bias if bias_gradient else None
-    return Grads._make(None if t is None else empty_gradient(t) for t in (x.q, x.k, x.v, bias, x.sinks))
+    return Grads._make(None if t is None else empty_gradient(t) for t in (x.q, x.k, x.v, bias, x.sinks, x.weight))
 
 
 def as_batch(packed: Tensor) -> Tensor:

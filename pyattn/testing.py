@@ -76,9 +76,11 @@ class Case:
     dropout_p: float = 0.0
     layout: str = "bhmd"  # or "bmhd": heads inside the sequence, as a projection gives them; or "expanded": stride 0
     powers: tuple[int, int] = (0, 0)  # of ten that queries are multiplied by, from the first one's to the last one's
+    k_power: int = 0  # of ten that keys are multiplied by
     bias_level: float = 0.0  # added to the bias of every other query; what a dtype cannot hold becomes its extreme
     unseen_nan: bool = False  # keys and values that nobody sees hold NaN and infinity
     packed: tuple[tuple[int, int], ...] | None = None  # (queries, keys) of each sequence
+    additive: bool = False  # scores by a weight and the tanh of sums
 
 
 CASES: tuple[Case, ...] = (
@@ -155,6 +157,18 @@ CASES: tuple[Case, ...] = (
     Case("packed-one-query", packed=((1, 7), (1, 150), (1, 64), (1, 1)), causal=True, h=4, hk=1, layout="bmhd"),
     Case("everything", b=2, h=4, hk=2, m=100, n=140, d=40, dv=24, window=(70, 20), key_lengths=(140, 77), segments=2,
          mask="b1mn", bias="1hmn", softcap=3.0, alibi=True, sinks=True, dropout_p=0.2, layout="bmhd"),
+    Case("additive", additive=True, d=40, dv=24),
+    Case("additive-one-query", additive=True, m=1, n=131, d=70),
+    Case("additive-no-head-size", additive=True, d=0, dv=5, n=9),
+    Case("additive-no-keys", additive=True, n=0),
+    Case("additive-small", additive=True, powers=(-3, -3), k_power=-3, m=70, n=70),
+    Case("additive-wide", additive=True, powers=(-3, 1), k_power=1, m=70, n=70),
+    Case("additive-saturated", additive=True, powers=(2, 2), k_power=2, m=70, n=70),
+    Case("additive-causal-gqa", additive=True, h=4, hk=2, m=100, n=130, causal=True, layout="bmhd"),
+    Case("additive-packed", additive=True, packed=((70, 90), (1, 40), (66, 3)), causal=True, dropout_p=0.2, sinks=True),
+    Case("additive-everything", additive=True, b=2, h=4, hk=2, m=70, n=90, d=40, dv=24, window=(70, 20),
+         key_lengths=(90, 77), segments=2, mask="b1mn", bias="1hmn", softcap=3.0, alibi=True, sinks=True, dropout_p=0.2,
+         layout="bmhd", unseen_nan=True),
 )  # fmt: skip
 
 
@@ -162,7 +176,7 @@ class Call(NamedTuple):
     """The arguments of one `attention` or `attention_varlen` call and the gradients that come back to it."""
 
     case: Case
-    tensors: dict[str, Any]  # those that take a gradient: q, k, v and where used bias, sinks
+    tensors: dict[str, Any]  # those that take a gradient: q, k, v and where used bias, sinks, weight
     options: dict[str, Any]  # every other keyword argument
     d_out: Tensor
     d_lse: Tensor
@@ -215,7 +229,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
     powers = 10.0 ** torch.linspace(*c.powers, c.m, dtype=torch.float64)[:, None]
     tensors: dict[str, Any] = {
         "q": _laid_out(rounded(normal(c.b, c.h, c.m, c.d) * powers), c.layout),
-        "k": _laid_out(normal(c.b, c.hk, c.n, c.d).to(device, dtype), c.layout),
+        "k": _laid_out(rounded(normal(c.b, c.hk, c.n, c.d) * 10.0**c.k_power), c.layout),
         "v": _laid_out(normal(c.b, c.hk, c.n, c.dv).to(device, dtype), c.layout),
     }
     options: dict[str, Any] = {
@@ -240,6 +254,8 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
         tensors["bias"] = rounded(bias)
     if c.sinks:
         tensors["sinks"] = normal(c.h).to(device, torch.float64 if dtype is torch.float64 else torch.float32)
+    if c.additive:
+        tensors["weight"] = rounded(normal(c.h, c.d))
     accumulator = torch.float64 if dtype is torch.float64 else torch.float32
     d_out = normal(c.b, c.h, c.m, c.dv).to(device, dtype)
     d_lse = normal(c.b, c.h, c.m).to(device, accumulator)

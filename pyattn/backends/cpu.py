@@ -33,7 +33,7 @@ class CpuBackend(Backend):
     name = "cpu"
     devices = frozenset({"cpu"})
     dtypes = frozenset(_DTYPE_NAMES)
-    features = frozenset(FEATURES)
+    features = frozenset(FEATURES) - {"additive"}
     max_head_dim = 512
 
     def __init__(self, isa: str | None = None) -> None:

@@ -102,14 +102,16 @@ def rounding(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor) -> di
     d_p2 = d_out.square() @ v.square().transpose(-1, -2) * kept2
     delta2 = d_p2.sum(-1, keepdim=True) + d_lse.square()[..., None]
     d_s2 = d_p2 + p2 * delta2
-    per_head = {
-        "d_k": spec.scale**2 * d_s2.transpose(-1, -2) @ x.q.square(),
-        "d_v": kept2.transpose(-1, -2) @ d_out.square(),
-    }
+    d_q2, d_k2 = d_s2 @ k.square(), d_s2.transpose(-1, -2) @ x.q.square()
+    if x.weight is not None:
+        t = hidden(x, k)
+        terms2 = d_s2[..., None] * ((1 - t.square()) * x.weight[:, None, None]).square()
+        d_q2, d_k2 = terms2.sum(3), terms2.sum(2)
+    per_head = {"d_k": spec.scale**2 * d_k2, "d_v": kept2.transpose(-1, -2) @ d_out.square()}
     found = {
         "out": kept2 @ v.square(),
         "lse": lse.square() + ps2.sum(-1),
-        "d_q": spec.scale**2 * d_s2 @ k.square(),
+        "d_q": spec.scale**2 * d_q2,
         **{name: t.unflatten(1, (spec.hk, spec.h // spec.hk)).sum(2) for name, t in per_head.items()},
     }
     if x.bias is not None:
@@ -117,6 +119,8 @@ def rounding(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor) -> di
     if x.sinks is not None and p_sink is not None:
         p_sink2 = (p_sink * (1 + x.sinks.abs()[:, None] + lse)).square()
         found["d_sinks"] = (p_sink2 * delta2.squeeze(-1)).sum((0, 2))
+    if x.weight is not None:
+        found["d_weight"] = spec.scale**2 * (d_s2[..., None] * t.square()).sum((0, 2, 3))
     return {name: t.sqrt() for name, t in found.items()}
 
 
@@ -139,7 +143,10 @@ def visible(spec: AttentionSpec, x: Inputs) -> Tensor:
 
 def scores(spec: AttentionSpec, x: Inputs, k: Tensor) -> Tensor:
     """The logits before masking. k: [b, h, n, d], already repeated over its group. Returns [b, h, m, n]."""
-    s = spec.scale * (x.q @ k.transpose(-1, -2))
+    if x.weight is None:
+        s = spec.scale * (x.q @ k.transpose(-1, -2))
+    else:
+        s = spec.scale * (hidden(x, k) * x.weight[:, None, None]).sum(-1)
     if spec.softcap is not None:
         s = spec.softcap * torch.tanh(s / spec.softcap)
     if x.bias is not None:
@@ -149,6 +156,11 @@ def scores(spec: AttentionSpec, x: Inputs, k: Tensor) -> Tensor:
         slopes = x.alibi_slopes[at.q_sequence].transpose(1, 2)[..., None]  # [b, h, 1|m, 1]
         s = s - slopes.to(s.dtype) * (at.own_j - at.j).abs().to(s.dtype)
     return s
+
+
+def hidden(x: Inputs, k: Tensor) -> Tensor:
+    """tanh(q_i + k_j) of additive scores, [b, h, m, n, d]."""
+    return torch.tanh(x.q[:, :, :, None] + k[:, :, None])
 
 
 def dropout_keep(spec: AttentionSpec, x: Inputs) -> Tensor:
