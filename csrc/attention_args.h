@@ -53,6 +53,7 @@ struct AttentionArgs {
     const int32_t* k_segments = nullptr;   // [b, n] contiguous
     const float* alibi_slopes = nullptr;   // [sequences, h] contiguous
     const void* sinks = nullptr;           // [h], in the accumulator's dtype
+    const void* weight = nullptr;          // [h, d] contiguous, in the accumulator's dtype; null for scores q.k
 
     // Backward only.
     TensorArg d_out, d_q, d_k, d_v;  // last stride 1
@@ -60,6 +61,7 @@ struct AttentionArgs {
     const void* d_lse = nullptr;     // [b, h, m] contiguous, in the accumulator's dtype
     void* delta = nullptr;           // [b, h, m] scratch, in the accumulator's dtype
     void* d_sinks = nullptr;         // [h], in the accumulator's dtype
+    void* d_weight = nullptr;        // [h, d] contiguous, in the accumulator's dtype
 
     int threads = 1;
 };

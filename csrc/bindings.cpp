@@ -175,6 +175,7 @@ void fill_tensors(AttentionArgs& args, const py::dict& tensors) {
     const Form k{4, {entries, args.hk, rows, args.d}, item, false, false};
     const Form v{4, {entries, args.hk, rows, args.dv}, item, false, false};
     const Form out{4, {args.b, args.h, args.m, args.dv}, item, false, false};
+    const Form weight{2, {args.h, args.d, 1, 1}, sum, false, true};
     const Form row{3, {args.b, args.h, args.m, 1}, sum, false, true};
     const auto score = [&](int64_t element) {
         return Form{4, {args.b, args.h, args.m, args.n}, element, true, false};
@@ -203,6 +204,8 @@ void fill_tensors(AttentionArgs& args, const py::dict& tensors) {
         else if (name == "cu_seqlens_k") point(args.cu_seqlens_k, given(list(ends, 4)));
         else if (name == "alibi_slopes") point(args.alibi_slopes, given(table(args.sequences, args.h)));
         else if (name == "sinks") point(args.sinks, given(list(args.h, sum)));
+        else if (name == "weight") point(args.weight, given(weight));
+        else if (name == "d_weight") point(args.d_weight, given(weight));
         else if (name == "d_out") args.d_out = given(out);
         else if (name == "d_q") args.d_q = given(q);
         else if (name == "d_k") args.d_k = given(k);
@@ -286,6 +289,7 @@ void backward(const std::string& isa, const std::string& dtype, const std::strin
     REQUIRE(args.d_out && args.d_q && args.d_k && args.d_v && args.delta, "d_out, d_q, d_k, d_v, delta: expected all");
     REQUIRE(!args.d_bias || args.bias, "d_bias: there is no bias");
     REQUIRE(!args.d_sinks == !args.sinks, "d_sinks: expected with sinks, and only with them");
+    REQUIRE(!args.d_weight == !args.weight, "d_weight: expected with weight, and only with it");
     for (int axis = 0; args.d_bias && axis < 4; ++axis) {
         REQUIRE(args.d_bias.size[axis] == args.bias.size[axis], "d_bias: expected the sizes of bias");
     }

@@ -16,9 +16,13 @@ class Backward {
     static void run(const AttentionArgs& args) {
         const int64_t rows = args.b * args.h * args.m;
         const bool in_one = joint(args), later_bias = args.d_bias && !owned_bias(args), sinks = args.d_sinks;
-        std::optional<Block> settled;
+        std::optional<Block> settled, d_weights;
         if (later_bias || sinks || !in_one) settled.emplace(rows * static_cast<int64_t>(sizeof(A)));
-        Call call{args, longest_keys(args), settled ? static_cast<A*>(settled->get()) : nullptr};
+        const int64_t parts = args.weight ? args.b * args.h * parts_of_weight(args) * args.d : 0;
+        d_weights.emplace(parts * static_cast<int64_t>(sizeof(A)));
+        if (parts > 0) zeroed(static_cast<A*>(d_weights->get()), parts);
+        Call call{args, longest_keys(args), settled ? static_cast<A*>(settled->get()) : nullptr,
+                  static_cast<A*>(d_weights->get())};
         over(call, Pieces::query_tiles, delta_scratch(args), delta_task);
         const int64_t tile = tile_scratch(args);
         if (in_one) {
@@ -31,6 +35,7 @@ class Backward {
         after.delta = call.settled;
         if (later_bias) bias_pass(after);
         if (sinks) sink_gradient(after);
+        if (args.weight) weight_gradient(call);
     }
 
   private:
@@ -46,6 +51,7 @@ class Backward {
         const AttentionArgs& args;
         int64_t longest;
         A* settled;  // of every row, by `statistic`: delta as it should have been; null where nothing reads it later
+        A* d_weights;  // of every tile of queries
         const Pieces* pieces = nullptr;
     };
 
@@ -145,7 +151,7 @@ class Backward {
                 Range keys = owned_bias(args) ? Range{0, sequence.n} : Range{sequence.n, 0};
                 for (int64_t t = 0; t < count; ++t) {
                     tiles[t]->load_queries(sequence, head, i + t * kQueries);
-                    zero_lanes(d_q_t[t], width, tiles[t]->rows().count);
+                    start_query_gradient(*tiles[t], d_q_t[t]);
                     keys = {smaller(keys.begin, tiles[t]->keys().begin), larger(keys.end, tiles[t]->keys().end)};
                 }
                 for (int64_t j = keys.begin / kKeys * kKeys; j < keys.end; j += kKeys) {
@@ -158,12 +164,16 @@ class Backward {
                         }
                         if (!seen) continue;
                         tiles[t]->pass_softcap();
-                        tiles[t]->add_query_gradient(d_q_t[t]);
+                        if (args.weight) {
+                            tiles[t]->add_additive_gradients(d_q_t[t], d_k + j * width);
+                        } else {
+                            tiles[t]->add_query_gradient(d_q_t[t]);
+                        }
                         tiles[t]->add_key_gradients(d_k + j * width, d_v + j * width_v);
                     }
                 }
                 for (int64_t t = 0; t < count; ++t) {
-                    finish_queries(*tiles[t], call.settled, d_q_t[t], d_q_rows);
+                    finish_queries(*tiles[t], call, d_q_t[t], d_q_rows);
                     const Lanes<const T> q = query_rows(args, sequence, head, i + t * kQueries);
                     tiles[t]->each_heavy([&](const HeavyPair<A>& pair) {
                         const A excess = tiles[t]->excess(pair.lane) * pair.weight * pair.slope;
@@ -201,6 +211,7 @@ class Backward {
                     // The same keys as the other pass takes, so that the sums over them agree.
                     if (!tile.compute(j, smaller(count, tile.keys().end - j))) continue;
                     tile.pass_softcap();
+                    if (args.weight) tile.add_additive_gradients(nullptr, d_k);
                     tile.add_key_gradients(d_k, d_v);
                     const int64_t row = statistic(args, sequence, head, t);
                     tile.each_heavy([&](const HeavyPair<A>& pair) {
@@ -231,7 +242,7 @@ class Backward {
         A* d_q_rows = scratch.take<A>(width * kQueries);
         A* bias_sums = scratch.take<A>(owned_bias(args) ? 2 * kKeys * kQueries : 0);
         tile.load_queries(sequence, piece.head, i);
-        zero_lanes(d_q_t, width, tile.rows().count);
+        start_query_gradient(tile, d_q_t);
         const Range own = tile.keys(), keys = owned_bias(args) ? Range{0, sequence.n} : own;
         for (int64_t j = keys.begin / kKeys * kKeys; j < keys.end; j += kKeys) {
             const bool seen =
@@ -239,9 +250,13 @@ class Backward {
             if (owned_bias(args)) store_owned_bias(tile, seen, sequence, piece.head, i, j, bias_sums);
             if (!seen) continue;
             tile.pass_softcap();
-            tile.add_query_gradient(d_q_t);
+            if (args.weight) {
+                tile.add_additive_gradients(d_q_t, nullptr);
+            } else {
+                tile.add_query_gradient(d_q_t);
+            }
         }
-        finish_queries(tile, call.settled, d_q_t, d_q_rows);
+        finish_queries(tile, call, d_q_t, d_q_rows);
     }
 
     // Every element of the bias belongs to one pair of query and key, so that its gradient is a by-product.
@@ -344,6 +359,27 @@ class Backward {
         }
     }
 
+    // Tiles of queries that one head of a batch entry can have: packed sequences begin in the middle of one another's.
+    static int64_t parts_of_weight(const AttentionArgs& args) { return args.m / kQueries + (args.cu_seqlens_q ? args.sequences : 0) + 1; }
+    static A* part_of_weight(const Call& call, const Rows& rows) {
+        const AttentionArgs& args = call.args;
+        const int64_t before = args.cu_seqlens_q ? rows.sequence.q_begin / kQueries + rows.sequence.number : 0;
+        const int64_t head = rows.sequence.entry * args.h + rows.head[0];
+        return call.d_weights + (head * parts_of_weight(args) + before + rows.query[0] / kQueries) * args.d;
+    }
+    static void weight_gradient(const Call& call) {
+        const AttentionArgs& args = call.args;
+        const int64_t parts = parts_of_weight(args);
+        for (int64_t head = 0; head < args.h; ++head) {
+            A* const d_weight = zeroed(static_cast<A*>(args.d_weight) + head * args.d, args.d);
+            for (int64_t part = 0; part < args.b * parts; ++part) {
+                const A* from = call.d_weights + ((part / parts * args.h + head) * parts + part % parts) * args.d;
+                for (int64_t c = 0; c < args.d; ++c) d_weight[c] += from[c];
+            }
+            for (int64_t c = 0; c < args.d; ++c) d_weight[c] *= static_cast<A>(args.scale);
+        }
+    }
+
     // The sink is one more column with dP = 0: its gradient is -sum over rows of exp(sink - lse) * (delta - d_lse).
     static void sink_gradient(const AttentionArgs& args) {
         for (int64_t head = 0; head < args.h; ++head) {
@@ -366,11 +402,16 @@ class Backward {
 
     // What is left to do with a tile of queries that has met all its keys: d_q, and the corrections of heavy pairs. Those
     // of d_q take the whole excess of a row, that of its light keys as well, because d_q feels the sum more than its parts.
-    static void finish_queries(BackwardTile<T>& tile, A* settled, const A* d_q_t, A* d_q_rows) {
+    static void finish_queries(BackwardTile<T>& tile, const Call& call, const A* d_q_t, A* d_q_rows) {
         const AttentionArgs& args = tile.args();
         const Rows& rows = tile.rows();
         const int64_t width = padded<A>(args.d);
-        tile.settle(settled);
+        T* const d_q = query_row<T>(args.d_q, rows.sequence, rows.head[0], rows.query[0]);
+        tile.settle(call.settled);
+        if (args.weight) {
+            std::memcpy(part_of_weight(call, rows), tile.d_weight(), static_cast<size_t>(args.d) * sizeof(A));
+            return store_rows(d_q_t, rows.count, args.d, static_cast<A>(args.scale), d_q, args.d_q.stride[2]);
+        }
         transpose<A>({d_q_t, kQueries}, args.d, padded<A>(rows.count), {d_q_rows, width}, width);
         const Lanes<const T> k{key_row<const T>(args, args.k, rows.sequence, rows.kv_head, 0), args.k.stride[2]};
         tile.each_heavy([&](const HeavyPair<A>& pair) {
@@ -378,8 +419,7 @@ class Backward {
             subtract(k, pair.key, args.d, excess * tile.share(pair) * pair.slope, d_q_rows + pair.lane * width);
             if (owned_bias(args)) correct_bias(args, rows, pair, excess * pair.weight);
         });
-        store_rows(d_q_rows, rows.count, args.d, static_cast<A>(args.scale),
-                   query_row<T>(args.d_q, rows.sequence, rows.head[0], rows.query[0]), args.d_q.stride[2]);
+        store_rows(d_q_rows, rows.count, args.d, static_cast<A>(args.scale), d_q, args.d_q.stride[2]);
     }
 
     static Lanes<const T> query_rows(const AttentionArgs& args, const Sequence& sequence, int64_t head, int64_t i) {
@@ -413,10 +453,15 @@ class Backward {
         for (int64_t r = 0; r < count; ++r) store_row(from + r * padded<A>(columns), columns, factor, to + r * ld);
     }
 
-    // Of a tile [column][query], the first `count` queries.
-    static void zero_lanes(A* tile, int64_t columns, int64_t count) {
-        for (A* column = tile; column < tile + columns * kQueries; column += kQueries) {
-            for (int64_t lane = 0; lane < padded<A>(count); lane += kWidth<A>) store(column + lane, Vec<A>{});
+    // d_q of a tile: [column][query], or for additive scores [query][column].
+    static void start_query_gradient(const BackwardTile<T>& tile, A* d_q) {
+        const int64_t columns = padded<A>(tile.args().d), lanes = padded<A>(tile.rows().count);
+        if (tile.args().weight) {
+            zeroed(d_q, tile.rows().count * columns);
+            return;
+        }
+        for (A* column = d_q; column < d_q + columns * kQueries; column += kQueries) {
+            for (int64_t lane = 0; lane < lanes; lane += kWidth<A>) store(column + lane, Vec<A>{});
         }
     }
 

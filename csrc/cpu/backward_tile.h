@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "additive.h"
 #include "dropout.h"
 #include "parallel.h"
 #include "score.h"
@@ -55,7 +56,8 @@ class BackwardTile {
           ds_sum_(scratch.take<A>(kQueries)),
           heavy_sum_(scratch.take<A>(kQueries)),
           excess_(scratch.take<A>(kQueries)),
-          heavy_(scratch.take<HeavyPair<A>>(kMostHeavy<T> * kQueries)) {}
+          heavy_(scratch.take<HeavyPair<A>>(kMostHeavy<T> * kQueries)),
+          additive_(args, scratch) {}
 
     // Brings queries [i, i + kQueries) of one head into the tile.
     void load_queries(const Sequence& sequence, int64_t head, int64_t i) {
@@ -80,7 +82,11 @@ class BackwardTile {
         }
         start_corrections();
         const uint8_t* wanted = every ? nullptr : sees_;
-        load_sides(query_row<T>(args_.q, sequence, head, i), args_.q.stride[2], args_.d, wanted, q_rows_, q_t_, q_);
+        if (args_.weight) {
+            additive_.load_queries(rows_, wanted);
+        } else {
+            load_sides(query_row<T>(args_.q, sequence, head, i), args_.q.stride[2], args_.d, wanted, q_rows_, q_t_, q_);
+        }
         load_sides(query_row<T>(args_.d_out, sequence, head, i), args_.d_out.stride[2], args_.dv, wanted, d_out_rows_,
                    d_out_t_, d_out_);
     }
@@ -94,17 +100,26 @@ class BackwardTile {
         const bool all = view.sight == View::all;
         const T* const k = key_row<T>(args_, args_.k, rows_.sequence, rows_.kv_head, j);
         const T* const v = key_row<T>(args_, args_.v, rows_.sequence, rows_.kv_head, j);
-        const Lanes<const E> k_along = load_rows(k, args_.k.stride[2], count, args_.d, k_rows_, view.wanted, false);
+        Lanes<const E> k_along{};
+        if (args_.weight) {
+            additive_.load_keys(k, args_.k.stride[2], count, view.wanted);
+        } else {
+            k_along = load_rows(k, args_.k.stride[2], count, args_.d, k_rows_, view.wanted, false);
+        }
         const Lanes<const E> v_along = load_rows(v, args_.v.stride[2], count, args_.dv, v_rows_, view.wanted, false);
         k_ = k_along;
-        if constexpr (kStep<E> > 1) {
+        if (kStep<E> > 1 && !args_.weight) {
             k_ = load_rows_across(k, args_.k.stride[2], count, args_.d, k_across_rows_, view.wanted, false);
         }
         j_ = j, keys_ = count, strip_ = all ? lanes_ : 2 * W;
         for (int64_t lane = 0; lane < lanes_; lane += strip_) {
             const Range seen = keys_of(lane);
             if (seen.end <= seen.begin) continue;
-            product(lane, seen, args_.d, q_t_, k_along, p_);
+            if (args_.weight) {
+                additive_.scores(rows_, {lane, lane + strip_}, seen, p_, kQueries, 1);
+            } else {
+                product(lane, seen, args_.d, q_t_, k_along, p_);
+            }
             product(lane, seen, args_.dv, d_out_t_, v_along, ds_);
         }
         const Score<A> score(args_, rows_, extra_rows_, extra_tile_);
@@ -131,6 +146,16 @@ class BackwardTile {
         }
     }
 
+    // Additive scores: the gradients of q and k, [row][padded column] and without the factor `scale`; either may be null.
+    // Before add_key_gradients.
+    void add_additive_gradients(A* d_q_rows, A* d_k_rows) {
+        for (int64_t lane = 0; lane < rows_.count; lane += strip_) {
+            const Range queries{lane, smaller(lane + strip_, rows_.count)};
+            additive_.add_gradients(rows_.head[0], queries, keys_of(lane), ds_, d_q_rows, d_k_rows);
+        }
+    }
+    const A* d_weight() const { return additive_.d_weight(); }
+
     // d_q_t: [d][kQueries], without the factor `scale`. Before add_key_gradients, which uses the tiles up.
     void add_query_gradient(A* d_q_t) {
         const E* const ds = across_keys<E>(ds_, keys_, lanes_, ds_across_);
@@ -144,12 +169,13 @@ class BackwardTile {
         }
     }
 
-    // d_k_rows, d_v_rows: the rows of the tile's keys. d_k lacks the factor `scale`.
+    // d_k_rows, d_v_rows: the rows of the tile's keys. d_k lacks the factor `scale`, and is not of additive scores.
     void add_key_gradients(A* d_k_rows, A* d_v_rows) {
         const int64_t width = padded<A>(args_.d), width_v = padded<A>(args_.dv), depth = operands<E>(rows_.count);
         const E* const p = along_lanes<E>(p_, keys_, lanes_);
-        const E* const ds = along_lanes<E>(ds_, keys_, lanes_);
         gemm<E>(width_v, keys_, depth, d_out_, {p, kQueries, 1}, {d_v_rows, width_v}, {true, nullptr});
+        if (args_.weight) return;
+        const E* const ds = along_lanes<E>(ds_, keys_, lanes_);
         gemm<E>(width, keys_, depth, q_, {ds, kQueries, 1}, {d_k_rows, width}, {true, nullptr});
     }
 
@@ -285,7 +311,7 @@ class BackwardTile {
     void start_corrections() {
         any_peaked_ = heavy_count_ = 0;
         for (int64_t lane = 0; lane < lanes_; ++lane) {
-            any_peaked_ |= top_weight_[lane] > kHeavy<T>;
+            any_peaked_ |= !args_.weight && top_weight_[lane] > kHeavy<T>;
             ds_sum_[lane] = heavy_sum_[lane] = excess_[lane] = 0;
         }
     }
@@ -301,6 +327,7 @@ class BackwardTile {
     Rows rows_;
     std::optional<Mask<A>> mask_;
     Lanes<const E> q_, d_out_, k_;  // depth across rows
+    Additive<T> additive_;
     int64_t j_ = 0, keys_ = 0, lanes_ = 0;
     int64_t strip_ = 0;  // lanes that are worked on together: all of them, or few where some pairs are not visible
 };

@@ -2,6 +2,7 @@
 // Source: Dao, "FlashAttention-2", arXiv:2307.08691, Algorithm 1; the chunks as in Flash-Decoding (Dao et al. 2023).
 #pragma once
 
+#include "additive.h"
 #include "dropout.h"
 #include "parallel.h"
 #include "score.h"
@@ -97,7 +98,8 @@ class Forward {
           extra_tile_(scratch.take<A>(args.bias || args.mask ? kKeys * kQueries : 0)),
           keep_(scratch.take<A>(args.dropout ? kKeys * kQueries : 0)),
           few_scores_(scratch.take<A>(W * kKeys)),
-          few_keep_(scratch.take<A>(args.dropout ? W * kKeys : 0)) {}
+          few_keep_(scratch.take<A>(args.dropout ? W * kKeys : 0)),
+          additive_(args, scratch) {}
 
     void lay_out(const Rows& rows) {
         lanes_ = padded<A>(rows.count);
@@ -120,8 +122,12 @@ class Forward {
     }
 
     void start(const Rows& rows) {
-        q_ = rows.template load<E, T>(args_.q, args_.d, q_rows_);
-        if (!few_) transpose<E>(q_, rows.count, operands<E>(args_.d), {turned_, kQueries}, lanes_);
+        if (args_.weight) {
+            additive_.load_queries(rows, nullptr);
+        } else {
+            q_ = rows.template load<E, T>(args_.q, args_.d, q_rows_);
+        }
+        if (!few_ && !args_.weight) transpose<E>(q_, rows.count, operands<E>(args_.d), {turned_, kQueries}, lanes_);
         std::memset(out_, 0, static_cast<size_t>(columns_ * width_) * sizeof(A));
         for (int64_t lane = 0; lane < lanes_; ++lane) {
             row_max_[lane] = -static_cast<A>(INFINITY);
@@ -133,14 +139,25 @@ class Forward {
         const Sequence& sequence = rows.sequence;
         const bool all = view.sight == View::all;
         const KeyRows<T> from(args_, args_.k, sequence, rows.kv_head, j, count, args_.d, paged_rows_);
-        const Lanes<const E> k = load_rows(from.ptr, from.stride, count, args_.d, k_rows_, view.wanted, few_);
+        Lanes<const E> k{};
+        if (args_.weight) {
+            additive_.load_keys(from.ptr, from.stride, count, view.wanted);
+        } else {
+            k = load_rows(from.ptr, from.stride, count, args_.d, k_rows_, view.wanted, few_);
+        }
         if (few_) return add_few(rows, score, j, count, k, view);
         // Strips of lanes leave out the keys that none of their queries sees.
         const int64_t strip = all ? lanes_ : 2 * W;
         const auto keys_of = [&](int64_t lane) { return all ? Range{0, count} : mask.keys_of(lane, strip, j, count); };
         for (int64_t lane = 0; lane < lanes_; lane += strip) {
             const Range keys = keys_of(lane);
-            if (keys.end > keys.begin) score_strip(lane, smaller(strip, lanes_ - lane), k, keys);
+            if (keys.end <= keys.begin) continue;
+            const Range strip_lanes{lane, smaller(lane + strip, lanes_)};
+            if (args_.weight) {
+                additive_.scores(rows, strip_lanes, keys, scores_, kQueries, 1);
+            } else {
+                score_strip(lane, strip_lanes.end - lane, k, keys);
+            }
         }
         score.apply(scores_, j, count, lanes_, all ? nullptr : visible_, nullptr);
         if (args_.dropout) draw_keep<A>(args_, rows, j, count, lanes_, keep_);
@@ -220,7 +237,11 @@ class Forward {
     // The same tile for few queries: lanes are keys, and columns of values.
     void add_few(const Rows& rows, const Score<A>& score, int64_t j, int64_t count, Lanes<const E> k, View view) {
         const A* const visible = view.sight == View::all ? nullptr : visible_;
-        score_few(rows, count, k, later(args_.v, rows, j, args_.dv));
+        if (args_.weight) {
+            additive_.scores(rows, {0, rows.count}, {0, count}, few_scores_, 1, kKeys);
+        } else {
+            score_few(rows, count, k, later(args_.v, rows, j, args_.dv));
+        }
         if (score.applies(visible)) {
             transpose<A>({few_scores_, kKeys}, rows.count, count, {scores_, kQueries}, lanes_);
             score.apply(scores_, j, count, lanes_, visible, nullptr);
@@ -410,6 +431,7 @@ class Forward {
     T* paged_rows_;
     A *scores_, *out_, *row_max_, *row_sum_, *rescale_, *out_rows_, *visible_, *extra_rows_, *extra_tile_, *keep_;
     A *few_scores_, *few_keep_;  // where few_, [query][kKeys]
+    Additive<T> additive_;
     Lanes<const E> q_{};
     int64_t lanes_ = 0, columns_ = 0, width_ = 0;
     bool few_ = false;  // queries for at most half a vector: lanes are keys, then columns of values

@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kEnoughPieces = 64, kFewestKeys = 512;
 constexpr double kOperationsPerThread = 1 << 20;
+constexpr double kAdditiveCost = 6;  // of a column of an additive score, in multiply-adds
 
 int64_t tiles(int64_t length, int64_t size) { return (length + size - 1) / size; }
 
@@ -79,7 +80,9 @@ int threads_worth(const AttentionArgs& args) {
         const Sequence sequence = sequence_of(args, number);
         pairs += static_cast<double>(sequence.m) * static_cast<double>(sequence.n);
     }
-    const double operations = 2 * pairs * static_cast<double>(args.h * (args.d + args.dv));
+    const double per_column = args.weight ? kAdditiveCost : 1;
+    const double operations = 2 * pairs * static_cast<double>(args.h) *
+                              (per_column * static_cast<double>(args.d) + static_cast<double>(args.dv));
     return static_cast<int>(std::min<double>(args.threads, 1 + operations / kOperationsPerThread));
 }
 

@@ -105,6 +105,22 @@ PYATTN_INLINE Vec<A> exp(Vec<A> x) {
     return x < C::lowest ? Vec<A>{} : poly * power;
 }
 
+// e^x, and to less_one e^x - 1 without loss where x is small. |x| <= 80 (700 for double); a NaN stays one.
+template <class A>
+PYATTN_INLINE Vec<A> exp(Vec<A> x, Vec<A>& less_one) {
+    using C = ExpConstants<A>;
+    const Vec<A> shifted = x * fill<A>(static_cast<A>(1.4426950408889634)) + C::round;
+    const Vec<A> whole = shifted - C::round;
+    const Vec<A> f = (x - whole * C::ln2_high) - whole * C::ln2_low;
+    Vec<A> poly = fill<A>(C::poly[0]);
+#pragma GCC unroll 10
+    for (int i = 1; i < static_cast<int>(sizeof C::poly / sizeof(A)); ++i) poly = poly * f + C::poly[i];
+    const Vec<A> power = (Vec<A>)((Bits<A>)shifted << C::mantissa);
+    const Vec<A> beyond = (poly * f) * f + f;
+    less_one = power * beyond + (power - A(1));
+    return power * beyond + power;
+}
+
 // tanh after Cephes: a rational function near 0, where 1 - 2 / (e^2x + 1) would cancel, and that elsewhere.
 template <class A>
 PYATTN_INLINE Vec<A> tanh(Vec<A> x) {

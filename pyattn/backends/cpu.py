@@ -33,7 +33,7 @@ class CpuBackend(Backend):
     name = "cpu"
     devices = frozenset({"cpu"})
     dtypes = frozenset(_DTYPE_NAMES)
-    features = frozenset(FEATURES) - {"additive"}
+    features = frozenset(FEATURES)
     max_head_dim = 512
 
     def __init__(self, isa: str | None = None) -> None:
@@ -59,6 +59,7 @@ class CpuBackend(Backend):
         bias_gradient: bool,
     ) -> Grads:
         grads = empty_gradients(x, bias_gradient)
+        d_weight = None if grads.weight is None else grads.weight.new_empty(spec.h, spec.d, dtype=spec.accumulator)
         self._run(
             "backward", spec, x,
             out=y.out, **{name: t.contiguous() for name, t in y._asdict().items() if name != "out"},
@@ -66,13 +67,16 @@ class CpuBackend(Backend):
             d_lse=None if d_lse is None else d_lse.to(spec.accumulator).contiguous(),
             delta=torch.empty_like(y.lse, memory_format=torch.contiguous_format),
             d_q=grads.q, d_k=grads.k, d_v=grads.v, d_bias=grads.bias, d_sinks=grads.sinks,
+            d_weight=d_weight,
         )  # fmt: skip
-        return grads
+        return grads if x.weight is None or d_weight is None else grads._replace(weight=d_weight.to(x.weight.dtype))
 
     def _run(self, direction: str, spec: AttentionSpec, x: Inputs, **results: Tensor | None) -> None:
         whole = {name: t.contiguous() for name in _WHOLE if (t := getattr(x, name)) is not None}
         if x.q_segments is not None and x.k_segments is not None:
             whole["q_segments"], whole["k_segments"] = _ids_of_32_bits(x.q_segments, x.k_segments)
+        if x.weight is not None:
+            whole["weight"] = x.weight.to(spec.accumulator).contiguous()
         given = {"q": x.q, "k": x.k, "v": x.v, "mask": x.mask, "bias": x.bias} | whole | results
         aligned = {name: _aligned(t) for name, t in given.items() if t is not None}
         dtype = _DTYPE_NAMES[spec.dtype]
