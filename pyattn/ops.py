@@ -18,7 +18,7 @@ from torch._C import (
 )
 from torch._C._autograd import _profiler_enabled
 
-from pyattn import autograd, registry, transforms
+from pyattn import autograd, flops, registry, transforms
 from pyattn.check import check_values
 from pyattn.spec import AttentionSpec, Inputs, Numbers, Results, empty_gradients, empty_results
 
@@ -120,3 +120,4 @@ torch.library.register_autograd("pyattn::attention_backward", autograd.refuse_se
 torch.library.register_vmap("pyattn::attention", transforms.forward_rule, lib=_library)
 torch.library.register_vmap("pyattn::attention_backward", transforms.backward_rule, lib=_library)
 _library.impl("attention_backward", transforms.older_backward_rule, transforms.OLDER_VMAP)
+flops.register()

@@ -32,7 +32,7 @@ LEVELS = (
     ("pyattn.check", "pyattn.files", "pyattn.registry", "pyattn.autograd", "pyattn.transforms", "pyattn.ops"),
     ("pyattn.backends",),
     ("triton_kernels", "pyattn.triton_kernels", "pyattn._C"),
-    ("pyattn.spec", "pyattn.dropout", "pyattn.face"),
+    ("pyattn.spec", "pyattn.dropout", "pyattn.flops", "pyattn.face"),
 )
 
 

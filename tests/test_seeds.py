@@ -1,0 +1,160 @@
+"""Worked examples and exercises of two courses about attention, with their numbers.
+
+SNU: Yoon's lecture on attention, whose example has scores 112 and 96. CSW182: Levine's discussion, which asks for the
+variance of scores, the matrix form and the number of operations.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+import pyattn
+from pyattn.nn import AdditiveScore, CosineScore, DotScore, GeneralScore, ScaledDotScore
+
+FLOAT64 = {"dtype": torch.float64}
+
+
+def normal(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), **FLOAT64)
+
+
+def two_scores(d: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """A query [1, 1, d] and two keys [1, 2, d] with the products 112 and 96, and values [1, 2, 3]."""
+    query = torch.ones(1, 1, d, **FLOAT64)
+    keys = torch.tensor([112.0, 96.0], **FLOAT64).view(1, 2, 1).expand(1, 2, d) / d
+    return query, keys, normal(1, 2, 3)
+
+
+def test_scores_112_and_96_over_8_weigh_088_and_012():
+    query, keys, values = two_scores()
+    assert_close(query @ keys.mT, torch.tensor([[[112.0, 96.0]]], **FLOAT64))
+    context, weights = ScaledDotScore().attend(query, keys, values, return_weights=True)
+    expected = torch.tensor([0.8807970780, 0.1192029220], **FLOAT64)  # softmax of 14 and 12
+    assert_close(weights.flatten(), expected, rtol=0, atol=5e-11)
+    assert_close(context[0, 0], 0.8807970780 * values[0, 0] + 0.1192029220 * values[0, 1], rtol=0, atol=1e-9)
+
+
+def test_scores_112_and_96_unscaled_leave_nothing_of_the_second():
+    _, weights = DotScore().attend(*two_scores(), return_weights=True)
+    assert_close(weights[0, 0, 1].item(), math.exp(-16) / (1 + math.exp(-16)))  # 1.1e-7
+    assert weights[0, 0, 0] > 1 - 2e-7
+
+
+def test_variance_of_a_score_is_d_sigma4_plus_2_sigma2_mu2():
+    d, sigma, samples = 16, 0.7, 400_000
+    mu = normal(d)
+    mu = mu * math.sqrt((9.071 - d * sigma**4) / (2 * sigma**2)) / mu.norm()  # so that the variance is 9.071
+    products = ((mu + sigma * normal(samples, d, seed=1)) * (mu + sigma * normal(samples, d, seed=2))).sum(-1)
+    variance = d * sigma**4 + 2 * sigma**2 * (mu @ mu).item()
+    assert variance == pytest.approx(9.071)
+    # The estimates' own standard deviations, of the mean exactly and of the variance by the samples' fourth moment.
+    centred = products - products.mean()
+    spread = math.sqrt((centred.pow(4).mean() - centred.var() ** 2).item() / samples)
+    assert abs(products.mean().item() - (mu @ mu).item()) < 4 * math.sqrt(variance / samples)
+    assert abs(products.var().item() - variance) < 4 * spread
+
+
+def test_scaled_scores_keep_their_variance_and_unscaled_ones_saturate():
+    """The derivative p (1 - p) of the largest weight dies with unscaled scores as d grows, and not with scaled ones."""
+    kept = {}
+    for d in (4, 64, 512):
+        products = (normal(4000, d) * normal(4000, d, seed=1)).sum(-1)  # of pairs, each independent of the others
+        assert products.var().item() == pytest.approx(d, rel=0.15)
+        assert (products / math.sqrt(d)).var().item() == pytest.approx(1, rel=0.15)
+        query, keys, values = normal(1, 200, d), normal(1, 32, d, seed=1), normal(1, 32, 2)
+        for score in (DotScore(), ScaledDotScore()):
+            _, weights = score.attend(query, keys, values, return_weights=True)
+            largest = weights.amax(-1)
+            kept[type(score), d] = (largest * (1 - largest)).mean().item()
+    assert kept[DotScore, 512] < kept[DotScore, 64] < kept[DotScore, 4]
+    assert kept[DotScore, 512] < 0.05 < 0.8 * kept[ScaledDotScore, 4] < kept[ScaledDotScore, 512]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_matrix_form_is_the_loop_over_queries(backend):
+    q, k, v = normal(5, 8), normal(7, 8, seed=1), normal(7, 3, seed=2)
+    matrix = pyattn.attention(*(t[None, None] for t in (q, k, v)), scale=1.0, backend=backend)[0, 0]
+    for i in range(5):
+        exponentials = [math.exp(q[i] @ k[j]) for j in range(7)]
+        row = sum(e * v[j] for j, e in enumerate(exponentials)) / sum(exponentials)
+        assert_close(matrix[i], row)
+
+
+def counted(q: Tensor, k: Tensor, v: Tensor, **options) -> int:
+    with FlopCounterMode(display=False) as counter:
+        pyattn.attention(q, k, v, **options)
+    return counter.get_total_flops()
+
+
+def test_operations_of_a_translation_are_m2_k_and_m_n_k_and_n2_k():
+    """Of M words to N, in the encoder's, the cross and the decoder's attention: 2 M N (d + dv) each."""
+    source, target, d, dv = 11, 7, 16, 24
+
+    def states(n: int, size: int) -> Tensor:
+        return torch.randn(1, 1, n, size)
+
+    encoder = counted(states(source, d), states(source, d), states(source, dv))
+    cross = counted(states(target, d), states(source, d), states(source, dv))
+    decoder = counted(states(target, d), states(target, d), states(target, dv), causal=True)
+    assert encoder == 2 * source * source * (d + dv)
+    assert cross == 2 * target * source * (d + dv)
+    assert decoder == 2 * target * target * (d + dv)  # what the mask hides is counted, as torch does
+
+
+def test_operations_of_another_target_language_leave_the_encoder_out():
+    source, d, lengths = 11, 16, (7, 9)
+    memory = torch.randn(1, 1, source, d)
+    encoder = counted(memory, memory, memory)
+    others = []
+    for n in lengths:
+        target = torch.randn(1, 1, n, d)
+        others.append(counted(target, target, target, causal=True) + counted(target, memory, memory))
+    assert encoder == 4 * source**2 * d
+    assert others == [4 * (n**2 + n * source) * d for n in lengths]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_masked_rows_see_their_own_column_and_those_before(backend):
+    """Column <= row, in the order of the decoder's words; one of the courses writes i <= j, where i is the key."""
+    x = normal(1, 6, 4)
+    _, weights = ScaledDotScore().attend(x, x, x, causal=True, return_weights=True, backend=backend)
+    rows = torch.arange(6)
+    assert ((weights[0] > 0) == (rows <= rows[:, None])).all()
+    assert_close(weights.sum(-1), torch.ones(1, 6, **FLOAT64))
+
+
+def test_additive_and_concat_are_one_score():
+    query, memory, concat, weight = normal(2, 3, 4), normal(2, 5, 6, seed=1), normal(8, 10, seed=2), normal(8, seed=3)
+    additive = AdditiveScore.from_concat(concat, weight, query_size=4)
+    together = torch.cat([query.unsqueeze(2).expand(-1, -1, 5, -1), memory.unsqueeze(1).expand(-1, 3, -1, -1)], -1)
+    weights = torch.softmax(torch.tanh(together @ concat.T) @ weight, -1)
+    assert_close(additive.attend(query, additive.keys(memory), memory, backend="reference"), weights @ memory)
+
+
+def test_cosine_score_does_not_change_with_the_lengths_of_the_states():
+    query, memory, values = normal(2, 3, 4), normal(2, 5, 4, seed=1), normal(2, 5, 6, seed=2)
+    score = CosineScore()
+    expected = score.attend(query, score.keys(memory), values)
+    lengths = torch.tensor([1e-3, 0.5, 1.0, 7.0, 1e3], **FLOAT64).view(1, 5, 1)
+    assert_close(score.attend(20 * query, score.keys(lengths * memory), values), expected)
+
+
+def test_general_score_is_a_product_after_projecting_either_side():
+    query, memory = normal(2, 3, 4), normal(2, 5, 6, seed=1)
+    score = GeneralScore(4, 6, **FLOAT64)
+    weight, dot = score.key_projection.weight, DotScore()
+    general = score.attend(query, score.keys(memory), memory)
+    assert_close(general, dot.attend(query, memory @ weight.T, memory))
+    assert_close(general, dot.attend(query @ weight, memory, memory))
+
+
+def test_general_score_of_low_rank_has_the_weight_wq_t_wk():
+    query, memory = normal(2, 3, 4), normal(2, 5, 6, seed=1)
+    low, full = GeneralScore(4, 6, 2, **FLOAT64), GeneralScore(4, 6, **FLOAT64)
+    with torch.no_grad():
+        full.key_projection.weight.copy_(low.query_projection.weight.T @ low.key_projection.weight)
+    assert_close(low(query, memory), full(query, memory))
