@@ -24,6 +24,9 @@ CASES = (
     Case("split-keys", b=1, h=2, hk=1, m=1, n=5000, d=128, dv=128),
     Case("split-keys-few-queries", b=1, h=2, hk=1, m=40, n=2000, key_lengths=(1900,), sinks=True, dropout_p=0.1),
     Case("packed", packed=((150, 170), (1, 300), (0, 5), (90, 20)), h=4, hk=2, causal=True, sinks=True, layout="bmhd"),
+    Case("additive-two-passes", additive=True, b=1, h=1, hk=1, m=200, n=200, d=40, causal=True),
+    Case("additive-one-pass", additive=True, b=2, h=6, hk=3, m=200, n=200, causal=True),
+    Case("additive-packed", additive=True, packed=((150, 170), (1, 300), (0, 5), (90, 20)), h=4, hk=2, sinks=True),
     Case("packed-split-keys", packed=((1, 3000), (1, 1500)), h=4, hk=1, d=64, dv=64, causal=True, layout="bmhd"),
 )  # fmt: skip
 SECONDS = 60  # after which a child that has not answered hangs; it takes well under one

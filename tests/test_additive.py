@@ -1,0 +1,113 @@
+"""Additive attention beyond the cases of the contract: arguments of any size, steps of a decoder, words, memory."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import pyattn
+from pyattn import registry, testing
+from pyattn.spec import dtype_name
+from pyattn.testing import Case
+
+BACKENDS = [
+    name
+    for name, backend in registry.BACKENDS.items()
+    if name != "reference" and "additive" in backend.features and backend.unavailable() is None
+]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def assert_agrees(call: testing.Call, backend: str) -> None:
+    for result in testing.reference(call).compare(testing.evaluate_backend(call, backend)):
+        assert result.excess <= 1, result
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("m", [1, 2, 5, 70])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 10.0, 80.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_additive_of_any_size_and_of_pairs_that_cancel_agrees_with_definition(backend, size, m, dtype):
+    call = testing.make_inputs(Case("sizes", additive=True, m=m, n=70, d=50), dtype)
+    q, k = call.tensors["q"], call.tensors["k"]
+    with torch.no_grad():
+        q.mul_(size)
+        k.mul_(size)
+        k[:, :, 3:9] = -q[:, :, :1]  # sums of exactly 0
+        k[:, :, 9] = size
+        q[:, :, 0, ::2] = -size
+    assert_agrees(call, backend)
+
+
+@pytest.mark.parametrize("size", [8, 16, 17, 100, 130, 512])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_additive_of_any_width_agrees_with_definition(backend, size):
+    call = testing.make_inputs(Case("widths", additive=True, m=9, n=33, d=size, dv=7, h=3, hk=1), torch.float32)
+    assert_agrees(call, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_additive_infinity_is_saturation_and_nan_stays_in_its_row(backend):
+    q, k, v, weight = torch.zeros(1, 1, 3, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 4), torch.randn(1, 8)
+    q[..., 0, :] = torch.inf
+    q[..., 1, 2] = torch.nan
+    out, lse = pyattn.additive_attention(q, k, v, weight, return_lse=True, backend=backend)
+    assert torch.allclose(out[..., 0, :], v.mean(2), atol=1e-6)  # every score is the sum of the weight
+    assert out[..., 1, :].isnan().all() and lse[..., 1].isnan().all()
+    expected = pyattn.additive_attention(q[..., 2:, :], k, v, weight, backend="reference")
+    assert torch.allclose(out[..., 2:, :], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_additive_weight_in_float32_beside_half_precision_takes_its_own_gradient(backend):
+    dtype = torch.float16
+    q, k, v = (torch.randn(2, 2, 6, 16, dtype=dtype) for _ in range(3))
+    weight = torch.randn(2, 16, requires_grad=True)
+    out = pyattn.additive_attention(q, k, v, weight, backend=backend)
+    out.sum().backward()
+    assert out.dtype is dtype and weight.grad.dtype is torch.float32
+
+
+def decoder(step: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(step)
+    return tuple(torch.randn(size, generator=generator) for size in ((4, 1, 3, 32), (4, 1, 20, 32), (4, 1, 20, 8)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_additive_steps_of_beams_are_the_rows_of_one_call(backend):
+    q, k, v = decoder(0)
+    weight, lengths = torch.randn(1, 32), torch.tensor([20, 7, 1, 0])
+    whole = pyattn.additive_attention(q, k, v, weight, key_lengths=lengths, backend=backend)
+    for i in range(3):
+        step = pyattn.additive_attention(q[:, :, i : i + 1], k, v, weight, key_lengths=lengths, backend=backend)
+        assert torch.allclose(step, whole[:, :, i : i + 1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"weight": torch.randn(2, 7)}, pyattn.ShapeError, r"weight: expected \[h=2, a=8\].*got \[2, 7\]"),
+        ({"weight": torch.randn(8)}, pyattn.ShapeError, r"weight: expected \[h=2, a=8\]"),
+        ({"weight": torch.randn(2, 8).half()}, pyattn.DtypeError, "weight: expected float32, got float16"),
+        ({"weight": None}, pyattn.DtypeError, "weight: expected a torch.Tensor, got NoneType"),
+        ({"k": torch.randn(1, 2, 5, 9)}, pyattn.ShapeError, "k: expected .*d is 8 in q"),
+        ({"dropout": 0.1}, TypeError, "additive_attention: expected no argument dropout"),
+    ],
+)
+def test_additive_wrong_argument_is_named(change, error, words):
+    given = {"q": torch.randn(1, 2, 3, 8), "k": torch.randn(1, 2, 5, 8), "v": torch.randn(1, 2, 5, 8)}
+    with pytest.raises(error, match=words):
+        pyattn.additive_attention(**{**given, "weight": torch.randn(2, 8), **change})
+
+
+def test_additive_is_refused_by_name_where_no_kernel_has_it(monkeypatch):
+    monkeypatch.setattr(type(registry.BACKENDS["cpu"]), "features", frozenset())
+    q, weight = torch.randn(1, 1, 2, 4), torch.randn(1, 4)
+    with pytest.raises(pyattn.UnsupportedError, match="cpu: does not do additive scores"):
+        pyattn.additive_attention(q, q, q, weight, backend="cpu")
+
+
+def test_explain_knows_additive_scores_and_the_tensor_they_would_take():
+    q, weight = torch.randn(1, 1, 100, 64), torch.randn(1, 64)
+    text = pyattn.explain(q, q, q, weight=weight)
+    assert "features: additive" in text
+    assert "2.56 MB for the tensor [b, h, m, n, a] of sums" in text
