@@ -53,6 +53,7 @@ struct AttentionArgs {
     const int32_t* k_segments = nullptr;   // [b, n] contiguous
     const float* alibi_slopes = nullptr;   // [sequences, h] contiguous
     const void* sinks = nullptr;           // [h], in the accumulator's dtype
+    TensorArg exp_keys;                    // e^2k, of k's shape, in the accumulator's dtype; last stride 1
     const void* weight = nullptr;          // [h, d] contiguous, in the accumulator's dtype; null for scores q.k
 
     // Backward only.

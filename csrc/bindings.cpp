@@ -175,6 +175,7 @@ void fill_tensors(AttentionArgs& args, const py::dict& tensors) {
     const Form k{4, {entries, args.hk, rows, args.d}, item, false, false};
     const Form v{4, {entries, args.hk, rows, args.dv}, item, false, false};
     const Form out{4, {args.b, args.h, args.m, args.dv}, item, false, false};
+    const Form exp_keys{4, {entries, args.hk, rows, args.d}, sum, false, false};
     const Form weight{2, {args.h, args.d, 1, 1}, sum, false, true};
     const Form row{3, {args.b, args.h, args.m, 1}, sum, false, true};
     const auto score = [&](int64_t element) {
@@ -204,6 +205,7 @@ void fill_tensors(AttentionArgs& args, const py::dict& tensors) {
         else if (name == "cu_seqlens_k") point(args.cu_seqlens_k, given(list(ends, 4)));
         else if (name == "alibi_slopes") point(args.alibi_slopes, given(table(args.sequences, args.h)));
         else if (name == "sinks") point(args.sinks, given(list(args.h, sum)));
+        else if (name == "exp_keys") args.exp_keys = given(exp_keys);
         else if (name == "weight") point(args.weight, given(weight));
         else if (name == "d_weight") point(args.d_weight, given(weight));
         else if (name == "d_out") args.d_out = given(out);

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         segment_ids: tuple[Tensor, Tensor] | None
 
     class AdditiveOptions(Options, total=False):
+        exp_keys: Tensor | None
         cu_seqlens_q: Tensor | None
         cu_seqlens_k: Tensor | None
 
@@ -285,6 +286,7 @@ def additive_attention(
     v: Tensor,
     weight: Tensor,
     *,
+    exp_keys: Tensor | None = None,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     causal: bool = False,
@@ -313,6 +315,8 @@ def additive_attention(
         k: [b, hk, n, a] in q's dtype; hk divides h. Of packed sequences [total_k, hk, a].
         v: [b, hk, n, dv] in q's dtype. Of packed sequences [total_k, hk, dv].
         weight: [h, a] in q's dtype or float32.
+        exp_keys: torch.exp(2 * k) in float32 (float64 for float64 k), of k's shape, where many calls share the keys: it
+            saves the CPU the exponentials in steps of a decoder, and changes nothing else. The gradient is k's.
         scale: a factor of the scores; 1 by default.
         cu_seqlens_q, cu_seqlens_k: as for `attention_varlen`, for packed sequences.
         mask, bias, causal, window, key_lengths, segment_ids, softcap, alibi_slopes, sinks, dropout_p, seed, return_lse,
@@ -331,9 +335,9 @@ def additive_attention(
         check.refuse_unknown("additive_attention", others)
     check.check_dense("weight", weight)  # without it the scores would be products
     x, numbers = core.prepare(
-        q, k, v, weight=weight, mask=mask, bias=bias, causal=causal, window=window, key_lengths=key_lengths,
-        segment_ids=segment_ids, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
-        dropout_p=dropout_p, seed=seed, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        q, k, v, weight=weight, exp_keys=exp_keys, mask=mask, bias=bias, causal=causal, window=window,
+        key_lengths=key_lengths, segment_ids=segment_ids, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
+        sinks=sinks, dropout_p=dropout_p, seed=seed, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
     out, lse = core.run(x, numbers, backend)
     return (out, lse) if return_lse else out

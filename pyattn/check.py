@@ -109,6 +109,7 @@ def check_inputs(
     cu_seqlens_k: Tensor | None,
     block_table: Tensor | None,
     weight: Tensor | None,
+    exp_keys: Tensor | None,
 ) -> Inputs:
     """Checks every tensor by its metadata alone and returns them in the form `Inputs` promises."""
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
@@ -134,10 +135,12 @@ def check_inputs(
         sinks = _check_sinks(sinks, q)
     if weight is not None:
         _check_weight(weight, q)
+    if exp_keys is not None:
+        exp_keys = _check_exp_keys(exp_keys, k, packed)
     return Inputs(
         unit_stride(q), unit_stride(k), unit_stride(v), mask, bias, key_lengths, q_segments, k_segments, alibi_slopes,
         sinks, _check_seed(seed, q.device) if dropout_p > 0 else None, cu_seqlens_q, cu_seqlens_k,
-        block_table, weight,
+        block_table, weight, exp_keys,
     )  # fmt: skip
 
 
@@ -367,6 +370,16 @@ def _check_weight(weight: Tensor, q: Tensor) -> None:
     check_tensor("weight", weight, (q.dtype, torch.float32), q)
     if tuple(weight.shape) != (h, a):
         raise ShapeError(f"weight: expected [h={h}, a={a}], a number for every column of q, got {_shape(weight)}")
+
+
+def _check_exp_keys(exp_keys: Tensor, k: Tensor, packed: bool) -> Tensor:
+    check_tensor("exp_keys", exp_keys, (torch.float64 if k.dtype is torch.float64 else torch.float32,), k)
+    if exp_keys.requires_grad:
+        raise RangeError("exp_keys: expected a tensor without gradient, got requires_grad=True: k has the gradient")
+    batch = as_batch(exp_keys) if packed and exp_keys.dim() == 3 else exp_keys
+    if batch.shape != k.shape:
+        raise ShapeError(f"exp_keys: expected the shape of k, got {_shape(exp_keys)}")
+    return unit_stride(batch)
 
 
 def _check_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -41,6 +41,7 @@ def prepare(
     cu_seqlens_k: Tensor | None = None,
     block_table: Tensor | None = None,
     weight: Tensor | None = None,
+    exp_keys: Tensor | None = None,
     top_left: bool = False,
     cached: bool = False,
 ) -> tuple[Inputs, Numbers]:
@@ -52,7 +53,7 @@ def prepare(
     x = check.check_inputs(
         q, k, v, mask=mask, bias=bias, key_lengths=key_lengths, segment_ids=segment_ids, alibi_slopes=alibi_slopes,
         sinks=sinks, seed=seed, dropout_p=dropout_p, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        block_table=block_table, weight=weight,
+        block_table=block_table, weight=weight, exp_keys=exp_keys,
     )  # fmt: skip
     _, _, m, d = x.q.shape
     offset = None if cached else 0 if top_left or x.cu_seqlens_q is not None else x.k.shape[2] - m
@@ -78,7 +79,9 @@ def run(x: Inputs, numbers: Numbers, backend: str) -> tuple[Tensor, Tensor]:
         dv = x.v.shape[3]
         if dv == 0 or x.q.shape[3] == 0:  # no kernel need know sizes of 0: one column of zeros changes nothing
             weight = None if x.weight is None else _with_a_column(x.weight)
-            x = x._replace(q=_with_a_column(x.q), k=_with_a_column(x.k), v=_with_a_column(x.v), weight=weight)
+            x = x._replace(
+                q=_with_a_column(x.q), k=_with_a_column(x.k), v=_with_a_column(x.v), weight=weight, exp_keys=None
+            )
         out, lse = ops.attention(x, numbers, name)
         out = out[..., :0] if dv == 0 else out
     return (out, lse) if x.cu_seqlens_q is None else (as_packed(out), lse.squeeze(0))

@@ -25,7 +25,7 @@ from pyattn.spec import AttentionSpec, Inputs, Numbers, Results, empty_gradients
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? key_lengths, Tensor? q_segments, "
     "Tensor? k_segments, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, Tensor? block_table, Tensor? weight"
+    "Tensor? cu_seqlens_k, Tensor? block_table, Tensor? weight, Tensor? exp_keys"
 )
 _NUMBERS = "float scale, SymInt? offset, SymInt? left, SymInt? right, float? softcap, float dropout_p, str backend"
 _N_TENSORS, _N_RESULTS = len(Inputs._fields), len(Results._fields)

@@ -83,6 +83,7 @@ class Inputs(NamedTuple):
     cu_seqlens_k: Tensor | None = None  # int32 [s + 1], contiguous
     block_table: Tensor | None = None  # int32 [b, n / page size], contiguous
     weight: Tensor | None = None  # float [h, d], of additive scores
+    exp_keys: Tensor | None = None  # exp(2 k) in the accumulator's dtype, to save time; a last stride of 1
 
     @property
     def n(self) -> int:
@@ -157,7 +158,7 @@ class AttentionSpec(NamedTuple):
     @classmethod
     def of(cls, x: Inputs, numbers: Numbers) -> AttentionSpec:
         """The spec of a call whose tensors are already checked."""
-        q, _, v, mask, bias, key_lengths, q_segments, _, slopes, sinks, _, cu_seqlens_q, _, block_table, weight = x
+        q, _, v, mask, bias, key_lengths, q_segments, _, slopes, sinks, _, cu_seqlens_q, _, block_table, weight, _ = x
         b, h, m, d = q.shape
         _, hk, n, dv = v.shape
         return cls(

@@ -111,3 +111,28 @@ def test_explain_knows_additive_scores_and_the_tensor_they_would_take():
     text = pyattn.explain(q, q, q, weight=weight)
     assert "features: additive" in text
     assert "2.56 MB for the tensor [b, h, m, n, a] of sums" in text
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("size", [1e-3, 1.0, 10.0, 40.0, 80.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_additive_with_exponentials_of_the_keys_agrees_with_definition(backend, size, dtype):
+    call = testing.make_inputs(Case("steps", additive=True, m=2, n=70, d=64, key_lengths=(70, 33)), dtype)
+    with torch.no_grad():
+        call.tensors["q"].mul_(min(size, 10))
+        k = call.tensors["k"].mul_(size)
+        k[:, :, :5] = -call.tensors["q"][:, :, :1]
+    oracle = testing.reference(call)
+    call.options["exp_keys"] = torch.exp(2 * k.to(torch.promote_types(dtype, torch.float32)))
+    for result in oracle.compare(testing.evaluate_backend(call, backend)):
+        assert result.excess <= 1, result
+
+
+def test_additive_exponentials_that_do_not_fit_are_refused():
+    q, weight = torch.randn(1, 1, 2, 4), torch.randn(1, 4)
+    with pytest.raises(pyattn.ShapeError, match="exp_keys: expected the shape of k"):
+        pyattn.additive_attention(q, q, q, weight, exp_keys=torch.ones(1, 1, 3, 4))
+    with pytest.raises(pyattn.DtypeError, match="exp_keys: expected float32, got float16"):
+        pyattn.additive_attention(q, q, q, weight, exp_keys=torch.ones(1, 1, 2, 4).half())
+    with pytest.raises(pyattn.RangeError, match="exp_keys: expected a tensor without gradient"):
+        pyattn.additive_attention(q, q, q, weight, exp_keys=torch.ones(1, 1, 2, 4, requires_grad=True))

@@ -16,16 +16,16 @@ namespace PYATTN_ISA {
 
 // What may be computed how. Up to `little` the differences keep their digits. As long as q + k stays below `sum`, the
 // product of four denominators is finite; above, they stop at `most`. Beyond `each` a row's exponential is no number.
-// From `flat` on tanh is 1.
+// From `flat` on tanh is 1. Up to `lone` a query has the right sum with any e^2k, 0 and infinity included.
 template <class A>
 struct AdditiveRange;
 template <>
 struct AdditiveRange<float> {
-    static constexpr float little = 0.5f, each = 40, sum = 10, most = 0x1p29f, flat = 9.5f;
+    static constexpr float lone = 30, little = 0.5f, each = 40, sum = 10, most = 0x1p29f, flat = 9.5f;
 };
 template <>
 struct AdditiveRange<double> {
-    static constexpr double little = 0.5, each = 340, sum = 80, most = 0x1p231, flat = 20;
+    static constexpr double lone = 300, little = 0.5, each = 340, sum = 80, most = 0x1p231, flat = 20;
 };
 
 // Rows of q or k of a tile, `ld` apart: x as it is, e^2x - 1, and e^2x.
@@ -68,7 +68,7 @@ class Additive {
     static constexpr int W = kWidth<A>;
     static constexpr int kTogether = 4;  // queries that share what is loaded of a key
     static constexpr int kFew = 2;       // queries that do not pay for exponentials of the keys
-    enum Way : uint8_t { small, moderate, clamped, direct };
+    enum Way : uint8_t { small, moderate, clamped, given, direct };
 
   public:
     Additive(const AttentionArgs& args, Scratch& scratch)
@@ -85,15 +85,22 @@ class Additive {
     // Rows of q, of one head or of all of a group.
     void load_queries(const Rows& rows, const uint8_t* wanted) {
         few_ = rows.count <= kFew;
+        given_ = few_ && args_.exp_keys;
         for (int64_t lane = 0; lane < rows.count; ++lane) {
             const T* from = query_row<const T>(args_.q, rows.sequence, rows.head[lane], rows.query[lane]);
             copy_row(from, !wanted || wanted[lane] ? args_.d : 0, q_.plain + lane * ld_, width_);
-            if (!few_) q_.raise(lane, width_, ld_);
+            if (!few_ || given_) q_.raise(lane, width_, ld_);
+            given_ = given_ && q_.magnitude[lane] > Limit::little && q_.magnitude[lane] <= Limit::lone;
         }
         std::memset(d_weight_, 0, static_cast<size_t>(width_) * sizeof(A));
     }
 
-    void load_keys(const T* from, int64_t ld, int64_t count, const uint8_t* wanted) {
+    // j: where the rows begin in the sequence, whose keys they are.
+    void load_keys(const Rows& rows, int64_t j, const T* from, int64_t ld, int64_t count, const uint8_t* wanted,
+                   bool for_gradients) {
+        const bool serve = given_ && !wanted && width_ == args_.d;
+        exp_keys_ = serve ? key_row<const A>(args_, args_.exp_keys, rows.sequence, rows.kv_head, j) : nullptr;
+        if (serve && !for_gradients) return;
         for (int64_t key = 0; key < count; ++key) {
             copy_row(from + key * ld, !wanted || wanted[key] ? args_.d : 0, k_.plain + key * ld_, width_);
             if (!few_) k_.raise(key, width_, ld_);
@@ -138,7 +145,7 @@ class Additive {
     }
 
     Way way_of(Range queries, int64_t key) const {
-        if (few_) return direct;
+        if (few_) return exp_keys_ ? given : direct;
         Way way = small;
         for (int64_t query = queries.begin; query < queries.end; ++query) {
             const A magnitude = larger_of(q_.magnitude[query], k_.magnitude[key]);
@@ -197,6 +204,7 @@ class Additive {
             if (way == small) score_by<small, 1>(query + r, key, sums + r);
             if (way == moderate) score_by<moderate, 1>(query + r, key, sums + r);
             if (way == clamped) score_by<clamped, 1>(query + r, key, sums + r);
+            if (way == given) score_by<given, 1>(query + r, key, sums + r);
             if (way == direct) score_by<direct, 1>(query + r, key, sums + r);
         }
     }
@@ -250,7 +258,8 @@ class Additive {
             exp<A>((x < -Limit::flat ? fill<A>(-Limit::flat) : x) * A(2), top);
             return {top, top + A(2)};
         }
-        const Vec<A> u = load(q_.power + q), v = load(k_.power + k), bottom = u * v + A(1);
+        const A* const powers = way == given ? exp_keys_ + key * args_.exp_keys.stride[2] + c : k_.power + k;
+        const Vec<A> u = load(q_.power + q), v = load(powers), bottom = u * v + A(1);
         if constexpr (way == small) return {load(q_.less_one + q) * v + load(k_.less_one + k), bottom};
         if constexpr (way == moderate) return {u * v - A(1), bottom};
         const Vec<A> most = fill<A>(Limit::most), kept = most < bottom ? most : bottom;
@@ -272,7 +281,7 @@ class Additive {
                 case small: gradients_of_key<small, C>(c, queries, key, own, d_k, d_weight); break;
                 case moderate: gradients_of_key<moderate, C>(c, queries, key, own, d_k, d_weight); break;
                 case clamped: gradients_of_key<clamped, C>(c, queries, key, own, d_k, d_weight); break;
-                case direct: gradients_of_key<direct, C>(c, queries, key, own, d_k, d_weight);
+                default: gradients_of_key<direct, C>(c, queries, key, own, d_k, d_weight);
             }
             for (int s = 0; d_k_rows && s < C; ++s) add_to(d_k_rows + key * width_, c + s * W, d_k[s]);
         }
@@ -323,7 +332,8 @@ class Additive {
     AdditiveRows<A> q_, k_;
     A* k_weighted_;  // weight * e^2k
     A *d_q_, *weight_, *d_weight_;
-    bool few_ = false;
+    bool few_ = false, given_ = false;
+    const A* exp_keys_ = nullptr;  // of the tile's first key, where they serve
 };
 
 }  // namespace PYATTN_ISA

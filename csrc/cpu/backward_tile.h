@@ -102,7 +102,7 @@ class BackwardTile {
         const T* const v = key_row<T>(args_, args_.v, rows_.sequence, rows_.kv_head, j);
         Lanes<const E> k_along{};
         if (args_.weight) {
-            additive_.load_keys(k, args_.k.stride[2], count, view.wanted);
+            additive_.load_keys(rows_, j, k, args_.k.stride[2], count, view.wanted, true);
         } else {
             k_along = load_rows(k, args_.k.stride[2], count, args_.d, k_rows_, view.wanted, false);
         }

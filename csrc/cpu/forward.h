@@ -141,7 +141,7 @@ class Forward {
         const KeyRows<T> from(args_, args_.k, sequence, rows.kv_head, j, count, args_.d, paged_rows_);
         Lanes<const E> k{};
         if (args_.weight) {
-            additive_.load_keys(from.ptr, from.stride, count, view.wanted);
+            additive_.load_keys(rows, j, from.ptr, from.stride, count, view.wanted, false);
         } else {
             k = load_rows(from.ptr, from.stride, count, args_.d, k_rows_, view.wanted, few_);
         }

@@ -77,7 +77,7 @@ class CpuBackend(Backend):
             whole["q_segments"], whole["k_segments"] = _ids_of_32_bits(x.q_segments, x.k_segments)
         if x.weight is not None:
             whole["weight"] = x.weight.to(spec.accumulator).contiguous()
-        given = {"q": x.q, "k": x.k, "v": x.v, "mask": x.mask, "bias": x.bias} | whole | results
+        given = {"q": x.q, "k": x.k, "v": x.v, "mask": x.mask, "bias": x.bias, "exp_keys": x.exp_keys} | whole | results
         aligned = {name: _aligned(t) for name, t in given.items() if t is not None}
         dtype = _DTYPE_NAMES[spec.dtype]
         sequences = spec.b if spec.sequences is None else spec.sequences
