@@ -33,7 +33,7 @@ SANITIZE := $(CURDIR)/build/sanitize
 SANITIZED := cd $(SANITIZE) && PYTHONPATH=package ASAN_OPTIONS=detect_leaks=0:log_path=report \
   UBSAN_OPTIONS=print_stacktrace=1:log_path=report \
   LD_PRELOAD="$(foreach name,asan ubsan stdc++,$$($(CXX) -print-file-name=lib$(name).so))" $(CURDIR)/$(BIN)/python
-SANITIZED_TESTS := $(foreach name,cpu_border cpu_threads cpu linear contract fuzz,$(CURDIR)/tests/test_$(name).py)
+SANITIZED_TESTS := $(foreach name,cpu_border cpu_threads cpu linear contract additive fuzz,$(CURDIR)/tests/test_$(name).py)
 
 sanitize: .venv/sanitize
 	rm -rf $(SANITIZE)/package $(SANITIZE)/report.*

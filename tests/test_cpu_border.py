@@ -19,11 +19,24 @@ SEQUENCES = 3
 POISON = 7.0
 WRITTEN = {
     "forward": ("out", "lse", "row_max", "row_sum"),
-    "backward": ("delta", "d_q", "d_k", "d_v", "d_bias", "d_sinks"),
+    "backward": ("delta", "d_q", "d_k", "d_v", "d_bias", "d_sinks", "d_weight"),
 }
-ROWS = ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")  # read and written row by row: the last stride must be 1
+ROWS = (
+    "q",
+    "k",
+    "v",
+    "out",
+    "d_out",
+    "d_q",
+    "d_k",
+    "d_v",
+    "exp_keys",
+)  # read and written row by row: the last stride must be 1
 STATISTICS = ("lse", "row_max", "row_sum")
-LISTS = ("key_lengths", "q_segments", "k_segments", "alibi_slopes", "sinks", *STATISTICS, "d_lse", "delta", "d_sinks")
+LISTS = (
+    "key_lengths", "q_segments", "k_segments", "alibi_slopes", "sinks", "weight", *STATISTICS, "d_lse", "delta",
+    "d_sinks", "d_weight",
+)  # fmt: skip
 SCORES = ("mask", "bias", "d_bias")
 BATCH = (*ROWS, *LISTS, *SCORES)
 PACKED = ("cu_seqlens_q", "cu_seqlens_k")
@@ -53,12 +66,13 @@ class Border:
                 "mask": torch.ones(b, H, M, N, dtype=torch.bool), "bias": normal(b, H, M, N),
                 "key_lengths": torch.tensor([N, 3, 0], dtype=torch.int32),
                 "q_segments": torch.zeros(b, M, dtype=torch.int32), "k_segments": torch.zeros(b, N, dtype=torch.int32),
+                "weight": normal(H, D), "exp_keys": normal(b, HK, N, D).exp(),
             }  # fmt: skip
         if direction == "backward":
             self.tensors |= {"d_out": normal(b, H, M, DV), "d_lse": normal(b, H, M), "delta": normal(b, H, M)}
             self.tensors |= {f"d_{x}": self.tensors[x].clone() for x in ("q", "k", "v", "sinks")}
             if not packed:
-                self.tensors["d_bias"] = self.tensors["bias"].clone()
+                self.tensors |= {f"d_{x}": self.tensors[x].clone() for x in ("bias", "weight")}
         self.given = {name: list(cpu._described(t)) for name, t in self.tensors.items()}
         self.arguments: dict[str, Any] = {
             "isa": "generic", "dtype": "float32", "bias_dtype": "float32",
@@ -217,8 +231,7 @@ def test_border_sizes_whose_product_overflows_are_refused():
 def paged() -> Border:
     """Pages [2 B, HK, 4, *], two to a batch element, which so has room for 8 keys and holds 7, 3 and 0."""
     border = Border("forward")
-    for name in ("mask", "bias", "q_segments", "k_segments"):
-        border.drop(name)
+    border.drop("mask", "bias", "q_segments", "k_segments", "weight", "exp_keys")
     border.set_number("offset", None)
     border.arguments["sizes"][4] = 8
     border.tensors |= {"k": torch.randn(2 * B, HK, 4, D), "v": torch.randn(2 * B, HK, 4, DV)}
@@ -294,6 +307,8 @@ WRONG: dict[str, tuple[Callable[[Border], object], str]] = {
     "q_segments alone": (lambda x: x.drop("k_segments"), "^q_segments, k_segments: expected both or neither"),
     "k_segments alone": (lambda x: x.drop("q_segments"), "^q_segments, k_segments: expected both or neither"),
     "d_sinks missing": (lambda x: x.drop("d_sinks"), "^d_sinks: expected with sinks, and only with them"),
+    "d_weight missing": (lambda x: x.drop("d_weight"), "^d_weight: expected with weight, and only with it"),
+    "weight missing": (lambda x: x.drop("weight"), "^d_weight: expected with weight, and only with it"),
     "bias missing": (lambda x: x.drop("bias"), "^d_bias: there is no bias"),
     "sinks missing": (lambda x: x.drop("sinks"), "^d_sinks: expected with sinks, and only with them"),
     "d_bias broadcast and bias not": (lambda x: x.resize("d_bias", 0, 1 - B), "^d_bias: expected the sizes of bias"),

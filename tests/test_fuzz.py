@@ -65,6 +65,7 @@ def cases(draw: st.DrawFn, dtype: torch.dtype) -> Case:
         "dropout_p": draw(st.one_of(st.just(0.0), st.floats(0.05, 0.9))),
         "layout": draw(st.sampled_from(("bhmd", "bmhd", "expanded"))),
         "unseen_nan": draw(st.booleans()),
+        "additive": draw(st.integers(0, 4)) == 0,
     }
     if draw(st.integers(0, 3)) == 0:
         return Case("fuzz", packed=tuple(draw(st.lists(st.tuples(LENGTHS, LENGTHS), max_size=4))), **options)
@@ -95,7 +96,12 @@ def fuller_rounding(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor
     keep = reference.dropout_keep(spec, x) / (1 - spec.dropout_p) if spec.dropout_p > 0 else torch.ones_like(p)
     out = (p * keep) @ v
     delta = (d_out * out).sum(-1, keepdim=True) - d_lse[..., None]  # [b, h, m, 1]
-    of_s2 = (1 + spec.d / 2) * spec.scale**2 * x.q.square() @ k.square().transpose(-1, -2)
+    if x.weight is None:
+        product, terms2 = x.q @ k.transpose(-1, -2), x.q.square() @ k.square().transpose(-1, -2)
+    else:  # tanh itself is rounded, by a unit in the last place of 1
+        hidden, weight = reference.hidden(x, k), x.weight[:, None, None]
+        product, terms2 = (hidden * weight).sum(-1), ((hidden.square() + 1) * weight.square()).sum(-1)
+    of_s2 = (1 + spec.d / 2) * spec.scale**2 * terms2
     of_lse2 = (p.square() * of_s2).sum(-1, keepdim=True)
     of_p2 = p.square() * (of_s2 + of_lse2)
     of_out = torch.finfo(spec.dtype).eps / torch.finfo(spec.accumulator).eps
@@ -103,13 +109,17 @@ def fuller_rounding(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor
     d_s = p * (d_out @ v.transpose(-1, -2) * keep - delta)
     of_dp2 = spec.dv / 2 * d_out.square() @ v.square().transpose(-1, -2) * keep.square()
     of_ds2 = (of_s2 + of_lse2) * d_s.square() + p.square() * (of_dp2 + of_delta2)
-    of_product2 = of_ds2
+    of_product2, d_product = of_ds2, d_s
     if spec.softcap is not None:
-        t = torch.tanh(spec.scale / spec.softcap * x.q @ k.transpose(-1, -2))
+        t = torch.tanh(spec.scale / spec.softcap * product)
         slope = 1 - t.square()  # where it is steep, a rounded score has another slope
         of_slope2 = 1 + (2 / spec.softcap * t * slope).square() * of_s2
-        of_product2 = slope.square() * of_ds2 + of_slope2 * d_s.square()
-    of_dk2 = spec.scale**2 * of_product2.transpose(-1, -2) @ x.q.square()
+        of_product2, d_product = slope.square() * of_ds2 + of_slope2 * d_s.square(), slope * d_s
+    of_dq2, of_dk2 = of_product2 @ k.square(), of_product2.transpose(-1, -2) @ x.q.square()
+    if x.weight is not None:
+        slopes2 = (1 - hidden.square()).square()
+        of_terms2 = (of_product2[..., None] * slopes2 + d_product.square()[..., None]) * weight.square()
+        of_dq2, of_dk2 = of_terms2.sum(3), of_terms2.sum(2)
     of_dv2 = (of_p2 * keep.square()).transpose(-1, -2) @ d_out.square()
     sink = s.new_full((spec.h,), -torch.inf) if x.sinks is None else x.sinks
     # lse is the largest score and this:
@@ -117,13 +127,16 @@ def fuller_rounding(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor
     more = {
         "out": (of_p2 * keep.square()) @ v.square(),
         "lse": of_lse2.squeeze(-1) + torch.where(lse == -torch.inf, 0.0, log_sum.square() + (lse - log_sum).square()),
-        "d_q": spec.scale**2 * of_product2 @ k.square(),
-        "d_k": of_dk2.unflatten(1, (spec.hk, -1)).sum(2),
+        "d_q": spec.scale**2 * of_dq2,
+        "d_k": spec.scale**2 * of_dk2.unflatten(1, (spec.hk, -1)).sum(2),
         "d_v": of_dv2.unflatten(1, (spec.hk, -1)).sum(2),
     }
     if x.bias is not None:
         terms = p.numel() / max(x.bias.numel(), 1)
         more["d_bias"] = (of_ds2 + terms / 2 * d_s.square()).sum_to_size(x.bias.shape)
+    if x.weight is not None:
+        of_weight2 = of_product2[..., None] * hidden.square() + d_product.square()[..., None]
+        more["d_weight"] = spec.scale**2 * of_weight2.sum((0, 2, 3))
     if x.sinks is not None:
         p_sink = (x.sinks[:, None] - lse).exp()[..., None]
         sums = (p_sink * delta).transpose(0, 1).flatten(1).cumsum(1)  # [h, b * m]
