@@ -85,6 +85,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "attention-dropout-seed": lambda q, k, v: pyattn.attention(q, k, v, dropout_p=0.4, seed=7),
     "attention-gqa": lambda q, k, v: pyattn.attention(q, k[:, :1], v[:, :1]),
     "varlen": varlen,
+    "additive": lambda q, k, v: pyattn.additive_attention(q, k, v, v[0, :, 0], causal=True, dropout_p=0.4),
     "sdpa-causal": lambda q, k, v: pyattn.scaled_dot_product_attention(q, k, v, is_causal=True),
     "sdpa-float-mask": sdpa_with_float_mask,
     "sdpa-3d": lambda q, k, v: pyattn.scaled_dot_product_attention(q[0], k[0], v[0], dropout_p=0.4),
@@ -199,6 +200,7 @@ OPERATOR_CASES = (
     "gqa",
     "packed-causal",
     "packed-dropout-alibi-sinks",
+    "additive-causal-gqa",
 )
 
 

@@ -34,9 +34,15 @@ OPTIONS: dict[str, dict[str, tuple[Any, int | None]]] = {
         "key_lengths": (torch.tensor([3, 6]), None),
     },
     "sinks": {"sinks": (normal(S, H), 0)},
+    "weight of each": {"weight": (normal(S, H, D), 0)},
+    "weight that is shared": {"weight": (normal(H, D), None), "bias": (normal(S, B, H, M, N), 0)},
     "dropout": {"dropout_p": (0.4, None), "seed": (torch.tensor(5), None)},
     "dropout of each": {"dropout_p": (0.4, None), "seed": (torch.tensor([5, 6, 7]), 0)},
 }
+
+
+def attend(*qkv: Tensor, **given: Any) -> Any:
+    return (pyattn.additive_attention if "weight" in given else pyattn.attention)(*qkv, return_lse=True, **given)
 
 
 def run_both(options: dict[str, tuple[Any, int | None]], function: Any) -> tuple[Any, Any]:
@@ -61,22 +67,17 @@ def run_both(options: dict[str, tuple[Any, int | None]], function: Any) -> tuple
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_vmap_gives_what_a_loop_gives(options: dict[str, tuple[Any, int | None]]) -> None:
-    def attention(*qkv: Tensor, **given: Any) -> Any:
-        return pyattn.attention(*qkv, return_lse=True, **given)
-
-    for got, want in zip(*run_both(options, attention), strict=True):
+    for got, want in zip(*run_both(options, attend), strict=True):
         torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_vmap_of_grad_gives_each_sample_its_gradients(options: dict[str, tuple[Any, int | None]]) -> None:
-    learned = tuple(name for name in ("bias", "sinks") if name in options)
+    learned = tuple(name for name in ("bias", "sinks", "weight") if name in options)
 
     def gradients(*qkv: Tensor, **given: Any) -> Any:
         def loss(q: Tensor, k: Tensor, v: Tensor, *extra: Tensor) -> Tensor:
-            out, lse = pyattn.attention(
-                q, k, v, return_lse=True, **given | dict(zip(learned, extra, strict=True))
-            )  # fmt: skip
+            out, lse = attend(q, k, v, **given | dict(zip(learned, extra, strict=True)))
             return out.square().sum() + torch.where(lse.isfinite(), lse, 0.0).sum()
 
         return grad(loss, argnums=tuple(range(3 + len(learned))))(*qkv, *(given[name] for name in learned))
@@ -98,9 +99,9 @@ def assert_batched_gradients_are_those_of_a_loop(outs: tuple[Tensor, ...], leave
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_batched_gradients_are_those_of_a_loop(options: dict[str, tuple[Any, int | None]]) -> None:
     given = {name: value if dim is None else value.select(dim, 0) for name, (value, dim) in options.items()}
-    learned = {name: given[name].clone().requires_grad_() for name in ("bias", "sinks") if name in given}
+    learned = {name: given[name].clone().requires_grad_() for name in ("bias", "sinks", "weight") if name in given}
     qkv = [t[0].clone().requires_grad_() for t in QKV]
-    out, lse = pyattn.attention(*qkv, return_lse=True, **given | learned)
+    out, lse = attend(*qkv, **given | learned)
     seen = torch.where(lse.isfinite(), lse, 0.0)
     for outs in ((out,), (seen,), (out, seen)):
         assert_batched_gradients_are_those_of_a_loop(outs, [*qkv[:2], *learned.values()])
