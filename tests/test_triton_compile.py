@@ -34,6 +34,10 @@ PAGED = DECODING | {"m": 512, "page_size": 16}
 CACHED = DECODING | {"m": 512, "offset": None}
 DECODING_ALL = DECODING | {"m": 2, "mask": True, "bias": "1hmn", "softcap": 30.0, "alibi": True, "sinks": True}
 
+ADDITIVE = {"additive": True, "right": 0}
+ADDITIVE_DROPOUT = DROPOUT | {"additive": True, "bias": "1hmn"}
+ADDITIVE_ALL = ADDITIVE | {"segments": True, "softcap": 30.0, "alibi": True, "sinks": True, "left": 100}
+
 FEATURES = (CAUSAL, WINDOW, MASK, DROPOUT, SEGMENTS, BIAS, SHARED_BIAS, SOFTCAP, ALIBI, SINKS, PACKED)
 
 JOBS = [
@@ -48,6 +52,10 @@ JOBS = [
     *(Job(chip, torch.bfloat16, {"d": 128} | DECODING_ALL) for chip in CHIPS),
     *(Job(chip, torch.bfloat16, {"d": d} | f) for chip in CHIPS for d in (64, 128, 256) for f in (CACHED, PAGED)),
     *(Job("sm_90", torch.float32, {"d": d} | DECODING) for d in (64, 256)),
+    *(Job(chip, torch.bfloat16, {"d": d} | ADDITIVE) for chip in CHIPS for d in (64, 256)),
+    *(Job(chip, torch.bfloat16, {"d": 64} | ADDITIVE_DROPOUT) for chip in CHIPS),
+    *(Job("sm_90", torch.bfloat16, {"d": 128} | f) for f in (ADDITIVE_ALL, PACKED | ADDITIVE)),
+    *(Job(chip, torch.float32, {"d": 64} | ADDITIVE) for chip in ("sm_80", "sm_90")),
 ]
 
 # Where a kernel takes all 255 registers, ptxas parks a few values in local memory: this many bytes per thread are let
@@ -90,7 +98,8 @@ def _jit_functions() -> dict[str, JITFunction]:
 
 
 def test_every_kernel_is_among_those_compiled():
-    launches = [*attention_launches("hopper", bias="1hmn"), *attention_launches("hopper", **DECODING)]
+    each = ({"bias": "1hmn"}, DECODING, ADDITIVE)
+    launches = [launch for options in each for launch in attention_launches("hopper", **options)]
     launched = {launch.kernel.__name__ for launch in launches}
     assert launched == {name for name in _jit_functions() if name.endswith("_kernel")}
 
@@ -107,7 +116,9 @@ def _keys(**options) -> set[str]:
 
 
 @pytest.mark.parametrize("heads_inside", [False, True], ids=["bhmd", "bmhd"])
-@pytest.mark.parametrize("features", [CAUSAL, WINDOW, MASK, SEGMENTS], ids=["causal", "window", "mask", "segments"])
+@pytest.mark.parametrize(
+    "features", [CAUSAL, WINDOW, MASK, SEGMENTS, ADDITIVE], ids=["causal", "window", "mask", "segments", "additive"]
+)
 @pytest.mark.parametrize("d", [17, 64, 72])
 def test_new_lengths_and_batch_sizes_do_not_recompile(d, features, heads_inside):
     options = {"d": d, "heads_inside": heads_inside} | features

@@ -19,6 +19,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from pyattn.triton_kernels import config
+from pyattn.triton_kernels.additive_bwd import additive_bwd
+from pyattn.triton_kernels.additive_fwd import additive_fwd
 from pyattn.triton_kernels.decode import decode
 from pyattn.triton_kernels.flash_bwd import flash_bwd
 from pyattn.triton_kernels.flash_fwd import flash_fwd
@@ -124,6 +126,7 @@ def attention_launches(
     sinks: bool = False,
     packed: int | None = None,
     decoding: bool = False,
+    additive: bool = False,
     page_size: int | None = None,
     **call: Any,
 ) -> list[Launch]:
@@ -168,10 +171,12 @@ def attention_launches(
     def run() -> None:
         if decoding:
             return decode(q, k, v, out, lse, lse, lse, arguments)
-        flash_fwd(q, k, v, out, lse, lse, lse, arguments)
+        weights = (empty(h, d, dtype=dtype),) if additive else ()
+        forward, backward = (additive_fwd, additive_bwd) if additive else (flash_fwd, flash_bwd)
+        forward(q, k, v, *weights, out, lse, lse, lse, arguments)
         d_out, d_lse = torch.empty_like(out), torch.empty_like(lse)
-        gradients = [None if t is None else torch.empty_like(t) for t in (q, k, v, arguments.bias)]
-        flash_bwd(q, k, v, out, lse, lse, d_out, d_lse, *gradients, arguments)
+        gradients = [None if t is None else torch.empty_like(t) for t in (q, k, v, *weights, arguments.bias)]
+        backward(q, k, v, *weights, out, lse, lse, d_out, d_lse, *gradients, arguments)
 
     return record(run, architecture)
 

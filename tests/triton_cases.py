@@ -17,7 +17,8 @@ from pyattn.triton_kernels.launch import Call
 BACKEND = BACKENDS["triton"]
 # Half precision differs in the unit of its scores and in rounding, so one case per feature is enough of it.
 HALF = """plain cross odd-head-sizes scale-negative causal window key-lengths mask-full gqa dropout-gqa-causal segments
-    bias-per-head softcap-causal-bias alibi-causal sinks packed-gqa-window packed-dropout-alibi-sinks everything"""
+    bias-per-head softcap-causal-bias alibi-causal sinks packed-gqa-window packed-dropout-alibi-sinks everything
+    additive additive-saturated additive-packed"""
 RUNS = [(c, torch.float32) for c in CASES] + [(c, torch.float16) for c in CASES if c.id in HALF.split()]
 
 
@@ -64,8 +65,35 @@ def test_decoding_is_as_accurate_as_plain_pytorch(case, dtype):
     assert [r for r in results if not r.excess <= 1] == []
 
 
+_FEW = {"additive": True, "b": 1, "m": 40, "n": 70}
+ADDITIVE = [
+    Case("additive-many-columns", **_FEW | {"m": 5, "n": 40, "h": 1, "hk": 1}, d=301, dv=8),
+    Case("additive-scale-negative", **_FEW, d=17, scale=-0.3, bias="bhmn", unseen_nan=True, mask="b11n"),
+    Case("additive-scale-zero", **_FEW, d=4, scale=0.0, bias="1111"),
+    Case("additive-some-rows-large", **_FEW | {"m": 130, "h": 4}, d=8, powers=(-2, 2), causal=True, unseen_nan=True),
+    Case("additive-segments", **_FEW | {"m": 150, "n": 140}, d=6, segments=3),
+    Case("additive-top-left", **_FEW, d=6, causal=True, top_left=True, unseen_nan=True, bias="11m1"),
+]  # fmt: skip
+
+
 CACHES = [(0, 16, torch.float32), (1, None, torch.float32), (5, 7, torch.float32), (5, 64, torch.float16),
           (24, 16, torch.float32)]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ADDITIVE, ids=_id)
+def test_additive_scores_are_as_accurate_as_plain_pytorch(case):
+    assert [r for r in testing.check_case("triton", case, torch.float32) if not r.excess <= 1] == []
+
+
+@pytest.mark.parametrize(("a", "b"), [(80.0, -80.0), (30.0, -30.0), (44.0, 44.0), (-50.0, 0.5), (1e30, -1e30)])
+def test_additive_scores_of_any_magnitude_are_those_of_their_sums(a, b):
+    # Every column of a query or a key alike; tanh takes only the sum, which is exact.
+    call = testing.make_inputs(Case("magnitude", b=1, h=1, hk=1, m=3, n=5, d=4, dv=2, additive=True), torch.float32)
+    call.tensors["q"].fill_(a)
+    call.tensors["k"].fill_(b)
+    call.tensors["k"][:, :, 1:] += torch.tensor([0.0, 0.25, -3.0, 12.0])[:, None]
+    results = testing.reference(call).compare(testing.evaluate_backend(call, "triton"))
+    assert [r for r in results if not r.excess <= 1] == []
 
 
 @pytest.mark.parametrize(("m", "page_size", "dtype"), CACHES, ids=_id)

@@ -93,11 +93,30 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
     ("decode", "any", 16): {64: Config(16, 128, 4, 3), 128: Config(16, 64, 4, 3), 256: Config(16, 32, 4, 2)},
     ("decode", "cdna", 16): {64: Config(16, 128, 4, 2), 128: Config(16, 64, 4, 2), 256: Config(16, 32, 4, 2)},
     ("decode", "any", 32): {64: Config(16, 32, 4, 2), 256: Config(16, 16, 4, 2)},
+    # Additive scores, by the size of the values alone. A thread's share of a tile stays small: two columns at a time,
+    # each pair of a query and a key has a numerator and a denominator of either.
+    ("additive forward", "hopper", 16): {256: Config(64, 32, 8, 1)},
+    ("additive forward", "cdna", 16): {256: Config(64, 32, 4, 1)},
+    ("additive forward", "any", 16): {256: Config(32, 32, 4, 1)},
+    ("additive dq", "hopper", 16): {256: Config(64, 16, 4, 1)},
+    ("additive dq", "cdna", 16): {256: Config(64, 32, 4, 1)},
+    ("additive dq", "any", 16): {128: Config(64, 16, 4, 1), 256: Config(64, 16, 8, 1)},
+    ("additive dkdv", "hopper", 16): {64: Config(16, 64, 4, 1), 256: Config(64, 32, 8, 1)},
+    ("additive dkdv", "cdna", 16): {256: Config(32, 64, 4, 1)},
+    ("additive dkdv", "any", 16): {64: Config(16, 64, 4, 1), 256: Config(32, 32, 8, 1)},
+    ("additive forward", "any", 32): {64: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)},
+    ("additive dq", "any", 32): {64: Config(16, 32, 4, 1), 256: Config(16, 16, 4, 1)},
+    ("additive dkdv", "any", 32): {64: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1)},
     # Small, so that small tests have several blocks in each direction.
     ("forward", "interpreter", 16): {256: Config(32, 32, 4, 1)},
     ("dq", "interpreter", 16): {256: Config(32, 32, 4, 1)},
     ("dkdv", "interpreter", 16): {256: Config(32, 32, 4, 1)},
     ("decode", "interpreter", 16): {256: Config(16, 32, 4, 1)},
+    **{
+        (f"additive {k}", "interpreter", bits): {256: Config(64, 64, 4, 1)}
+        for k in ("forward", "dq", "dkdv")
+        for bits in (16, 32)
+    },
 }
 
 # Rows that a release of Triton needs so as not to spill, instead of those above or beside them. What they cost, smaller
@@ -117,16 +136,17 @@ for key, rows in RELEASES.get(".".join(triton.__version__.split(".")[:2]), {}).i
 
 
 def choose(kernel: str, architecture: str, bits: int, head_dim: int, load: str) -> Config:
-    """The row for a kernel ("forward", "dq", "dkdv" or "decode") and the larger of the two padded head sizes.
+    """The row for a kernel ("forward", "dq", "dkdv", "decode" or "additive ...") and the larger of the two padded head
+    sizes, for additive scores the values'.
 
     load: "heavy" for a call with dropout, a bias, a boolean mask or segment ids; "crowded" for one with another feature
     that takes registers, or a padded head size; else "light".
     """
-    if bits == 32:
+    if bits == 32 and (kernel, architecture, bits) not in TABLE:
         architecture = "any"
     elif (kernel, f"{architecture} {load}", bits) in TABLE:
         architecture = f"{architecture} {load}"
-    elif architecture != "interpreter" and load == "heavy":
+    elif architecture != "interpreter" and (kernel, load, bits) in TABLE:
         architecture = "heavy"
     elif (kernel, architecture, bits) not in TABLE:
         architecture = "any"

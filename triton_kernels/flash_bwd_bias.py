@@ -4,11 +4,14 @@ Grid: one program per block of the bias's own shape, which visits every block of
 over, always in the same order. What `flash_bwd` computes of ds is computed again.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .additive import MOST_ROWS, NOT_ADDITIVE, additive_scores, is_mild, parts_start
 from .mask import visible
 from .philox import dropout_keep
 from .schedule import keys_seen
@@ -31,6 +34,12 @@ def _flash_bwd_dbias_kernel(
     dlse_ptr,  # or None
     bias_ptr,
     # Absent features are None.
+    # Of additive scores, as `additive_bwd` has them.
+    weight_ptr,
+    q_parts_ptr,
+    k_parts_ptr,
+    q_reach_ptr,
+    k_reach_ptr,
     mask_ptr,  # uint8
     lengths_ptr,  # [b]
     q_ids_ptr,  # [b, m]
@@ -65,6 +74,8 @@ def _flash_bwd_dbias_kernel(
     GROUP,
     M,
     N,
+    Q_TILES,
+    K_TILES,
     B,
     offset,
     left,  # or None
@@ -84,6 +95,8 @@ def _flash_bwd_dbias_kernel(
     OFFSET: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
+    NATIVE: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -106,6 +119,8 @@ def _flash_bwd_dbias_kernel(
         seed = tl.load(seed_ptr)
     unit = factor * LOG2_E
 
+    q_rows = Q_TILES * MOST_ROWS
+    k_rows = K_TILES * MOST_ROWS
     rows = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -141,19 +156,36 @@ def _flash_bwd_dbias_kernel(
             if dlse_ptr is not None:
                 dlse_ptrs = statistics_start(dlse_ptr, i_b, i_h, H, M, None) + i_m
                 d_lse = tl.load(dlse_ptrs, mask=in_m, other=0.0)[:, None]
-            q_tile = load_tile(q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET)
-            if SCALE_SIGN != 1:
-                q_tile = q_tile * SCALE_SIGN
+            if weight_ptr is not None:
+                q_parts = parts_start(q_parts_ptr, i_b, i_h, H, q_rows, None, EVEN) + start_m
+                q_reach_ptrs = statistics_start(q_reach_ptr, i_b, i_h, H, q_rows, None) + i_m
+                q_reach = tl.load(q_reach_ptrs)
+            else:
+                q_tile = load_tile(q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET)
+                if SCALE_SIGN != 1:
+                    q_tile = q_tile * SCALE_SIGN
             do_tile = load_tile(do_base, stride_dom, start_m, in_m, True, HEAD_DIM_V, BLOCK_M, BLOCK_DV, ALIGN, OFFSET)
             for block_n in tl.range(0, each_n):
                 start_n = (own_n + block_n) * BLOCK_N
                 wanted = (start_n + cols >= first) & (start_n + cols < last)
-                k_tile = load_tile(k_base, stride_kn, start_n, wanted, True, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN, OFFSET)
                 v_tile = load_tile(
                     v_base, stride_vn, start_n, wanted, True, HEAD_DIM_V, BLOCK_N, BLOCK_DV, ALIGN, OFFSET
                 )
                 # [BLOCK_M, BLOCK_N]
-                s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+                if weight_ptr is None:
+                    k_tile = load_tile(
+                        k_base, stride_kn, start_n, wanted, True, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN, OFFSET
+                    )
+                    s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+                else:
+                    j_n = start_n + cols
+                    k_reach_ptrs = statistics_start(k_reach_ptr, i_b, i_h // GROUP, H // GROUP, k_rows, None) + j_n
+                    mild = is_mild(q_reach, tl.load(k_reach_ptrs))
+                    k_parts = parts_start(k_parts_ptr, i_b, i_h // GROUP, H // GROUP, k_rows, None, EVEN) + start_n
+                    s = additive_scores(
+                        q_parts, k_parts, rows[:, None], cols[None, :], q_rows, k_rows, in_m[:, None], wanted[None, :],
+                        mild, weight_ptr + i_h * EVEN, NATIVE, HEAD_DIM, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
                 s, _ = to_scores(
                     s, start_m, start_n, rows[:, None], cols[None, :], M, n_keys, offset, magnitude, softcap,
                     slope, bias_base, stride_bias_m, stride_bias_n, OFFSET,
@@ -200,14 +232,17 @@ def flash_bwd_bias(
     d_out: Tensor,
     dbias: Tensor,
     call: launch.Call,
+    additive: dict[str, Any] = NOT_ADDITIVE,
 ) -> None:
-    """Writes dbias, in the bias's shape. The other tensors as `flash_bwd` has them when it has written delta."""
+    """Writes dbias, in the bias's shape. additive: those of `additive.common_arguments` that are not every kernel's.
+
+    The other tensors as `flash_bwd` has them when it has written delta."""
     (b, h, m, _), n = q.shape, k.shape[2]
-    sizes = launch.sizes("dq", q, k, v, call)
+    sizes = launch.sizes("dq" if additive is NOT_ADDITIVE else "additive dq", q, k, v, call)
     one_b, one_h, one_m, one_n = (size == 1 for size in dbias.shape)
     blocks_m, blocks_n = launch.parts(m, sizes.block_m), launch.parts(n, sizes.block_n)
     programs = (1 if one_b else b) * (1 if one_h else h) * (1 if one_m else blocks_m) * (1 if one_n else blocks_n)
-    common = call.arguments(q, k, v) | launch.layout(q, k, v, d_out, scores=(call.mask, call.bias, dbias))
+    common = call.arguments(q, k, v) | additive | launch.layout(q, k, v, d_out, scores=(call.mask, call.bias, dbias))
     for of_packed in ("S", "cu_q_ptr", "cu_k_ptr"):
         del common[of_packed]
     _flash_bwd_dbias_kernel[(programs,)](

@@ -29,7 +29,7 @@ RUNTIME_VALUES = (
     *("magnitude", "factor", "scale", "softcap", "threshold", "inv_keep"),
     *("B", "CHUNKS", "PAGES", "page_size"),
     *(f"outer_{tensor}" for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv")),
-    *("BLOCKS", "SECTION", "HEADS"),
+    *("BLOCKS", "SECTION", "HEADS", "Q_TILES", "K_TILES"),
 )
 
 # From this stride on (in elements), an offset inside a tile of 128 rows may not fit 32 bits.
@@ -165,7 +165,8 @@ def strides(**tensors: Tensor) -> dict[str, int]:
 
 def sizes(kernel: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> config.Config:
     """The launch sizes of `kernel` for this call."""
-    head_dim = padded_head_dim(max(q.shape[3], v.shape[3]))
+    # The columns of additive scores are walked over: they make no tile wide.
+    head_dim = padded_head_dim(v.shape[3] if kernel.startswith("additive") else max(q.shape[3], v.shape[3]))
     architecture, bits = config.architecture_of(q.device), 8 * q.element_size()
     return config.choose(kernel, architecture, bits, head_dim, _load(q, k, v, call))
 

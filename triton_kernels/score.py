@@ -8,7 +8,7 @@ from .tiles import score_ptrs
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     """After Cephes: a rational function near 0, where 1 - 2 / (e^2x + 1) would cancel, and that elsewhere."""
     z = x * x
     top = (z * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * z - 1.61468768441708447952e3
@@ -44,7 +44,7 @@ def to_scores(
     """
     t = s
     if softcap is not None:
-        t = _tanh(s * magnitude)
+        t = tanh(s * magnitude)
         s = t * softcap
     elif bias_base is not None or slope is not None:
         s = s * magnitude

@@ -31,7 +31,7 @@ class TritonBackend(Backend):
     dtypes = frozenset({torch.float16, torch.bfloat16, torch.float32})
     features = frozenset({
         "causal", "window", "key_lengths", "segment_ids", "mask", "bias", "softcap", "alibi", "sinks", "dropout", "gqa",
-        "dv", "packed", "cached", "paged",
+        "dv", "packed", "cached", "paged", "additive",
     })  # fmt: skip
     max_head_dim = 256
 
@@ -48,7 +48,9 @@ class TritonBackend(Backend):
             if spec.dtype is torch.bfloat16:
                 return "Triton's interpreter computes bfloat16 wrongly and without an error"
             spec = spec._replace(device="cuda")  # the interpreter takes CPU tensors in a GPU's place
-        return super().refusal(spec) or _uncountable(spec) or self.failure(spec)
+        # The columns of additive scores are walked over: any number will do.
+        declared = spec._replace(d=spec.dv) if spec.additive else spec
+        return super().refusal(declared) or _uncountable(spec) or self.failure(spec)
 
     def failure(self, spec: AttentionSpec) -> str | None:
         """What went wrong when a kernel for a call of this kind was to be compiled."""
@@ -68,12 +70,16 @@ class TritonBackend(Backend):
             raise KernelError(reason) from error
 
     def forward(self, spec: AttentionSpec, x: Inputs) -> Results:
+        from pyattn.triton_kernels.additive_fwd import additive_fwd
         from pyattn.triton_kernels.decode import decode, suits
         from pyattn.triton_kernels.flash_fwd import flash_fwd
 
         y, call = empty_results(x.q, spec.dv), call_of(spec, x)
         with self.compiling(spec):
-            (decode if suits(x.q, x.k, call) else flash_fwd)(x.q, x.k, x.v, *y, call)
+            if x.weight is not None:
+                additive_fwd(x.q, x.k, x.v, x.weight, *y, call)
+            else:
+                (decode if suits(x.q, x.k, call) else flash_fwd)(x.q, x.k, x.v, *y, call)
         return y
 
     def backward(
@@ -85,6 +91,7 @@ class TritonBackend(Backend):
         d_lse: Tensor | None,
         bias_gradient: bool,
     ) -> Grads:
+        from pyattn.triton_kernels.additive_bwd import additive_bwd
         from pyattn.triton_kernels.flash_bwd import flash_bwd
 
         grads = empty_gradients(x, bias_gradient)
@@ -94,10 +101,17 @@ class TritonBackend(Backend):
         d_lse = None if d_lse is None else d_lse.float().contiguous()
         row_max, row_sum = y.row_max.contiguous(), y.row_sum.contiguous()
         with self.compiling(spec):
-            delta = flash_bwd(
-                x.q, x.k, x.v, y.out, row_max, row_sum, d_out, d_lse, grads.q, grads.k, grads.v, grads.bias,
-                call_of(spec, x),
-            )  # fmt: skip
+            if x.weight is not None:
+                assert grads.weight is not None
+                delta = additive_bwd(
+                    x.q, x.k, x.v, x.weight, y.out, row_max, row_sum, d_out, d_lse,
+                    grads.q, grads.k, grads.v, grads.weight, grads.bias, call_of(spec, x),
+                )  # fmt: skip
+            else:
+                delta = flash_bwd(
+                    x.q, x.k, x.v, y.out, row_max, row_sum, d_out, d_lse, grads.q, grads.k, grads.v, grads.bias,
+                    call_of(spec, x),
+                )  # fmt: skip
         return grads if x.sinks is None else grads._replace(sinks=_sink_gradient(x.sinks, y.lse, delta, d_lse))
 
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
@@ -109,7 +123,11 @@ class TritonBackend(Backend):
         spread = rows + decode.MOST_ROWS * 2 * config.processors(torch.device(spec.device))
         decoding = spec.offset is None or spec.h // spec.hk * spec.m <= decode.MOST_ROWS
         forward = min(decode.MOST_CHUNKS * rows, spread) * (spec.dv + 1) * 4 if decoding else 0
-        return forward, rows * (4 + spec.dv * spec.dtype.itemsize)
+        backward = rows * (4 + spec.dv * spec.dtype.itemsize)
+        if spec.additive:
+            forward, sums = _parts_bytes(spec)
+            backward += forward + sums
+        return forward, backward
 
 
 def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, d_lse: Tensor | None) -> Tensor:
@@ -128,6 +146,13 @@ def call_of(spec: AttentionSpec, x: Inputs) -> Call:
         x.mask, x.bias, x.key_lengths, x.q_segments, x.k_segments, x.alibi_slopes, x.sinks, x.seed,
         x.cu_seqlens_q, x.cu_seqlens_k, x.block_table,
     )  # fmt: skip
+
+
+def _parts_bytes(spec: AttentionSpec) -> tuple[int, int]:
+    """What additive scores take beside: float32 forms of q and k, and what making one takes; the sums of gradients."""
+    columns = max(2, spec.d + spec.d % 2)
+    q, k = (spec.b * heads * -(-rows // 64) * 64 * columns * 4 for heads, rows in ((spec.h, spec.m), (spec.hk, spec.n)))
+    return 4 * (q + k) + 5 * max(q, k), q + k
 
 
 def _uncountable(spec: AttentionSpec) -> str | None:

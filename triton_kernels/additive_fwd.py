@@ -1,0 +1,230 @@
+"""Fused additive attention, forward: `flash_fwd` with the scores of `additive` (arXiv:1409.0473, appendix A.1.2).
+
+Grid: one program per block of BLOCK_M queries of one head, the last block first, because under a causal mask it has the
+most work. No tensor [m, n, a] is made: memory is that of the inputs and the output.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .additive import MOST_ROWS, additive_scores, common_arguments, is_mild, parts_start
+from .mask import drop_unseen, visible
+from .philox import dropout_keep
+from .schedule import (
+    MASKED_RUN,
+    block_start,
+    id_range,
+    keys_seen,
+    locate,
+    num_blocks,
+    run_length,
+    stages,
+    stop_run,
+    visited_blocks,
+    within_segments,
+)
+from .score import to_scores
+from .softmax import LOG2_E, finish_rows, softmax_step
+from .tiles import head_start, load_tile, statistics_start, store_tile
+
+
+@triton.jit(do_not_specialize=launch.RUNTIME_VALUES)
+def _additive_fwd_kernel(
+    v_ptr,
+    weight_ptr,  # float32 [h, a], a padded to EVEN columns, as in the next two
+    q_parts_ptr,  # float32 [b, h, a, 3, m]
+    k_parts_ptr,  # float32 [b, hk, a, 3, n]
+    q_reach_ptr,  # float32 [b, h, m]
+    k_reach_ptr,  # float32 [b, hk, n]
+    out_ptr,
+    # [b, h, m]
+    lse_ptr,
+    row_max_ptr,
+    log_sum_ptr,
+    # Absent features are None.
+    mask_ptr,  # uint8
+    bias_ptr,
+    lengths_ptr,  # [b]
+    q_ids_ptr,  # [b, m]
+    k_ids_ptr,  # [b, n]
+    id_ranges_ptr,  # [b, blocks of keys, 2]
+    slopes_ptr,  # [sequences, h]
+    sinks_ptr,  # [h]
+    seed_ptr,  # []
+    cu_q_ptr,  # [S + 1]
+    cu_k_ptr,  # [S + 1]
+    stride_vb: tl.int64,
+    stride_vh: tl.int64,
+    stride_vn: tl.int64,
+    stride_ob: tl.int64,
+    stride_oh: tl.int64,
+    stride_om: tl.int64,
+    stride_mask_b: tl.int64,
+    stride_mask_h: tl.int64,
+    stride_mask_m: tl.int64,
+    stride_mask_n: tl.int64,
+    stride_bias_b: tl.int64,
+    stride_bias_h: tl.int64,
+    stride_bias_m: tl.int64,
+    stride_bias_n: tl.int64,
+    H,
+    GROUP,
+    M,
+    N,
+    Q_TILES,  # of MOST_ROWS rows, into which those of the parts go
+    K_TILES,
+    S,
+    offset,
+    left,  # or None
+    right,  # or None
+    magnitude,
+    factor,
+    softcap,  # or None
+    threshold,
+    inv_keep,
+    NATIVE: tl.constexpr,
+    EVEN: tl.constexpr,
+    MASK_CONTIGUOUS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    OFFSET: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    blocks = num_blocks(M, cu_q_ptr, S, BLOCK_M)
+    i_h = tl.program_id(0) // blocks % H
+    i_b = tl.program_id(0) // blocks // H
+    i_s = i_b
+    block = tl.program_id(0) % blocks
+    first_m = None
+    first_n = None
+    n_queries = M
+    n_keys = N
+    if cu_q_ptr is not None:
+        i_s, block, first_m, n_queries, first_n, n_keys = locate(block, cu_q_ptr, cu_k_ptr, S, M, N, BLOCK_M)
+        offset = n_keys - n_queries
+    start_m = tl.maximum(tl.cdiv(n_queries, BLOCK_M) - 1 - block, 0) * BLOCK_M
+    if lengths_ptr is not None:
+        n_keys = tl.minimum(tl.load(lengths_ptr + i_b), N)  # a wrong length must not read past the keys
+    v_base = head_start(v_ptr, i_b, i_h // GROUP, first_n, stride_vb, stride_vh, stride_vn, ALIGN)
+    mask_base = mask_ptr
+    if mask_ptr is not None:
+        mask_base = head_start(mask_ptr, i_b, i_h, None, stride_mask_b, stride_mask_h, stride_mask_m, 1)
+    bias_base = bias_ptr
+    if bias_ptr is not None:
+        bias_base = head_start(bias_ptr, i_b, i_h, None, stride_bias_b, stride_bias_h, stride_bias_m, 1)
+    q_ids_base = q_ids_ptr
+    k_ids_base = k_ids_ptr
+    if q_ids_ptr is not None:
+        q_ids_base = q_ids_ptr + i_b.to(tl.int64) * M
+        k_ids_base = k_ids_ptr + i_b.to(tl.int64) * N
+    slope = slopes_ptr
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + i_s * H + i_h)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    HIDES: tl.constexpr = mask_ptr is not None or q_ids_ptr is not None
+    unit = factor * LOG2_E
+
+    q_rows = Q_TILES * MOST_ROWS
+    k_rows = K_TILES * MOST_ROWS
+    rows = tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    in_m = start_m + rows < n_queries
+    q_parts = parts_start(q_parts_ptr, i_b, i_h, H, q_rows, first_m, EVEN) + start_m
+    q_reach_ptrs = statistics_start(q_reach_ptr, i_b, i_h, H, q_rows, first_m) + start_m + rows
+    q_reach = tl.load(q_reach_ptrs)
+    k_parts_base = parts_start(k_parts_ptr, i_b, i_h // GROUP, H // GROUP, k_rows, first_n, EVEN)
+    k_reach_base = statistics_start(k_reach_ptr, i_b, i_h // GROUP, H // GROUP, k_rows, first_n)
+    weight_base = weight_ptr + i_h * EVEN
+    # [BLOCK_M, BLOCK_DV]
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+    stop_m = tl.minimum(start_m + BLOCK_M, n_queries)
+    first, last, first_full, last_full = keys_seen(start_m, stop_m, n_keys, offset, left, right)
+    start, full_start, full_stop, stop = visited_blocks(first, last, first_full, last_full, mask_base, BLOCK_N)
+    q_ids = None
+    if q_ids_ptr is not None:
+        q_ids = tl.load(q_ids_base + start_m + rows, mask=in_m, other=0)
+        low, high = id_range(q_ids, in_m)
+        q_ids = q_ids[:, None]
+        ranges_base = id_ranges_ptr + i_b.to(tl.int64) * tl.cdiv(N, BLOCK_N) * 2
+        start, full_start, full_stop, stop = within_segments(
+            start, full_start, full_stop, stop, low, high, ranges_base, mask_base, BLOCK_N
+        )
+    for run in tl.static_range(stop_run(mask_ptr)):
+        length = run_length(run, start, full_start, full_stop, stop)
+        for step in tl.range(0, length, BLOCK_N, num_stages=stages(run, q_ids_ptr is not None)):
+            start_n = block_start(run, step, start, full_start, full_stop, BLOCK_N)
+            # A key that no query of the tile sees is not read: its NaN would survive multiplication by a weight of 0.
+            wanted = (start_n + cols >= first) & (start_n + cols < last)
+            mild = is_mild(q_reach, tl.load(k_reach_base + start_n + cols))
+            # [BLOCK_M, BLOCK_N]
+            s = additive_scores(
+                q_parts, k_parts_base + start_n, rows[:, None], cols[None, :], q_rows, k_rows, in_m[:, None],
+                wanted[None, :], mild, weight_base, NATIVE, HEAD_DIM, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            s, _ = to_scores(
+                s, start_m, start_n, rows[:, None], cols[None, :], n_queries, n_keys, offset, magnitude, softcap,
+                slope, bias_base, stride_bias_m, stride_bias_n, OFFSET,
+            )  # fmt: skip
+            if run == MASKED_RUN:
+                k_ids = None
+                if q_ids_ptr is not None:
+                    k_ids = tl.load(k_ids_base + start_n + cols, mask=start_n + cols < n_keys, other=0)[None, :]
+                see = visible(
+                    start_m, start_n, rows[:, None], cols[None, :], n_queries, n_keys, offset, left, right,
+                    q_ids, k_ids, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                )  # fmt: skip
+                s = tl.where(see, s, float("-inf"))
+            p, row_max, row_sum, rescale = softmax_step(s, row_max, row_sum, unit)
+            if seed_ptr is not None:
+                keep = dropout_keep(seed, threshold, i_s, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N)
+                p = tl.where(keep, p, 0.0)
+            # [BLOCK_N, BLOCK_DV]
+            v_tile = load_tile(
+                v_base, stride_vn, start_n, wanted, run == MASKED_RUN, HEAD_DIM_V, BLOCK_N, BLOCK_DV, ALIGN, OFFSET
+            )
+            if run == MASKED_RUN:
+                v_tile = drop_unseen(v_tile, see, HIDES)
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
+
+    rescale, lse, top, log_sum = finish_rows(row_max, row_sum, sinks_ptr, i_h, factor)
+    acc = acc * (inv_keep * rescale)[:, None]
+    out_base = head_start(out_ptr, i_b, i_h, first_m, stride_ob, stride_oh, stride_om, ALIGN)
+    store_tile(out_base, stride_om, start_m, in_m, acc, HEAD_DIM_V, BLOCK_M, BLOCK_DV, ALIGN, OFFSET)
+    i_m = start_m + rows
+    tl.store(statistics_start(lse_ptr, i_b, i_h, H, M, first_m) + i_m, lse, mask=in_m)
+    tl.store(statistics_start(row_max_ptr, i_b, i_h, H, M, first_m) + i_m, top, mask=in_m)
+    tl.store(statistics_start(log_sum_ptr, i_b, i_h, H, M, first_m) + i_m, log_sum, mask=in_m)
+
+
+def additive_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    call: launch.Call,
+) -> None:
+    """As `flash_fwd`, with the weight [h, a] of additive scores."""
+    b, h, m, _ = q.shape
+    if b * m == 0:
+        return
+    common = common_arguments(q, k, v, weight, call) | launch.layout(v, out, scores=(call.mask, call.bias))
+    sizes = launch.sizes("additive forward", q, k, v, call)
+    with launch.on_device_of(q):
+        _additive_fwd_kernel[(call.blocks(m, sizes.block_m) * h * b,)](
+            v_ptr=v, out_ptr=out, lse_ptr=lse, row_max_ptr=row_max, log_sum_ptr=log_sum,
+            **launch.strides(v=v, o=out), **common, **sizes.arguments(),
+            sinks_ptr=launch.contiguous(call.sinks), id_ranges_ptr=launch.id_ranges(call.k_segments, sizes.block_n),
+        )  # fmt: skip
