@@ -38,7 +38,7 @@ def test_additive_of_any_size_and_of_pairs_that_cancel_agrees_with_definition(ba
     assert_agrees(call, backend)
 
 
-@pytest.mark.parametrize("size", [8, 16, 17, 100, 130, 512])
+@pytest.mark.parametrize("size", [8, 16, 17, 100, 130, 512, 1000])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_additive_of_any_width_agrees_with_definition(backend, size):
     call = testing.make_inputs(Case("widths", additive=True, m=9, n=33, d=size, dv=7, h=3, hk=1), torch.float32)

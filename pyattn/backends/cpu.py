@@ -25,6 +25,7 @@ _TOGETHER = 4  # tiles of queries that a backward task works on, as in csrc/cpu/
 _LANES = 16  # the widest vector's elements, to which rows are padded
 # Calls of few tiles and at least this many keys split them into parts, as csrc/cpu/plan.cpp does.
 _SPLIT_FROM, _MOST_PARTS = 1024, 128
+_MOST_COLUMNS = 4096  # of additive scores, as in csrc/attention_args.h
 # Tensors that the kernels read as one contiguous piece. So they do segment ids, which must be int32, too.
 _WHOLE = ("key_lengths", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "block_table")
 
@@ -43,6 +44,11 @@ class CpuBackend(Backend):
     def unavailable(self) -> str | None:
         extension = _extension()
         return extension if isinstance(extension, str) else None
+
+    def refusal(self, spec: AttentionSpec) -> str | None:
+        # The columns of additive scores are no operand of a product.
+        columns = spec.additive and spec.d <= _MOST_COLUMNS
+        return super().refusal(spec._replace(d=spec.dv) if columns else spec)
 
     def forward(self, spec: AttentionSpec, x: Inputs) -> Results:
         y = empty_results(x.q, spec.dv)
@@ -95,7 +101,7 @@ class CpuBackend(Backend):
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
         item, threads = spec.accumulator.itemsize, torch.get_num_threads()
         columns = sum(-(-size // _LANES) * _LANES for size in (spec.d, spec.dv))
-        tiles = _TILE * (3 * columns + 6 * _TILE)
+        tiles = _TILE * (3 * columns + 6 * _TILE + (8 * spec.d if spec.additive else 0))
         parts = _MOST_PARTS * _TILE * (columns + 2) if spec.n >= _SPLIT_FROM else 0
         forward = (threads * tiles + parts) * item
         per_row = 2 * spec.b * spec.h * spec.m  # delta, twice
