@@ -374,12 +374,10 @@ def _check_weight(weight: Tensor, q: Tensor) -> None:
 
 def _check_exp_keys(exp_keys: Tensor, k: Tensor, packed: bool) -> Tensor:
     check_tensor("exp_keys", exp_keys, (torch.float64 if k.dtype is torch.float64 else torch.float32,), k)
-    if exp_keys.requires_grad:
-        raise RangeError("exp_keys: expected a tensor without gradient, got requires_grad=True: k has the gradient")
     batch = as_batch(exp_keys) if packed and exp_keys.dim() == 3 else exp_keys
     if batch.shape != k.shape:
         raise ShapeError(f"exp_keys: expected the shape of k, got {_shape(exp_keys)}")
-    return unit_stride(batch)
+    return unit_stride(batch.detach())
 
 
 def _check_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

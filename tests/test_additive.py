@@ -134,5 +134,41 @@ def test_additive_exponentials_that_do_not_fit_are_refused():
         pyattn.additive_attention(q, q, q, weight, exp_keys=torch.ones(1, 1, 3, 4))
     with pytest.raises(pyattn.DtypeError, match="exp_keys: expected float32, got float16"):
         pyattn.additive_attention(q, q, q, weight, exp_keys=torch.ones(1, 1, 2, 4).half())
-    with pytest.raises(pyattn.RangeError, match="exp_keys: expected a tensor without gradient"):
-        pyattn.additive_attention(q, q, q, weight, exp_keys=torch.ones(1, 1, 2, 4, requires_grad=True))
+
+
+def test_additive_exponentials_leave_the_gradient_to_the_keys():
+    q, v, weight = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 5, 4), torch.randn(1, 16)
+    k = torch.randn(1, 1, 5, 16, requires_grad=True)
+    expected, found = (
+        torch.autograd.grad(pyattn.additive_attention(q, k, v, weight, exp_keys=e).square().sum(), k)[0]
+        for e in (None, torch.exp(2 * k))
+    )
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("m", [1, 2, 4, 7])
+def test_additive_of_large_weights_is_finite(m, backend):
+    q, k, v, weight = (
+        torch.full((1, 1, m, 64), 20.0),
+        torch.full((1, 1, 4, 64), 20.0),
+        torch.randn(1, 1, 4, 2),
+        torch.ones(1, 64),
+    )
+    weight[0, ::2] *= -1
+    for size, shrink in ((1100.0, 1.0), (1e7, 0.25), (1e30, 0.01)):
+        out = pyattn.additive_attention(q * shrink, k * shrink, v, weight * size, scale=1 / size, backend=backend)
+        assert torch.allclose(out, v.mean(2, keepdim=True).expand_as(out), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("m", [1, 3, 17])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_additive_reads_nothing_that_earlier_calls_left_in_memory(backend, m, dtype):
+    case = Case("left", additive=True, b=1, h=4, hk=4, m=m, n=100, d=16, dv=16, bias="111n")
+    call = testing.make_inputs(case, dtype)
+    oracle = testing.reference(call)
+    junk = [torch.full((size,), float("inf")) for size in range(64, 15000, 97)]
+    del junk
+    for result in oracle.compare(testing.evaluate_backend(call, backend)):
+        assert result.excess <= 1, result

@@ -107,8 +107,11 @@ class Additive {
         }
     }
 
-    // sums[key * key_stride + query * query_stride] = weight . tanh(q + k). Queries behind the last one are passed over.
+    // sums[key * key_stride + query * query_stride] = weight . tanh(q + k); 0 for queries behind the last one.
     void scores(const Rows& rows, Range queries, Range keys, A* sums, int64_t key_stride, int64_t query_stride) {
+        for (int64_t query = larger(queries.begin, rows.count); query < queries.end; ++query) {
+            for (int64_t key = keys.begin; key < keys.end; ++key) sums[key * key_stride + query * query_stride] = 0;
+        }
         queries.end = smaller(queries.end, rows.count);
         for (int64_t query = queries.begin; query < queries.end;) {
             int64_t end = query + 1;
@@ -140,8 +143,16 @@ class Additive {
         Vec<A> top, bottom;
     };
 
+    // The weight over a power of 2 that leaves nothing larger than 2: four denominators have room for little more.
     void load_weight(int64_t head) {
-        copy_row(static_cast<const A*>(args_.weight) + head * args_.d, args_.d, weight_, width_);
+        const A* const weight = static_cast<const A*>(args_.weight) + head * args_.d;
+        A most = 0;
+        for (int64_t c = 0; c < args_.d; ++c) most = larger_of(std::fabs(weight[c]), most);
+        int exponent = 0;
+        if (std::isfinite(most)) std::frexp(most, &exponent);
+        unit_ = std::ldexp(A(1), exponent - 1);
+        copy_row(weight, args_.d, weight_, width_);
+        for (int64_t c = 0; c < width_; c += W) store(weight_ + c, load(weight_ + c) / unit_);
     }
 
     Way way_of(Range queries, int64_t key) const {
@@ -182,25 +193,29 @@ class Additive {
         add_lanes(found, to, count);
     }
 
-    // *to[r] = the sum of the lanes of x[r].
-    static void add_lanes(Vec<A>* x, A* const* to, int& count) {
+    // *to[r] = the sum of the lanes of x[r], by the weight as it was.
+    void add_lanes(Vec<A>* x, A* const* to, int& count) const {
         for (int r = count; r < W; ++r) x[r] = Vec<A>{};
         transpose_square<A>(x);
         for (int half = W / 2; half > 0; half /= 2) {
             for (int r = 0; r < half; ++r) x[r] += x[r + half];
         }
-        for (int r = 0; r < count; ++r) *to[r] = x[0][r];
+        for (int r = 0; r < count; ++r) *to[r] = x[0][r] * unit_;
         count = 0;
     }
 
     void score_some(int64_t query, int64_t some, int64_t key, Vec<A>* sums) const {
-        const Way way = way_of({query, query + some}, key);
-        if (some == kTogether) {
+        Way ways[kTogether];
+        bool alike = true;
+        for (int64_t r = 0; r < some; ++r) alike &= (ways[r] = way_of({query + r, query + r + 1}, key)) == ways[0];
+        if (alike && some == kTogether) {
+            const Way way = ways[0];
             if (way == small) return score_by<small, kTogether>(query, key, sums);
             if (way == moderate) return score_by<moderate, kTogether>(query, key, sums);
             if (way == clamped) return score_by<clamped, kTogether>(query, key, sums);
         }
         for (int64_t r = 0; r < some; ++r) {
+            const Way way = ways[r];
             if (way == small) score_by<small, 1>(query + r, key, sums + r);
             if (way == moderate) score_by<moderate, 1>(query + r, key, sums + r);
             if (way == clamped) score_by<clamped, 1>(query + r, key, sums + r);
@@ -292,7 +307,7 @@ class Additive {
     }
 
     // row[c] += weight * x
-    void add_to(A* row, int64_t c, Vec<A> x) const { store(row + c, load(row + c) + x * load(weight_ + c)); }
+    void add_to(A* row, int64_t c, Vec<A> x) const { store(row + c, load(row + c) + x * (load(weight_ + c) * unit_)); }
 
     template <Way way, int C>
     void gradients_of_key(int64_t c, Range queries, int64_t key, const A* ds, Vec<A>* d_k, Vec<A>* d_weight) {
@@ -332,6 +347,7 @@ class Additive {
     AdditiveRows<A> q_, k_;
     A* k_weighted_;  // weight * e^2k
     A *d_q_, *weight_, *d_weight_;
+    A unit_ = 1;  // what the weight was divided by
     bool few_ = false, given_ = false;
     const A* exp_keys_ = nullptr;  // of the tile's first key, where they serve
 };
