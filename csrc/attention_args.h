@@ -10,8 +10,7 @@ enum class Dtype { float32, bfloat16, float16, float64 };
 
 // No band on this side. Far beyond any length, yet safe to add to an index.
 constexpr int64_t kUnlimited = int64_t{1} << 40;
-constexpr int64_t kMaxHeadDim = 512;
-constexpr int64_t kMaxColumns = 4096;  // of q and k where scores are additive
+constexpr int64_t kMaxHeadDim = 4096;
 
 // A tensor of up to four dimensions; strides count elements. A null pointer means that the tensor is absent.
 struct TensorArg {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "attention_args.h"
 #include "cpu/dispatch.h"
@@ -115,7 +116,7 @@ TensorArg tensor(const std::string& name, const py::tuple& given, const Form& fo
 int64_t number(const py::handle& given) { return given.cast<int64_t>(); }
 
 // sizes: (b, h, hk, m, n, d, dv, sequences)
-void fill_sizes(AttentionArgs& args, const py::tuple& sizes, int64_t most_columns) {
+void fill_sizes(AttentionArgs& args, const py::tuple& sizes) {
     REQUIRE(sizes.size() == 8, "sizes: expected (b, h, hk, m, n, d, dv, sequences)");
     int64_t* const fields[] = {&args.b, &args.h, &args.hk, &args.m, &args.n, &args.d, &args.dv, &args.sequences};
     for (size_t place = 0; place < 8; ++place) {
@@ -123,9 +124,10 @@ void fill_sizes(AttentionArgs& args, const py::tuple& sizes, int64_t most_column
         REQUIRE(*fields[place] >= 0 && *fields[place] < pyattn::kUnlimited / 4, "sizes: out of range");
     }
     REQUIRE(args.hk > 0 && args.h > 0 && args.h % args.hk == 0, "sizes: h must be a positive multiple of hk");
-    REQUIRE(args.d >= 1 && args.d <= most_columns,
-            "d: expected 1 to " + std::to_string(most_columns) + ", got " + std::to_string(args.d));
-    REQUIRE(args.dv >= 1 && args.dv <= pyattn::kMaxHeadDim, "dv: expected 1 to 512, got " + std::to_string(args.dv));
+    for (const auto& [name, size] : {std::pair{"d", args.d}, std::pair{"dv", args.dv}}) {
+        REQUIRE(size >= 1 && size <= pyattn::kMaxHeadDim, std::string(name) + ": expected 1 to " +
+                    std::to_string(pyattn::kMaxHeadDim) + ", got " + std::to_string(size));
+    }
 }
 
 // numbers: (scale, offset, left, right, softcap, dropout_p, seed), None where pyattn/spec.py has None.
@@ -260,7 +262,7 @@ AttentionArgs arguments(const std::string& dtype, const std::string& bias_dtype,
     args.bias_dtype = dtype_of(bias_dtype);
     REQUIRE(threads >= 1, "threads: expected at least 1, got " + std::to_string(threads));
     args.threads = threads;
-    fill_sizes(args, sizes, tensors.contains("weight") ? pyattn::kMaxColumns : pyattn::kMaxHeadDim);
+    fill_sizes(args, sizes);
     fill_numbers(args, numbers);
     fill_tensors(args, tensors);
     check_values(args);

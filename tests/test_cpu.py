@@ -130,6 +130,13 @@ def test_head_size_of_any_remainder_agrees_with_definition(isa, size):
     _assert_agrees(Case("ragged", b=1, h=1, hk=1, m=9, n=21, d=size, dv=size), torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)  # float64's own definition is less exact than the kernels there
+@pytest.mark.parametrize(("d", "dv"), [(513, 40), (24, 700), (1000, 2000), (4096, 4096)])
+def test_heads_as_wide_as_states_of_recurrent_networks_agree_with_definition(d, dv, dtype):
+    for m in (1, 70):
+        _assert_agrees(Case("wide", b=2, h=1, hk=1, m=m, n=70, d=d, dv=dv, key_lengths=(70, 50)), dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("m", [1, 3, 9, 40])
 @pytest.mark.parametrize("isa", ISAS, indirect=True)

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import pyattn
-from pyattn import core
+from pyattn import core, registry
 from pyattn.compat import patch as implementation
 
 E, HEADS, B, M = 16, 4, 3, 7
@@ -166,8 +166,9 @@ def test_patch_ends_with_the_block_and_with_an_error_in_it() -> None:
         assert installed() == TORCHS
 
 
-def test_patch_overlaps_and_the_last_to_end_restores() -> None:
-    module, x = nn.MultiheadAttention(600, 1, dtype=torch.float64), normal(2, 1, 600)
+def test_patch_overlaps_and_the_last_to_end_restores(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = nn.MultiheadAttention(E, HEADS, dtype=torch.float64), normal(2, 1, E)
+    monkeypatch.setattr(registry.BACKENDS["cpu"], "refusal", lambda spec: "not today")
     for target in (None, module):
         with pyattn.patch(target), pyattn.patch(target, strict=True), pytest.raises(pyattn.UnsupportedError):
             module(x, x, x)
@@ -227,7 +228,7 @@ def test_patch_is_seen_by_other_threads(calls: list) -> None:
     assert attend() == 1
 
 
-BIG = normal(1, 1, 2, 600)  # a larger head than the CPU kernels take
+BIG = normal(1, 1, 2, 4100)  # a larger head than the CPU kernels take
 
 
 def test_patch_falls_back_to_torch_with_one_warning_per_place_and_reason() -> None:
@@ -239,8 +240,8 @@ def test_patch_falls_back_to_torch_with_one_warning_per_place_and_reason() -> No
             torch.testing.assert_close(F.scaled_dot_product_attention(q, q, q, is_causal=True), want)
         (warning,) = caught
         assert warning.filename == __file__
-        assert all(text in str(warning.message) for text in ("functional.scaled_dot_product_attention", "d=600"))
-        for t in (q, q[..., :560]):  # another place, another reason
+        assert all(text in str(warning.message) for text in ("functional.scaled_dot_product_attention", "d=4100"))
+        for t in (q, q[..., :4099]):  # another place, another reason
             F.scaled_dot_product_attention(t, t, t)
         assert len(caught) == 3
         torch.testing.assert_close(F.scaled_dot_product_attention(q, q, q, mask), want)
@@ -249,8 +250,9 @@ def test_patch_falls_back_to_torch_with_one_warning_per_place_and_reason() -> No
 
 
 @pytest.mark.parametrize("whole_process", [False, True], ids=["model", "process"])
-def test_patch_module_falls_back_with_one_warning(whole_process: bool) -> None:
-    module, x = nn.MultiheadAttention(600, 1, dtype=torch.float64), normal(3, 2, 600)
+def test_patch_module_falls_back_with_one_warning(whole_process: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = nn.MultiheadAttention(E, HEADS, dtype=torch.float64), normal(3, 2, E)
+    monkeypatch.setattr(registry.BACKENDS["cpu"], "refusal", lambda spec: "not today")
     want = module(x, x, x, need_weights=False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

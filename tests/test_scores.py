@@ -138,6 +138,21 @@ def test_score_of_one_step_is_a_row_of_all(name: str) -> None:
         assert_close(step, (context[:, i], weights[:, i]))
 
 
+def test_additive_keys_have_exponentials_that_change_nothing() -> None:
+    score, query, memory, values = made("additive", heads=2)
+    found = []
+    for plain in (False, True):
+        keys = score.keys(memory)
+        step = score.attend(query[:, 0], keys.states if plain else keys, values, LENGTHS)
+        found.append((step, *gradients(score, step, step, query, memory, values)))
+    assert_close(found[0], found[1])
+    assert_close(keys.exponentials, torch.exp(2 * keys.states))
+    assert not keys.exponentials.requires_grad
+    assert AdditiveScore(4, 6, 8, dtype=torch.bfloat16).keys(memory.bfloat16()).exponentials.dtype is torch.float32
+    with pytest.raises(pyattn.ShapeError, match="exp_keys: "):
+        score.attend(query, keys._replace(exponentials=keys.exponentials[:, 1:]), values)
+
+
 def test_score_without_keys_gives_zeros(name: str) -> None:
     score, query, memory, values = made(name)
     context, weights = score.attend(query, score.keys(memory[:, :0]), values[:, :0], return_weights=True)
@@ -224,7 +239,7 @@ def test_cosine_does_not_change_with_the_length_of_vectors(power: int) -> None:
 
 def test_location_weights_do_not_depend_on_memory() -> None:
     score, query, memory, values = made("location")
-    assert score.keys(memory).data_ptr() == score.weight.data_ptr()  # nothing is copied
+    assert score.keys(memory).states.data_ptr() == score.weight.data_ptr()  # nothing is copied
     assert_close(score.attend(query, score.keys(memory), values), score.attend(query, score.keys(-memory), values))
 
 

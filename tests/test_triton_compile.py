@@ -35,6 +35,8 @@ CACHED = DECODING | {"m": 512, "offset": None}
 DECODING_ALL = DECODING | {"m": 2, "mask": True, "bias": "1hmn", "softcap": 30.0, "alibi": True, "sinks": True}
 
 ADDITIVE = {"additive": True, "right": 0}
+ADDITIVE_DECODING = {"additive": True, "decoding": True, "h": 1, "hk": 1, "m": 1, "key_lengths": True}
+ADDITIVE_DECODING_ALL = ADDITIVE_DECODING | DECODING_ALL | {"h": 4}
 ADDITIVE_DROPOUT = DROPOUT | {"additive": True, "bias": "1hmn"}
 ADDITIVE_ALL = ADDITIVE | {"segments": True, "softcap": 30.0, "alibi": True, "sinks": True, "left": 100}
 
@@ -56,6 +58,9 @@ JOBS = [
     *(Job(chip, torch.bfloat16, {"d": 64} | ADDITIVE_DROPOUT) for chip in CHIPS),
     *(Job("sm_90", torch.bfloat16, {"d": 128} | f) for f in (ADDITIVE_ALL, PACKED | ADDITIVE)),
     *(Job(chip, torch.float32, {"d": 64} | ADDITIVE) for chip in ("sm_80", "sm_90")),
+    *(Job(chip, torch.bfloat16, {"d": 256} | ADDITIVE_DECODING) for chip in CHIPS),
+    *(Job(chip, torch.bfloat16, {"d": 128} | ADDITIVE_DECODING_ALL) for chip in ("sm_80", "sm_90")),
+    Job("sm_90", torch.float32, {"d": 256} | ADDITIVE_DECODING),
 ]
 
 # Where a kernel takes all 255 registers, ptxas parks a few values in local memory: this many bytes per thread are let
@@ -98,7 +103,7 @@ def _jit_functions() -> dict[str, JITFunction]:
 
 
 def test_every_kernel_is_among_those_compiled():
-    each = ({"bias": "1hmn"}, DECODING, ADDITIVE)
+    each = ({"bias": "1hmn"}, DECODING, ADDITIVE, ADDITIVE_DECODING)
     launches = [launch for options in each for launch in attention_launches("hopper", **options)]
     launched = {launch.kernel.__name__ for launch in launches}
     assert launched == {name for name in _jit_functions() if name.endswith("_kernel")}
@@ -138,6 +143,14 @@ def test_new_lengths_and_batch_sizes_do_not_recompile_the_gradient_of_a_bias(bia
 def test_new_lengths_and_batch_sizes_do_not_recompile_decoding():
     keys = [_keys(b=b, n=n, **DECODING) for b, n in [(1, 1), (16, 1024), (3, 70001)]]
     assert len(keys[0]) == 2
+    assert all(key == keys[0] for key in keys)
+
+
+def test_new_lengths_and_batch_sizes_do_not_recompile_steps_of_additive_scores():
+    keys = [
+        _keys(b=b, **ADDITIVE_DECODING | {"m": m, "n": n}) for b, m, n in [(1, 1, 1), (32, 5, 1024), (3, 16, 70001)]
+    ]
+    assert len(keys[0]) == 3
     assert all(key == keys[0] for key in keys)
 
 

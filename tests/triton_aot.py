@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from pyattn.triton_kernels import config
 from pyattn.triton_kernels.additive_bwd import additive_bwd
 from pyattn.triton_kernels.additive_fwd import additive_fwd
+from pyattn.triton_kernels.additive_step import additive_step_bwd
 from pyattn.triton_kernels.decode import decode
 from pyattn.triton_kernels.flash_bwd import flash_bwd
 from pyattn.triton_kernels.flash_fwd import flash_fwd
@@ -78,7 +79,12 @@ class Job:
 
     @property
     def reads_whole_rows(self) -> bool:
-        """Whether all it reads of half-precision tensors is rows whose length is a multiple of 16 bytes."""
+        """Whether all it reads of half-precision tensors is rows whose length is a multiple of 16 bytes.
+
+        Steps of additive scores read queries and weights a row at a time, one number for each thread.
+        """
+        if self.options.keys() >= {"additive", "decoding"}:
+            return False
         return self.dtype.itemsize == 2 and not {"dv", "bias"} & self.options.keys()
 
 
@@ -130,8 +136,9 @@ def attention_launches(
     page_size: int | None = None,
     **call: Any,
 ) -> list[Launch]:
-    """The launches of one forward and backward, or of one decoding step. Tensors are on the meta device: they have
-    strides but no memory.
+    """The launches of one forward and backward, or of one decoding step, with a backward where scores are additive.
+
+    Tensors are on the meta device: they have strides but no memory.
 
     bias: its shape's pattern, as in `pyattn.testing.Case`. packed: how many sequences lie in the one batch entry.
     page_size: of a paged cache, which is a decoding step's.
@@ -169,11 +176,15 @@ def attention_launches(
     arguments = Call(**({"scale": d**-0.5, "offset": n - m} | call))
 
     def run() -> None:
-        if decoding:
-            return decode(q, k, v, out, lse, lse, lse, arguments)
         weights = (empty(h, d, dtype=dtype),) if additive else ()
         forward, backward = (additive_fwd, additive_bwd) if additive else (flash_fwd, flash_bwd)
-        forward(q, k, v, *weights, out, lse, lse, lse, arguments)
+        if decoding:
+            decode(q, k, v, out, lse, lse, lse, arguments, *weights)
+            if not additive:
+                return
+            backward = additive_step_bwd
+        else:
+            forward(q, k, v, *weights, out, lse, lse, lse, arguments)
         d_out, d_lse = torch.empty_like(out), torch.empty_like(lse)
         gradients = [None if t is None else torch.empty_like(t) for t in (q, k, v, *weights, arguments.bias)]
         backward(q, k, v, *weights, out, lse, lse, d_out, d_lse, *gradients, arguments)

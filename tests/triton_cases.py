@@ -38,6 +38,17 @@ DECODING = [
     Case("decode-everything", **FEW | {"m": 7}, causal=True, key_lengths=(290, 150), mask="b1mn", bias="b11n",
          softcap=3.0, alibi=True, sinks=True),
 ]  # fmt: skip
+# Steps of a decoder, whose keys are split, with columns beyond those that are taken at a time.
+STEP = FEW | {"additive": True, "n": 40, "d": 150, "dv": 20}
+ADDITIVE_STEPS = [
+    Case("additive-step", **STEP),
+    Case("additive-step-of-beams", **STEP | {"h": 1, "hk": 1, "m": 16}, key_lengths=(0, 33), unseen_nan=True),
+    Case("additive-step-of-groups", **STEP | {"m": 5}, scale=-0.3, layout="bmhd", sinks=True),
+    Case("additive-step-window", **STEP | {"m": 3}, window=(20, 0), unseen_nan=True),
+    Case("additive-step-saturated", **STEP | {"m": 2}, powers=(-2, 2)),
+    Case("additive-step-everything", **STEP | {"m": 7}, causal=True, key_lengths=(38, 21), mask="b1mn", bias="b11n",
+         softcap=3.0, alibi=True, sinks=True),
+]  # fmt: skip
 
 
 def _id(value: object) -> str:
@@ -56,7 +67,7 @@ def test_case_is_as_accurate_as_plain_pytorch_or_refused_as_declared(case, dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=_id)
-@pytest.mark.parametrize("case", DECODING, ids=_id)
+@pytest.mark.parametrize("case", DECODING + ADDITIVE_STEPS, ids=_id)
 def test_decoding_is_as_accurate_as_plain_pytorch(case, dtype):
     called = []
     with mock.patch.object(decode, "decode", lambda *given, real=decode.decode: called.append(real(*given))):
@@ -76,8 +87,23 @@ ADDITIVE = [
 ]  # fmt: skip
 
 
+# Values that are taken in parts.
+WIDE = {"b": 1, "m": 20, "n": 30, "d": 8, "dv": 300}
+WIDE_VALUES = [
+    Case("wide-values", **WIDE, causal=True, bias="1hmn", sinks=True),
+    Case("wide-values-additive", **WIDE, additive=True, bias="bhmn"),
+    Case("wide-values-additive-step", **WIDE | {"m": 2}, additive=True, key_lengths=(23,)),
+]  # fmt: skip
+
+
 CACHES = [(0, 16, torch.float32), (1, None, torch.float32), (5, 7, torch.float32), (5, 64, torch.float16),
           (24, 16, torch.float32)]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WIDE_VALUES, ids=_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=_id)
+def test_values_wider_than_a_tile_are_as_accurate_as_plain_pytorch(case, dtype):
+    assert [r for r in testing.check_case("triton", case, dtype) if not r.excess <= 1] == []
 
 
 @pytest.mark.parametrize("case", ADDITIVE, ids=_id)

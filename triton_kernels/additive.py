@@ -22,9 +22,11 @@ from torch import Tensor
 
 from . import config, launch
 from .score import tanh
+from .tiles import head_start, tile_ptrs
 
 # Sums over columns are taken in parts of this many, whose rounding adds up less.
 CHUNK = tl.constexpr(16)
+FEW_COLUMNS = tl.constexpr(128)  # that `scores_of_few` takes at a time
 MOST_ROWS = tl.constexpr(64)  # of a tile
 _LARGEST = 40.0  # argument whose parts are normal float32 numbers
 _LARGEST_SUM = tl.constexpr(16.0)  # of a query and a key, for which the product of two divisors is one
@@ -119,6 +121,49 @@ def _reciprocal(x, NATIVE: tl.constexpr):
     if NATIVE:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     return 1.0 / x
+
+
+@triton.jit
+def scores_of_few(
+    q_base,
+    stride_qh,
+    stride_qm,
+    k_base,
+    stride_kn,
+    weight_base,
+    first_row,
+    count,
+    GROUP,
+    start_n,
+    wanted,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """The scores [ROWS, COLS], before scaling, of a group's `count` rows from `first_row` on, as `decode` counts rows.
+
+    Keys not `wanted` are not read but 0. Each tanh is taken as it stands: for few rows, parts of the keys would cost
+    more than they save. A row's sums gather side by side, and their lanes are added once.
+    """
+    # [ROWS, COLS]
+    s = tl.zeros([ROWS, COLS], dtype=tl.float32)
+    for i in tl.range(0, count):
+        head = (first_row + i) % GROUP
+        q_row = head_start(q_base, None, head, (first_row + i) // GROUP, 0, stride_qh, stride_qm, ALIGN)
+        weight_row = weight_base + head * HEAD_DIM
+        # [COLS, FEW_COLUMNS]
+        sums = tl.zeros([COLS, FEW_COLUMNS], dtype=tl.float32)
+        for first in tl.range(0, HEAD_DIM, FEW_COLUMNS):
+            c = first + tl.arange(0, FEW_COLUMNS)
+            q = tl.load(q_row + c, mask=c < HEAD_DIM, other=0.0).to(tl.float32)
+            weight = tl.load(weight_row + c, mask=c < HEAD_DIM, other=0.0).to(tl.float32)
+            k_ptrs = tile_ptrs(k_base + first, stride_kn, start_n, COLS, FEW_COLUMNS, ALIGN, OFFSET)
+            k = tl.load(k_ptrs, mask=wanted[:, None] & (c < HEAD_DIM)[None, :], other=0.0).to(tl.float32)
+            sums += weight[None, :] * tanh(q[None, :] + k)
+        s = tl.where(tl.arange(0, ROWS)[:, None] == i, tl.sum(sums, 1)[None, :], s)
+    return s
 
 
 @triton.jit

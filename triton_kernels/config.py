@@ -93,6 +93,8 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
     ("decode", "any", 16): {64: Config(16, 128, 4, 3), 128: Config(16, 64, 4, 3), 256: Config(16, 32, 4, 2)},
     ("decode", "cdna", 16): {64: Config(16, 128, 4, 2), 128: Config(16, 64, 4, 2), 256: Config(16, 32, 4, 2)},
     ("decode", "any", 32): {64: Config(16, 32, 4, 2), 256: Config(16, 16, 4, 2)},
+    ("additive decode", "any", 16): {256: Config(16, 16, 4, 2)},
+    ("additive decode", "any", 32): {256: Config(16, 16, 4, 2)},
     # Additive scores, by the size of the values alone. A thread's share of a tile stays small: two columns at a time,
     # each pair of a query and a key has a numerator and a denominator of either.
     ("additive forward", "hopper", 16): {256: Config(64, 32, 8, 1)},
@@ -114,7 +116,7 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
     ("decode", "interpreter", 16): {256: Config(16, 32, 4, 1)},
     **{
         (f"additive {k}", "interpreter", bits): {256: Config(64, 64, 4, 1)}
-        for k in ("forward", "dq", "dkdv")
+        for k in ("forward", "dq", "dkdv")  # a decoding step's are small already
         for bits in (16, 32)
     },
 }

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config, launch
+from .additive import scores_of_few
 from .mask import drop_unseen, visible
 from .schedule import MASKED_RUN, block_start, keys_seen, run_length, stop_run, visited_blocks
 from .score import to_scores
@@ -20,6 +21,7 @@ from .softmax import LOG2_E, exp_scores, finish_rows, softmax_step
 from .tiles import gather_tile, head_start, load_tile, page_rows
 
 MOST_ROWS, MOST_ROWS_WITH_SCORES = 64, 16  # of a tile; the addresses of a mask and a bias take registers
+MOST_ADDITIVE_ROWS = 16
 MOST_CHUNKS = 64
 CHUNKS_JOINED = tl.constexpr(MOST_CHUNKS)
 
@@ -39,6 +41,7 @@ def _decode_kernel(
     lengths_ptr,  # [b]
     table_ptr,  # [b, pages of one]
     slopes_ptr,  # [b, h]
+    weight_ptr,  # [h, HEAD_DIM]; with it scores are additive
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qm: tl.int64,
@@ -100,11 +103,15 @@ def _decode_kernel(
     used = rows < GROUP * M
     i_h = tl.where(used, i_kv * GROUP + rows % GROUP, 0)
     i_m = tl.where(used, rows // GROUP, M)
-    # [BLOCK_M, BLOCK_D]
     q_base = head_start(q_ptr, i_b, i_kv * GROUP, None, stride_qb, stride_qh, stride_qm, ALIGN)
-    q_tile = gather_tile(q_base, stride_qh, stride_qm, rows % GROUP, i_m, used, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
-    if SCALE_SIGN != 1:
-        q_tile = q_tile * SCALE_SIGN
+    weight_base = weight_ptr
+    if weight_ptr is not None:
+        weight_base = weight_ptr + i_kv * GROUP * HEAD_DIM
+    else:
+        # [BLOCK_M, BLOCK_D]
+        q_tile = gather_tile(q_base, stride_qh, stride_qm, rows % GROUP, i_m, used, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN)
+        if SCALE_SIGN != 1:
+            q_tile = q_tile * SCALE_SIGN
     entry = i_b
     pages = table_ptr
     if table_ptr is not None:
@@ -144,15 +151,24 @@ def _decode_kernel(
             wanted = (start_n + cols >= first) & (start_n + cols < last)
             if table_ptr is not None:
                 page, row = page_rows(pages, PAGES, page_size, start_n + cols, wanted)
-            # [BLOCK_N, BLOCK_D]
-            if table_ptr is not None:
-                k_tile = gather_tile(k_base, stride_kb, stride_kn, page, row, wanted, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN)
-            else:
-                k_tile = load_tile(
-                    k_base, stride_kn, start_n, wanted, run == MASKED_RUN, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN, OFFSET
-                )
             # [BLOCK_M, BLOCK_N]
-            s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            if weight_ptr is not None:
+                s = SCALE_SIGN * scores_of_few(
+                    q_base, stride_qh, stride_qm, k_base, stride_kn, weight_base, tile * BLOCK_M,
+                    tl.minimum(BLOCK_M, GROUP * M - tile * BLOCK_M), GROUP, start_n, wanted,
+                    HEAD_DIM, BLOCK_M, BLOCK_N, ALIGN, OFFSET,
+                )  # fmt: skip
+            else:
+                # [BLOCK_N, BLOCK_D]
+                if table_ptr is not None:
+                    k_tile = gather_tile(
+                        k_base, stride_kb, stride_kn, page, row, wanted, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN
+                    )
+                else:
+                    k_tile = load_tile(
+                        k_base, stride_kn, start_n, wanted, run == MASKED_RUN, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN, OFFSET
+                    )
+                s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
             s, _ = to_scores(
                 s, 0, start_n, i_m[:, None], cols[None, :], M, n_keys, offset, magnitude, softcap,
                 slope, bias_base, stride_bias_m, stride_bias_n, OFFSET,
@@ -236,25 +252,41 @@ def _decode_join_kernel(
     tl.store(log_sum_ptr + row, log_sum)
 
 
-def suits(q: Tensor, k: Tensor, call: launch.Call) -> bool:
+def suits(q: Tensor, k: Tensor, call: launch.Call, additive: bool) -> bool:
     """Whether these kernels take the call, and alone do or are likely to be faster than `flash_fwd`.
 
-    They are where a group shares a tile, or where one program per head would leave processors idle.
+    They are where a group shares a tile, or where one program per head would leave processors idle; with additive
+    scores wherever the rows of a group fit a tile, because theirs are computed row by row.
     """
     (b, h, m, _), (hk, n) = q.shape, k.shape[1:3]
     if call.offset is None:
         return b * m > 0
     taken = call.cu_seqlens_q is None and call.q_segments is None and call.dropout_p == 0
-    few = h // hk * m <= rows_per_tile(h // hk * m, call) and n >= 8 * m
+    rows = h // hk * m
+    if additive:
+        return b * m > 0 and taken and rows <= MOST_ADDITIVE_ROWS
+    few = rows <= rows_per_tile(rows, call) and n >= 8 * m
     return b * m > 0 and taken and few and (h > hk or b * h < config.processors(q.device))
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, row_max: Tensor, log_sum: Tensor, call: launch.Call
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    call: launch.Call,
+    weight: Tensor | None = None,
 ) -> None:
-    """As `flash_fwd`, for calls that `suits`; k and v may be pages [pages, hk, page size, head size]."""
+    """As `flash_fwd`, for calls that `suits`; k and v may be pages [pages, hk, page size, head size].
+
+    weight: [h, a] of additive scores.
+    """
     (b, h, m, _), (hk, dv) = q.shape, v.shape[1::2]
-    sizes, block_m = launch.sizes("decode", q, k, v, call), rows_per_tile(h // hk * m, call)
+    sizes = launch.sizes("decode" if weight is None else "additive decode", q, k, v, call)
+    block_m = rows_per_tile(h // hk * m, call)
     programs = launch.parts(h // hk * m, block_m) * hk * b
     chunks = split(programs, m, call.keys(k), call, sizes.block_n, config.processors(q.device))
     part = q.new_empty(chunks, b, h, m, dv, dtype=torch.float32)
@@ -266,7 +298,8 @@ def decode(
         _decode_kernel[(chunks * programs,)](
             q, k, v, part, part_max, part_sum, **launch.strides(q=q, k=k, v=v), **common,
             **sizes.arguments() | {"BLOCK_M": block_m, "num_warps": 4 if block_m <= 32 else 8},
-            table_ptr=call.block_table, B=b, CHUNKS=chunks, PAGES=k.shape[0], page_size=k.shape[2],
+            table_ptr=call.block_table, weight_ptr=launch.contiguous(weight), B=b, CHUNKS=chunks, PAGES=k.shape[0],
+            page_size=k.shape[2],
         )  # fmt: skip
         _decode_join_kernel[(b * h * m,)](
             part, part_max, part_sum, out, lse, row_max, log_sum, launch.contiguous(call.sinks),

@@ -9,11 +9,10 @@ from .tiles import score_ptrs
 
 @triton.jit
 def tanh(x):
-    """After Cephes: a rational function near 0, where 1 - 2 / (e^2x + 1) would cancel, and that elsewhere."""
+    """After Cephes' tanhf: a polynomial near 0, where 1 - e^-2x would cancel; (1 - e^-2x) / (1 + e^-2x) elsewhere."""
     z = x * x
-    top = (z * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * z - 1.61468768441708447952e3
-    bottom = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3
-    small = x + x * z * top / bottom
+    small = (((z * -5.70498872745e-3 + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z
+    small = x + x * z * (small - 3.33332819422e-1)
     e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
     large = (1 - e) / (1 + e)
     return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))

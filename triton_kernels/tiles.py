@@ -37,9 +37,10 @@ def statistics_start(ptr, i_b, i_h, H, M, row):
 
 
 @triton.jit
-def _tile_ptrs(
+def tile_ptrs(
     base, stride, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr
 ):
+    """Pointers to the rows `start ...` [ROWS, BLOCK_D]."""
     stride = _aligned(stride, ALIGN)
     first = base + start.to(tl.int64) * stride
     rows = tl.arange(0, ROWS).to(OFFSET) * stride.to(OFFSET)
@@ -64,7 +65,7 @@ def load_tile(
 
     Columns past HEAD_DIM are 0, so that products over the padded head size are those over the true one.
     """
-    ptrs = _tile_ptrs(base, stride, start, ROWS, BLOCK_D, ALIGN, OFFSET)
+    ptrs = tile_ptrs(base, stride, start, ROWS, BLOCK_D, ALIGN, OFFSET)
     if BOUNDED:
         inside = wanted[:, None]
         if HEAD_DIM != BLOCK_D:
@@ -118,7 +119,7 @@ def store_tile(
     OFFSET: tl.constexpr,
 ):
     """Rounds `tile` [ROWS, BLOCK_D] to the tensor's dtype and writes its `wanted` rows and true columns."""
-    ptrs = _tile_ptrs(base, stride, start, ROWS, BLOCK_D, ALIGN, OFFSET)
+    ptrs = tile_ptrs(base, stride, start, ROWS, BLOCK_D, ALIGN, OFFSET)
     inside = wanted[:, None]
     if HEAD_DIM != BLOCK_D:
         inside = inside & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]

@@ -68,6 +68,7 @@ class Additive {
     static constexpr int W = kWidth<A>;
     static constexpr int kTogether = 4;  // queries that share what is loaded of a key
     static constexpr int kFew = 2;       // queries that do not pay for exponentials of the keys
+    static constexpr int kGiven = 16;    // queries for which exponentials of the keys that are given save time
     enum Way : uint8_t { small, moderate, clamped, given, direct };
 
   public:
@@ -85,7 +86,7 @@ class Additive {
     // Rows of q, of one head or of all of a group.
     void load_queries(const Rows& rows, const uint8_t* wanted) {
         few_ = rows.count <= kFew;
-        given_ = few_ && args_.exp_keys;
+        given_ = rows.count <= kGiven && args_.exp_keys;
         for (int64_t lane = 0; lane < rows.count; ++lane) {
             const T* from = query_row<const T>(args_.q, rows.sequence, rows.head[lane], rows.query[lane]);
             copy_row(from, !wanted || wanted[lane] ? args_.d : 0, q_.plain + lane * ld_, width_);
@@ -98,13 +99,19 @@ class Additive {
     // j: where the rows begin in the sequence, whose keys they are.
     void load_keys(const Rows& rows, int64_t j, const T* from, int64_t ld, int64_t count, const uint8_t* wanted,
                    bool for_gradients) {
-        const bool serve = given_ && !wanted && width_ == args_.d;
-        exp_keys_ = serve ? key_row<const A>(args_, args_.exp_keys, rows.sequence, rows.kv_head, j) : nullptr;
-        if (serve && !for_gradients) return;
+        const bool in_place = !wanted && width_ == args_.d, plain = !given_ || for_gradients;
+        exp_keys_ = given_ ? key_row<const A>(args_, args_.exp_keys, rows.sequence, rows.kv_head, j) : nullptr;
+        exp_ld_ = args_.exp_keys.stride[2];
         for (int64_t key = 0; key < count; ++key) {
-            copy_row(from + key * ld, !wanted || wanted[key] ? args_.d : 0, k_.plain + key * ld_, width_);
-            if (!few_) k_.raise(key, width_, ld_);
+            const int64_t columns = !wanted || wanted[key] ? args_.d : 0;
+            if (plain) copy_row(from + key * ld, columns, k_.plain + key * ld_, width_);
+            if (plain && !few_) {
+                k_.raise(key, width_, ld_);
+            } else if (given_ && !in_place) {
+                copy_row(exp_keys_ + key * exp_ld_, columns, k_.power + key * ld_, width_);
+            }
         }
+        if (given_ && !in_place) exp_keys_ = k_.power, exp_ld_ = ld_;
     }
 
     // sums[key * key_stride + query * query_stride] = weight . tanh(q + k); 0 for queries behind the last one.
@@ -126,7 +133,7 @@ class Additive {
     void add_gradients(int64_t head, Range queries, Range keys, const A* ds, A* d_q_rows, A* d_k_rows) {
         load_weight(head);
         Way way[kKeys];
-        for (int64_t key = keys.begin; key < keys.end; ++key) way[key] = way_of(queries, key);
+        for (int64_t key = keys.begin; key < keys.end; ++key) way[key] = few_ ? direct : way_by_size(queries, key);
         for (int64_t c = 0; c < width_; c += 2 * W) {
             if (c + W < width_) {
                 gradients_of_columns<2>(c, way, queries, keys, ds, d_q_rows, d_k_rows);
@@ -155,8 +162,7 @@ class Additive {
         for (int64_t c = 0; c < width_; c += W) store(weight_ + c, load(weight_ + c) / unit_);
     }
 
-    Way way_of(Range queries, int64_t key) const {
-        if (few_) return exp_keys_ ? given : direct;
+    Way way_by_size(Range queries, int64_t key) const {
         Way way = small;
         for (int64_t query = queries.begin; query < queries.end; ++query) {
             const A magnitude = larger_of(q_.magnitude[query], k_.magnitude[key]);
@@ -170,7 +176,7 @@ class Additive {
 
     void scores_of_head(int64_t head, Range queries, Range keys, A* sums, int64_t key_stride, int64_t query_stride) {
         load_weight(head);
-        for (int64_t key = keys.begin; !few_ && key < keys.end; ++key) {
+        for (int64_t key = keys.begin; !few_ && !given_ && key < keys.end; ++key) {
             for (int64_t c = 0; c < width_; c += W) {
                 store(k_weighted_ + key * ld_ + c, load(weight_ + c) * load(k_.power + key * ld_ + c));
             }
@@ -206,21 +212,23 @@ class Additive {
 
     void score_some(int64_t query, int64_t some, int64_t key, Vec<A>* sums) const {
         Way ways[kTogether];
-        bool alike = true;
-        for (int64_t r = 0; r < some; ++r) alike &= (ways[r] = way_of({query + r, query + r + 1}, key)) == ways[0];
-        if (alike && some == kTogether) {
-            const Way way = ways[0];
-            if (way == small) return score_by<small, kTogether>(query, key, sums);
-            if (way == moderate) return score_by<moderate, kTogether>(query, key, sums);
-            if (way == clamped) return score_by<clamped, kTogether>(query, key, sums);
-        }
+        bool alike = some == kTogether;
         for (int64_t r = 0; r < some; ++r) {
-            const Way way = ways[r];
-            if (way == small) score_by<small, 1>(query + r, key, sums + r);
-            if (way == moderate) score_by<moderate, 1>(query + r, key, sums + r);
-            if (way == clamped) score_by<clamped, 1>(query + r, key, sums + r);
-            if (way == given) score_by<given, 1>(query + r, key, sums + r);
-            if (way == direct) score_by<direct, 1>(query + r, key, sums + r);
+            ways[r] = given_ ? given : few_ ? direct : way_by_size({query + r, query + r + 1}, key);
+            alike &= ways[r] == ways[0];
+        }
+        if (alike && ways[0] != direct) return score_as<kTogether>(ways[0], query, key, sums);
+        for (int64_t r = 0; r < some; ++r) score_as<1>(ways[r], query + r, key, sums + r);
+    }
+
+    template <int R>
+    void score_as(Way way, int64_t query, int64_t key, Vec<A>* sums) const {
+        switch (way) {
+            case small: return score_by<small, R>(query, key, sums);
+            case moderate: return score_by<moderate, R>(query, key, sums);
+            case clamped: return score_by<clamped, R>(query, key, sums);
+            case given: return score_by<given, R>(query, key, sums);
+            case direct: return score_by<direct, R>(query, key, sums);
         }
     }
 
@@ -273,7 +281,7 @@ class Additive {
             exp<A>((x < -Limit::flat ? fill<A>(-Limit::flat) : x) * A(2), top);
             return {top, top + A(2)};
         }
-        const A* const powers = way == given ? exp_keys_ + key * args_.exp_keys.stride[2] + c : k_.power + k;
+        const A* const powers = way == given ? exp_keys_ + key * exp_ld_ + c : k_.power + k;
         const Vec<A> u = load(q_.power + q), v = load(powers), bottom = u * v + A(1);
         if constexpr (way == small) return {load(q_.less_one + q) * v + load(k_.less_one + k), bottom};
         if constexpr (way == moderate) return {u * v - A(1), bottom};
@@ -349,7 +357,8 @@ class Additive {
     A *d_q_, *weight_, *d_weight_;
     A unit_ = 1;  // what the weight was divided by
     bool few_ = false, given_ = false;
-    const A* exp_keys_ = nullptr;  // of the tile's first key, where they serve
+    const A* exp_keys_ = nullptr;  // where given_, of the tile's first key; rows exp_ld_ apart
+    int64_t exp_ld_ = 0;
 };
 
 }  // namespace PYATTN_ISA

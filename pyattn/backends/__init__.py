@@ -27,7 +27,8 @@ class Backend(ABC):
     devices: ClassVar[frozenset[str]]
     dtypes: ClassVar[frozenset[torch.dtype]]
     features: ClassVar[frozenset[str]]
-    max_head_dim: ClassVar[int]
+    max_head_dim: ClassVar[int]  # of queries and keys, and of values where these have no limit of their own
+    max_value_dim: ClassVar[int | None] = None
 
     @property
     def head_sizes(self) -> str:
@@ -79,7 +80,7 @@ def _undeclared(backend: Backend, spec: AttentionSpec) -> str | None:
         return f"accepts {_listed(map(dtype_name, backend.dtypes))}, got {dtype_name(spec.dtype)}"
     if missing := spec.features - backend.features:
         return f"does not do {_listed(FEATURES[name] for name in missing)}"
-    if max(spec.d, spec.dv) > backend.max_head_dim:
+    if spec.d > backend.max_head_dim or spec.dv > (backend.max_value_dim or backend.max_head_dim):
         return f"head size is at most {backend.max_head_dim}, got d={spec.d}, dv={spec.dv}"
     return None
 

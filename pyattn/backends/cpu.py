@@ -25,7 +25,6 @@ _TOGETHER = 4  # tiles of queries that a backward task works on, as in csrc/cpu/
 _LANES = 16  # the widest vector's elements, to which rows are padded
 # Calls of few tiles and at least this many keys split them into parts, as csrc/cpu/plan.cpp does.
 _SPLIT_FROM, _MOST_PARTS = 1024, 128
-_MOST_COLUMNS = 4096  # of additive scores, as in csrc/attention_args.h
 # Tensors that the kernels read as one contiguous piece. So they do segment ids, which must be int32, too.
 _WHOLE = ("key_lengths", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "block_table")
 
@@ -35,7 +34,7 @@ class CpuBackend(Backend):
     devices = frozenset({"cpu"})
     dtypes = frozenset(_DTYPE_NAMES)
     features = frozenset(FEATURES)
-    max_head_dim = 512
+    max_head_dim = 4096  # as in csrc/attention_args.h
 
     def __init__(self, isa: str | None = None) -> None:
         """isa: one of `isas()`; None is the best of them."""
@@ -44,11 +43,6 @@ class CpuBackend(Backend):
     def unavailable(self) -> str | None:
         extension = _extension()
         return extension if isinstance(extension, str) else None
-
-    def refusal(self, spec: AttentionSpec) -> str | None:
-        # The columns of additive scores are no operand of a product.
-        columns = spec.additive and spec.d <= _MOST_COLUMNS
-        return super().refusal(spec._replace(d=spec.dv) if columns else spec)
 
     def forward(self, spec: AttentionSpec, x: Inputs) -> Results:
         y = empty_results(x.q, spec.dv)

@@ -34,9 +34,14 @@ class TritonBackend(Backend):
         "dv", "packed", "cached", "paged", "additive",
     })  # fmt: skip
     max_head_dim = 256
+    max_value_dim = 1 << 30  # what does not fit a tile is taken in parts
 
     def __init__(self) -> None:
         self._failures: dict[tuple[object, ...], str] = {}  # by kind of call
+
+    @property
+    def head_sizes(self) -> str:
+        return f"{super().head_sizes}, values of any"
 
     def unavailable(self) -> str | None:
         return _shortcoming()
@@ -48,8 +53,7 @@ class TritonBackend(Backend):
             if spec.dtype is torch.bfloat16:
                 return "Triton's interpreter computes bfloat16 wrongly and without an error"
             spec = spec._replace(device="cuda")  # the interpreter takes CPU tensors in a GPU's place
-        # The columns of additive scores are walked over: any number will do.
-        declared = spec._replace(d=spec.dv) if spec.additive else spec
+        declared = spec._replace(d=1) if spec.additive else spec  # the columns of additive scores are walked over
         return super().refusal(declared) or _uncountable(spec) or self.failure(spec)
 
     def failure(self, spec: AttentionSpec) -> str | None:
@@ -70,16 +74,10 @@ class TritonBackend(Backend):
             raise KernelError(reason) from error
 
     def forward(self, spec: AttentionSpec, x: Inputs) -> Results:
-        from pyattn.triton_kernels.additive_fwd import additive_fwd
-        from pyattn.triton_kernels.decode import decode, suits
-        from pyattn.triton_kernels.flash_fwd import flash_fwd
-
         y, call = empty_results(x.q, spec.dv), call_of(spec, x)
         with self.compiling(spec):
-            if x.weight is not None:
-                additive_fwd(x.q, x.k, x.v, x.weight, *y, call)
-            else:
-                (decode if suits(x.q, x.k, call) else flash_fwd)(x.q, x.k, x.v, *y, call)
+            for part in _value_parts(spec.dv):  # each gives the same statistics
+                _forward(x if part is None else x._replace(v=x.v[..., part]), _of_part(y, part), call)
         return y
 
     def backward(
@@ -91,27 +89,16 @@ class TritonBackend(Backend):
         d_lse: Tensor | None,
         bias_gradient: bool,
     ) -> Grads:
-        from pyattn.triton_kernels.additive_bwd import additive_bwd
-        from pyattn.triton_kernels.flash_bwd import flash_bwd
-
-        grads = empty_gradients(x, bias_gradient)
-        if grads.bias is not None:
-            grads.bias.zero_()
+        grads, call = empty_gradients(x, bias_gradient), call_of(spec, x)
         d_out = unit_stride(d_out)
         d_lse = None if d_lse is None else d_lse.float().contiguous()
-        row_max, row_sum = y.row_max.contiguous(), y.row_sum.contiguous()
+        y = y._replace(row_max=y.row_max.contiguous(), row_sum=y.row_sum.contiguous())
         with self.compiling(spec):
-            if x.weight is not None:
-                assert grads.weight is not None
-                delta = additive_bwd(
-                    x.q, x.k, x.v, x.weight, y.out, row_max, row_sum, d_out, d_lse,
-                    grads.q, grads.k, grads.v, grads.weight, grads.bias, call_of(spec, x),
-                )  # fmt: skip
+            parts = _value_parts(spec.dv)
+            if parts == [None]:
+                delta = _backward(x, y, d_out, d_lse, grads, call)
             else:
-                delta = flash_bwd(
-                    x.q, x.k, x.v, y.out, row_max, row_sum, d_out, d_lse, grads.q, grads.k, grads.v, grads.bias,
-                    call_of(spec, x),
-                )  # fmt: skip
+                delta = _backward_of_parts(parts, x, y, d_out, d_lse, grads, call)
         return grads if x.sinks is None else grads._replace(sinks=_sink_gradient(x.sinks, y.lse, delta, d_lse))
 
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
@@ -119,15 +106,81 @@ class TritonBackend(Backend):
 
         # Forward: the chunks of a decoding step. Backward: delta, one float32 per query; and d_out once more where it
         # comes with strides the kernels do not take.
-        rows = spec.b * spec.h * spec.m
+        rows, dv = spec.b * spec.h * spec.m, min(spec.dv, self.max_head_dim)
+        of_group = spec.h // spec.hk * spec.m
+        few = of_group <= (decode.MOST_ADDITIVE_ROWS if spec.additive else decode.MOST_ROWS)
         spread = rows + decode.MOST_ROWS * 2 * config.processors(torch.device(spec.device))
-        decoding = spec.offset is None or spec.h // spec.hk * spec.m <= decode.MOST_ROWS
-        forward = min(decode.MOST_CHUNKS * rows, spread) * (spec.dv + 1) * 4 if decoding else 0
+        of_chunks = min(decode.MOST_CHUNKS * rows, spread) * 4
+        forward = of_chunks * (dv + 1) if few or spec.offset is None else 0
         backward = rows * (4 + spec.dv * spec.dtype.itemsize)
-        if spec.additive:
+        if spec.additive and few:
+            backward += 2 * of_chunks * spec.d + (rows * spec.n * 4 if spec.bias else 0)
+        elif spec.additive:
             forward, sums = _parts_bytes(spec)
             backward += forward + sums
+        if spec.dv > dv:  # sums over parts of the values
+            backward += 8 * (rows * spec.d + spec.b * spec.hk * spec.n * spec.d)
         return forward, backward
+
+
+def _value_parts(dv: int) -> list[slice | None]:
+    """The columns of values that a call's passes take, for each of which scores are computed again; None is all."""
+    if dv <= TritonBackend.max_head_dim:
+        return [None]
+    width = -(-dv // -(-dv // TritonBackend.max_head_dim))
+    width += -width % 8  # which keeps rows aligned for wide loads
+    return [slice(first, min(first + width, dv)) for first in range(0, dv, width)]
+
+
+def _of_part(y: Results, part: slice | None) -> Results:
+    return y if part is None else y._replace(out=y.out[..., part])
+
+
+def _forward(x: Inputs, y: Results, call: Call) -> None:
+    from pyattn.triton_kernels.additive_fwd import additive_fwd
+    from pyattn.triton_kernels.decode import decode, suits
+    from pyattn.triton_kernels.flash_fwd import flash_fwd
+
+    if suits(x.q, x.k, call, x.weight is not None):
+        decode(x.q, x.k, x.v, *y, call, x.weight)
+    elif x.weight is not None:
+        additive_fwd(x.q, x.k, x.v, x.weight, *y, call)
+    else:
+        flash_fwd(x.q, x.k, x.v, *y, call)
+
+
+def _backward(x: Inputs, y: Results, d_out: Tensor, d_lse: Tensor | None, grads: Grads, call: Call) -> Tensor:
+    """Writes `grads`, but for those of sinks; returns delta [b, h, m]."""
+    from pyattn.triton_kernels.additive_bwd import additive_bwd
+    from pyattn.triton_kernels.additive_step import additive_step_bwd
+    from pyattn.triton_kernels.decode import suits
+    from pyattn.triton_kernels.flash_bwd import flash_bwd
+
+    if grads.bias is not None:
+        grads.bias.zero_()
+    given = (y.out, y.row_max, y.row_sum, d_out, d_lse, grads.q, grads.k, grads.v)
+    if x.weight is None or grads.weight is None:
+        return flash_bwd(x.q, x.k, x.v, *given, grads.bias, call)
+    backward = additive_step_bwd if suits(x.q, x.k, call, True) else additive_bwd  # as the forward chose
+    return backward(x.q, x.k, x.v, x.weight, *given, grads.weight, grads.bias, call)
+
+
+def _backward_of_parts(
+    parts: Sequence[slice | None], x: Inputs, y: Results, d_out: Tensor, d_lse: Tensor | None, grads: Grads, call: Call
+) -> Tensor:
+    """`_backward` for values that are taken in parts: gradients are linear in d_out, so those of parts add up."""
+    shared = {name: g for name in ("q", "k", "bias", "weight") if (g := getattr(grads, name)) is not None}
+    sums = {name: torch.zeros_like(g, dtype=torch.float32) for name, g in shared.items()}
+    deltas: list[Tensor] = []
+    for part in parts:
+        own = Grads(v=grads.v[..., part], **{name: torch.empty_like(total) for name, total in sums.items()})
+        of_part = x._replace(v=x.v[..., part]), _of_part(y, part), d_out[..., part]
+        deltas.append(_backward(*of_part, None if deltas else d_lse, own, call))
+        for name, total in sums.items():
+            total += getattr(own, name)
+    for name, g in shared.items():
+        g.copy_(sums[name])
+    return torch.stack(deltas).sum(0)
 
 
 def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, d_lse: Tensor | None) -> Tensor:

@@ -232,8 +232,8 @@ def _check_plain(*tensors: Tensor) -> None:
 
 def _check_served(query: Tensor, d: int, dv: int) -> None:
     """Asks the backends while a call is traced: when the graph runs and one refuses, it is too late to fall back."""
-    largest, reason = _largest_head(registry.requested("auto"), query.device.type, autocast_dtype(query))
-    if max(d, dv) > largest:
+    largest, of_values, reason = _largest_head(registry.requested("auto"), query.device.type, autocast_dtype(query))
+    if d > largest or dv > of_values:
         raise UnsupportedError(reason)
 
 
@@ -244,20 +244,25 @@ def _constant(function: Callable) -> Callable:
 
 
 @_constant
-def _largest_head(backend: str, device: str, dtype: torch.dtype) -> tuple[int, str]:
-    """The largest head size that is served, and what the backends say to one more. Sizes may be symbols; these not."""
+def _largest_head(backend: str, device: str, dtype: torch.dtype) -> tuple[int, int, str]:
+    """The largest head sizes that are served, of queries and of values, and what the backends say to one more.
+
+    Sizes may be symbols; these not.
+    """
 
     def spec(d: int) -> AttentionSpec:
         return AttentionSpec(1, 1, 1, 1, 1, d, d, dtype, device, 1.0, 0, None, None, None, 0.0)
 
     candidates = [registry.BACKENDS[name] for name in (registry.AUTOMATIC if backend == "auto" else (backend,))]
-    largest = max((b.max_head_dim for b in candidates if b.refusal(spec(1)) is None), default=0)
+    able = [b for b in candidates if b.refusal(spec(1)) is None]
+    largest = max((b.max_head_dim for b in able), default=0)
+    of_values = max((b.max_value_dim or b.max_head_dim for b in able), default=0)
     reason = ""
     try:
         registry.choose(spec(largest + 1), backend)
     except UnsupportedError as error:
         reason = str(error)
-    return largest, reason
+    return largest, of_values, reason
 
 
 @_constant

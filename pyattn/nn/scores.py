@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,13 @@ from pyattn.nn.linear import Linear
 _NOT_OPTIONS = ("scale", "return_lse", "cu_seqlens_q", "cu_seqlens_k")
 # Columns of weights that one pass computes: the largest value size that every backend takes.
 _WEIGHT_COLUMNS = 256
+
+
+class Keys(NamedTuple):
+    """The keys of sentences, prepared by a score for any number of its queries."""
+
+    states: Tensor  # [b, n, size]
+    exponentials: Tensor | None = None  # `exp_keys` of `pyattn.additive_attention`, [b, n, size]
 
 
 class Score(nn.Module):
@@ -48,18 +55,18 @@ class Score(nn.Module):
         self.memory_size = memory_size
         self.heads = heads
 
-    def keys(self, memory: Tensor) -> Tensor:
+    def keys(self, memory: Tensor) -> Keys:
         """The keys of a sentence, prepared for any number of queries.
 
         Args:
             memory: [b, n, memory_size], the states that are attended to.
         Returns:
-            [b, n, size], of the size that queries have once they are prepared.
+            Tensors [b, n, size], of the size that queries have once they are prepared.
         Raises:
             ShapeError: memory has another shape.
         """
         _check_states("memory", memory, self.memory_size)
-        return self._keys(memory)
+        return Keys(self._keys(memory))
 
     def values(self, memory: Tensor) -> Tensor:
         """What `forward` sums up: memory itself."""
@@ -78,23 +85,23 @@ class Score(nn.Module):
 
     @overload
     def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, key_lengths: Tensor | None = None, *,
+        self, query: Tensor, keys: Keys | Tensor, values: Tensor, key_lengths: Tensor | None = None, *,
         return_weights: Literal[False] = False, **options: Any,
     ) -> Tensor: ...  # fmt: skip
     @overload
     def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, key_lengths: Tensor | None = None, *,
+        self, query: Tensor, keys: Keys | Tensor, values: Tensor, key_lengths: Tensor | None = None, *,
         return_weights: Literal[True], **options: Any,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
     @overload
     def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, key_lengths: Tensor | None = None, *,
+        self, query: Tensor, keys: Keys | Tensor, values: Tensor, key_lengths: Tensor | None = None, *,
         return_weights: bool, **options: Any,
     ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
     def attend(
         self,
         query: Tensor,
-        keys: Tensor,
+        keys: Keys | Tensor,
         values: Tensor,
         key_lengths: Tensor | None = None,
         *,
@@ -105,7 +112,7 @@ class Score(nn.Module):
 
         Args:
             query: [b, m, query_size], or [b, query_size] for one step of a decoder.
-            keys: [b, n, size], from `keys`.
+            keys: from `keys`, or the states [b, n, size] of such.
             values: [b, n, dv].
             key_lengths: integer [b]; batch element b has its first key_lengths[b] keys alone.
             return_weights: also return the weights. They take one more pass for every 256 keys, and the memory of what
@@ -122,20 +129,23 @@ class Score(nn.Module):
             ShapeError, DtypeError, DeviceError, RangeError, UnsupportedError: as `pyattn.attention`, by the names here.
         """
         check.refuse_unknown("attend", [name for name in _NOT_OPTIONS if name in options])
-        for name, t in (("query", query), ("keys", keys), ("values", values)):
+        keys = keys if isinstance(keys, Keys) else Keys(keys)
+        for name, t in (("query", query), ("keys", keys.states), ("values", values)):
             check.check_dense(name, t)
         is_step = query.dim() == 2
         query = query.unsqueeze(1) if is_step else query
         _check_states("query", query, self.query_size)
         q = self._queries(query)
-        (b, _, size), given = q.shape, list(keys.shape)
-        if keys.dim() != 3 or keys.shape[0] != b or keys.shape[2] != size:
+        (b, _, size), given = q.shape, list(keys.states.shape)
+        if len(given) != 3 or given[0] != b or given[2] != size:
             raise ShapeError(f"keys: expected [b={b}, n, {size}], got {given}: query is {list(query.shape)}, and has "
                              f"{size} columns once prepared; GeneralScore takes keys of another size")  # fmt: skip
-        if values.dim() != 3 or values.shape[:2] != keys.shape[:2]:
+        if values.dim() != 3 or list(values.shape[:2]) != given[:2]:
             raise ShapeError(f"values: expected [b={b}, n={given[1]}, dv], got {list(values.shape)}: keys is {given}")
-        q, k, v = (self._split(name, t) for name, t in (("query", q), ("keys", keys), ("values", values)))
+        q, k, v = (self._split(name, t) for name, t in (("query", q), ("keys", keys.states), ("values", values)))
         options |= {"key_lengths": key_lengths}
+        if keys.exponentials is not None:
+            options |= {"exp_keys": self._split("keys", keys.exponentials)}
         if return_weights and options.get("dropout_p") and options.get("seed") is None:
             options["seed"] = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=q.device)
 
@@ -154,7 +164,8 @@ class Score(nn.Module):
         self, query: Tensor, memory: Tensor, key_lengths: Tensor | None = None, **options: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`attend` over the memory of one sentence, whose keys and values are used once."""
-        return self.attend(query, self.keys(memory), self.values(memory), key_lengths, **options)
+        _check_states("memory", memory, self.memory_size)
+        return self.attend(query, Keys(self._keys(memory)), self.values(memory), key_lengths, **options)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}" if self.heads > 1 else ""
@@ -286,6 +297,14 @@ class AdditiveScore(Score):
                 score.query_projection.bias.copy_(bias)
         return score
 
+    def keys(self, memory: Tensor) -> Keys:
+        """As of every score. On a CPU with the exponentials of the keys, which then are not computed at each step."""
+        states = super().keys(memory).states
+        if not states.is_cpu:  # elsewhere they would take longer to read than to compute
+            return Keys(states)
+        wide = states.detach().to(torch.promote_types(states.dtype, torch.float32))
+        return Keys(states, (2 * wide).exp())
+
     def _keys(self, memory: Tensor) -> Tensor:
         return self.key_projection(memory)
 
@@ -404,8 +423,11 @@ class LearnedValue(Score):
         self.score = score
         self.value_projection = Linear(memory_size, value_size, bias=bias, device=device, dtype=dtype)
 
-    def _keys(self, memory: Tensor) -> Tensor:
+    def keys(self, memory: Tensor) -> Keys:
         return self.score.keys(memory)
+
+    def _keys(self, memory: Tensor) -> Tensor:
+        return self.score._keys(memory)
 
     def values(self, memory: Tensor) -> Tensor:
         """[b, n, value_size], once per sentence, for `attend`."""
