@@ -9,6 +9,7 @@
 // Score: Bahdanau, Cho and Bengio 2015, arXiv:1409.0473, A.1.2.
 #pragma once
 
+#include "dots.h"
 #include "score.h"
 
 namespace pyattn {
@@ -202,11 +203,8 @@ class Additive {
     // *to[r] = the sum of the lanes of x[r], by the weight as it was.
     void add_lanes(Vec<A>* x, A* const* to, int& count) const {
         for (int r = count; r < W; ++r) x[r] = Vec<A>{};
-        transpose_square<A>(x);
-        for (int half = W / 2; half > 0; half /= 2) {
-            for (int r = 0; r < half; ++r) x[r] += x[r + half];
-        }
-        for (int r = 0; r < count; ++r) *to[r] = x[0][r] * unit_;
+        const Vec<A> sums = sums_of_lanes<A>(x) * unit_;
+        for (int r = 0; r < count; ++r) *to[r] = sums[r];
         count = 0;
     }
 

@@ -412,7 +412,11 @@ class Backward {
             std::memcpy(part_of_weight(call, rows), tile.d_weight(), static_cast<size_t>(args.d) * sizeof(A));
             return store_rows(d_q_t, rows.count, args.d, static_cast<A>(args.scale), d_q, args.d_q.stride[2]);
         }
-        transpose<A>({d_q_t, kQueries}, args.d, padded<A>(rows.count), {d_q_rows, width}, width);
+        if (tile.few()) {
+            std::memcpy(d_q_rows, d_q_t, static_cast<size_t>(rows.count * width) * sizeof(A));
+        } else {
+            transpose<A>({d_q_t, kQueries}, args.d, padded<A>(rows.count), {d_q_rows, width}, width);
+        }
         const Lanes<const T> k{key_row<const T>(args, args.k, rows.sequence, rows.kv_head, 0), args.k.stride[2]};
         tile.each_heavy([&](const HeavyPair<A>& pair) {
             const A excess = tile.excess(pair.lane);
@@ -453,10 +457,10 @@ class Backward {
         for (int64_t r = 0; r < count; ++r) store_row(from + r * padded<A>(columns), columns, factor, to + r * ld);
     }
 
-    // d_q of a tile: [column][query], or for additive scores [query][column].
+    // d_q of a tile: [column][query], or for additive scores and for few queries [query][column].
     static void start_query_gradient(const BackwardTile<T>& tile, A* d_q) {
         const int64_t columns = padded<A>(tile.args().d), lanes = padded<A>(tile.rows().count);
-        if (tile.args().weight) {
+        if (tile.args().weight || tile.few()) {
             zeroed(d_q, tile.rows().count * columns);
             return;
         }

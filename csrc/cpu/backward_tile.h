@@ -42,6 +42,7 @@ class BackwardTile {
           v_rows_(scratch.take<E>(kKeys * padded<A>(args.dv))),
           k_across_rows_(scratch.take<E>(kStep<E> == 1 ? 0 : kKeys * padded<A>(args.d))),
           ds_across_(scratch.take<E>(kStep<E> == 1 ? 0 : kKeys * kQueries)),
+          few_rows_(scratch.take<A>(W * kKeys)),
           p_(scratch.take<A>(kKeys * kQueries)),
           ds_(scratch.take<A>(kKeys * kQueries)),
           visible_(scratch.take<A>(kKeys * kQueries)),
@@ -64,6 +65,7 @@ class BackwardTile {
         rows_ = Rows::of_head(args_, sequence, head, i);
         mask_.emplace(args_, rows_, extra_rows_, extra_tile_);
         lanes_ = padded<A>(rows_.count);
+        few_ = are_few<A>(args_, rows_);
         const int64_t row = statistic(args_, sequence, head, i);
         const A* row_max = static_cast<const A*>(args_.row_max) + row;
         const A* row_sum = static_cast<const A*>(args_.row_sum) + row;
@@ -85,10 +87,11 @@ class BackwardTile {
         if (args_.weight) {
             additive_.load_queries(rows_, wanted);
         } else {
-            load_sides(query_row<T>(args_.q, sequence, head, i), args_.q.stride[2], args_.d, wanted, q_rows_, q_t_, q_);
+            load_sides(query_row<T>(args_.q, sequence, head, i), args_.q.stride[2], args_.d, wanted, q_rows_, q_t_,
+                       q_along_, q_);
         }
         load_sides(query_row<T>(args_.d_out, sequence, head, i), args_.d_out.stride[2], args_.dv, wanted, d_out_rows_,
-                   d_out_t_, d_out_);
+                   d_out_t_, d_out_along_, d_out_);
     }
 
     Range keys() const { return mask_->keys(); }
@@ -104,12 +107,12 @@ class BackwardTile {
         if (args_.weight) {
             additive_.load_keys(rows_, j, k, args_.k.stride[2], count, view.wanted, true);
         } else {
-            k_along = load_rows(k, args_.k.stride[2], count, args_.d, k_rows_, view.wanted, false);
+            k_along = load_rows(k, args_.k.stride[2], count, args_.d, k_rows_, view.wanted, few_);
         }
-        const Lanes<const E> v_along = load_rows(v, args_.v.stride[2], count, args_.dv, v_rows_, view.wanted, false);
+        const Lanes<const E> v_along = load_rows(v, args_.v.stride[2], count, args_.dv, v_rows_, view.wanted, few_);
         k_ = k_along;
         if (kStep<E> > 1 && !args_.weight) {
-            k_ = load_rows_across(k, args_.k.stride[2], count, args_.d, k_across_rows_, view.wanted, false);
+            k_ = load_rows_across(k, args_.k.stride[2], count, args_.d, k_across_rows_, view.wanted, few_);
         }
         j_ = j, keys_ = count, strip_ = all ? lanes_ : 2 * W;
         for (int64_t lane = 0; lane < lanes_; lane += strip_) {
@@ -118,9 +121,9 @@ class BackwardTile {
             if (args_.weight) {
                 additive_.scores(rows_, {lane, lane + strip_}, seen, p_, kQueries, 1);
             } else {
-                product(lane, seen, args_.d, q_t_, k_along, p_);
+                product(lane, seen, args_.d, q_t_, q_along_, k_along, p_);
             }
-            product(lane, seen, args_.dv, d_out_t_, v_along, ds_);
+            product(lane, seen, args_.dv, d_out_t_, d_out_along_, v_along, ds_);
         }
         const Score<A> score(args_, rows_, extra_rows_, extra_tile_);
         score.apply(p_, j, count, lanes_, all ? nullptr : visible_, cap_slope_);
@@ -156,16 +159,22 @@ class BackwardTile {
     }
     const A* d_weight() const { return additive_.d_weight(); }
 
-    // d_q_t: [d][kQueries], without the factor `scale`. Before add_key_gradients, which uses the tiles up.
-    void add_query_gradient(A* d_q_t) {
+    // d_q: [d][kQueries] or, where queries are few, [query][padded d]; without the factor `scale`. Before
+    // add_key_gradients, which uses the tiles up.
+    void add_query_gradient(A* d_q) {
         const E* const ds = across_keys<E>(ds_, keys_, lanes_, ds_across_);
+        if (few_) {
+            const int64_t width = padded<A>(args_.d);
+            gemm_few<E>(width, rows_.count, operands<E>(keys_), k_, {ds, 1, kQueries}, {d_q, width}, {true, nullptr});
+            return;
+        }
         for (int64_t lane = 0; lane < lanes_; lane += strip_) {
             const Range seen = keys_of(lane);
             if (seen.end <= seen.begin) continue;
             const int64_t first = seen.begin / kStep<E>;
             gemm<E>(smaller(strip_, lanes_ - lane), args_.d, operands<E>(seen.end - seen.begin),
                     {ds + first * kQueries + lane, kQueries}, {k_.ptr + first * k_.ld, 1, k_.ld},
-                    {d_q_t + lane, kQueries}, {true, nullptr});
+                    {d_q + lane, kQueries}, {true, nullptr});
         }
     }
 
@@ -173,10 +182,8 @@ class BackwardTile {
     void add_key_gradients(A* d_k_rows, A* d_v_rows) {
         const int64_t width = padded<A>(args_.d), width_v = padded<A>(args_.dv), depth = operands<E>(rows_.count);
         const E* const p = along_lanes<E>(p_, keys_, lanes_);
-        gemm<E>(width_v, keys_, depth, d_out_, {p, kQueries, 1}, {d_v_rows, width_v}, {true, nullptr});
-        if (args_.weight) return;
-        const E* const ds = along_lanes<E>(ds_, keys_, lanes_);
-        gemm<E>(width, keys_, depth, q_, {ds, kQueries, 1}, {d_k_rows, width}, {true, nullptr});
+        add_outer(width_v, depth, d_out_, p, d_v_rows);
+        if (!args_.weight) add_outer(width, depth, q_, along_lanes<E>(ds_, keys_, lanes_), d_k_rows);
     }
 
     // Once the tile has met all its keys: by how much delta is too small, and, where it is not null, the delta of all rows
@@ -226,12 +233,24 @@ class BackwardTile {
     const Rows& rows() const { return rows_; }
     const AttentionArgs& args() const { return args_; }
 
+    bool few() const { return few_; }
+
   private:
-    // Rows of q or d_out, both ways round: depth across rows, and transposed with the depth along the row.
+    // to[key] += the rows x, weighted by y[key].
+    void add_outer(int64_t width, int64_t depth, Lanes<const E> x, const E* y, A* to) const {
+        const Broadcast<E> weights{y, kQueries, 1};
+        if (few_) {
+            gemm_vectors<E, 8, 1>(width, keys_, depth, x, weights, {to, width}, {true, nullptr});
+        } else {
+            gemm<E>(width, keys_, depth, x, weights, {to, width}, {true, nullptr});
+        }
+    }
+
+    // Rows of q or d_out: depth across rows, and along the row transposed or, where they are few, as they lie.
     void load_sides(const T* from, int64_t ld, int64_t columns, const uint8_t* wanted, E* rows, E* transposed,
-                    Lanes<const E>& across) {
-        const Lanes<const E> along = load_rows(from, ld, rows_.count, columns, rows, wanted, true);
-        transpose<E>(along, rows_.count, operands<E>(columns), {transposed, kQueries}, lanes_);
+                    Lanes<const E>& along, Lanes<const E>& across) {
+        along = load_rows(from, ld, rows_.count, columns, few_ ? transposed : rows, wanted, true);
+        if (!few_) transpose<E>(along, rows_.count, operands<E>(columns), {transposed, kQueries}, lanes_);
         across = kStep<E> == 1 ? along : load_rows_across(from, ld, rows_.count, columns, rows, wanted, true);
     }
 
@@ -240,8 +259,16 @@ class BackwardTile {
         return strip_ == lanes_ ? Range{0, keys_} : mask_->keys_of(lane, strip_, j_, keys_);
     }
 
-    void product(int64_t lane, Range keys, int64_t columns, const E* x, Lanes<const E> y, A* tile) const {
-        gemm<E>(smaller(strip_, lanes_ - lane), keys.end - keys.begin, operands<E>(columns), {x + lane, kQueries},
+    // x_t and x: the same rows, transposed and as they lie. Few rows take the products of the forward, which sum in
+    // another order than gemm: the weights of the two passes would differ by the rounding of large scores.
+    void product(int64_t lane, Range keys, int64_t columns, const E* x_t, Lanes<const E> x, Lanes<const E> y,
+                 A* tile) const {
+        if (few_) {
+            dots<E>(x, rows_.count, y, keys_, operands<E>(columns), {few_rows_, kKeys});
+            transpose<A>({few_rows_, kKeys}, rows_.count, padded<A>(keys_), {tile, kQueries}, lanes_);
+            return;
+        }
+        gemm<E>(smaller(strip_, lanes_ - lane), keys.end - keys.begin, operands<E>(columns), {x_t + lane, kQueries},
                 {y.ptr + keys.begin * y.ld, y.ld, 1}, {tile + keys.begin * kQueries + lane, kQueries},
                 {false, nullptr});
     }
@@ -318,7 +345,7 @@ class BackwardTile {
 
     const AttentionArgs& args_;
     E *q_t_, *d_out_t_, *q_rows_, *d_out_rows_, *k_rows_, *v_rows_, *k_across_rows_, *ds_across_;
-    A *p_, *ds_, *visible_, *cap_slope_, *extra_rows_, *extra_tile_, *keep_, *row_max_, *top_weight_;
+    A *few_rows_, *p_, *ds_, *visible_, *cap_slope_, *extra_rows_, *extra_tile_, *keep_, *row_max_, *top_weight_;
     A *delta_, *d_lse_, *ds_sum_, *heavy_sum_, *excess_;
     HeavyPair<A>* heavy_;
     int64_t heavy_count_ = 0;
@@ -327,8 +354,10 @@ class BackwardTile {
     Rows rows_;
     std::optional<Mask<A>> mask_;
     Lanes<const E> q_, d_out_, k_;  // depth across rows
+    Lanes<const E> q_along_, d_out_along_;
     Additive<T> additive_;
     int64_t j_ = 0, keys_ = 0, lanes_ = 0;
+    bool few_ = false;
     int64_t strip_ = 0;  // lanes that are worked on together: all of them, or few where some pairs are not visible
 };
 

@@ -81,8 +81,7 @@ class Forward {
         : args_(args),
           factor_(Score<A>::factor(args)),
           q_rows_(scratch.take<E>(kQueries * round_up(operands<E>(args.d), W))),
-          // Q across, or where few_ K across: [d][kQueries] or [d][kKeys].
-          turned_(scratch.take<E>(larger(kQueries, kKeys) * round_up(operands<E>(args.d), W))),
+          turned_(scratch.take<E>(kQueries * round_up(operands<E>(args.d), W))),  // Q across, [d][kQueries]
           k_rows_(scratch.take<E>(kKeys * round_up(operands<E>(args.d), W))),
           v_rows_(scratch.take<E>(kKeys * padded<A>(args.dv))),
           paged_rows_(scratch.take<T>(args.block_table ? kKeys * larger(args.d, args.dv) : 0)),
@@ -103,7 +102,7 @@ class Forward {
 
     void lay_out(const Rows& rows) {
         lanes_ = padded<A>(rows.count);
-        few_ = 2 * rows.count <= W;
+        few_ = are_few<A>(args_, rows);
         columns_ = few_ ? rows.count : args_.dv;
         width_ = few_ ? padded<A>(args_.dv) : kQueries;
     }
@@ -256,22 +255,14 @@ class Forward {
         }
         const Lanes<const E> v = load_values(rows, j, count, view);
         scale_rows(rescale_);
-        gemm_vectors<E>(width_, rows.count, operands<E>(count), v,
-                        {reinterpret_cast<const E*>(few_scores_), kKeys, 1}, {out_, width_}, {true, nullptr},
-                        later(args_.k, rows, j + kKeys, args_.d));
+        gemm_few<E>(width_, rows.count, operands<E>(count), v, {reinterpret_cast<const E*>(few_scores_), kKeys, 1},
+                    {out_, width_}, {true, nullptr}, later(args_.k, rows, j + kKeys, args_.d));
     }
 
     // Memory is the limit here, so what is read next is asked for all along: the tile's values while its keys are
-    // turned, the next tile's keys while the values are added.
+    // multiplied, the next tile's keys while the values are added.
     void score_few(const Rows& rows, int64_t count, Lanes<const E> k, const Later& values) {
-        const int64_t depth = operands<E>(args_.d);
-        for (int64_t key = 0; key < count; key += W) {
-            const int64_t some = smaller(W, count - key);
-            for (int64_t r = key; r < key + some; ++r) values.fetch(r);
-            transpose<E>({k.ptr + key * k.ld, k.ld}, some, depth, {turned_ + key, kKeys}, W);
-        }
-        gemm<E>(round_up(count, W), rows.count, depth, {turned_, kKeys}, {q_.ptr, q_.ld, 1}, {few_scores_, kKeys},
-                {false, nullptr});
+        dots<E>(q_, rows.count, k, count, operands<E>(args_.d), {few_scores_, kKeys}, values);
     }
 
     Later later(const TensorArg& tensor, const Rows& rows, int64_t j, int64_t columns) const {

@@ -102,21 +102,36 @@ static inline void gemm_strip(int64_t columns, const E* x, int64_t ldx, Broadcas
     }
 }
 
-template <class E, int R = PYATTN_STRIP_VECTORS, class Next = Nothing>
+// C: the most columns that are taken at a time. `next` is brought in by the first strip.
+template <class E, int R = PYATTN_STRIP_VECTORS, int C = 6, class Next = Nothing>
 static inline void gemm_vectors(int64_t lanes, int64_t columns, int64_t depth, Lanes<const E> x, Broadcast<E> y,
                                 Lanes<Sum<E>> out, Old<Sum<E>> old, const Next& next = {}) {
     constexpr int strip = R * kWidth<E>;
     int64_t lane = 0;
     for (; lane + strip <= lanes; lane += strip) {
         const Old<Sum<E>> part{old.keep, old.factor ? old.factor + lane : nullptr};
-        gemm_strip<E, R, 6>(columns, x.ptr + lane, x.ld, y, depth, out.ptr + lane, out.ld, part, next);
+        gemm_strip<E, R, C>(columns, x.ptr + lane, x.ld, y, depth, out.ptr + lane, out.ld, part,
+                            lane == 0 ? next : Next{});
     }
     if constexpr (R > 1) {
         const Old<Sum<E>> rest{old.keep, old.factor ? old.factor + lane : nullptr};
         if (lane < lanes) {
-            gemm_vectors<E, R / 2>(lanes - lane, columns, depth, {x.ptr + lane, x.ld}, y, {out.ptr + lane, out.ld},
-                                   rest, next);
+            gemm_vectors<E, R / 2, C>(lanes - lane, columns, depth, {x.ptr + lane, x.ld}, y,
+                                      {out.ptr + lane, out.ld}, rest, lane == 0 ? next : Next{});
         }
+    }
+}
+
+// For few columns: strips of lanes as wide as the registers hold.
+template <class E, class Next = Nothing>
+static inline void gemm_few(int64_t lanes, int64_t columns, int64_t depth, Lanes<const E> x, Broadcast<E> y,
+                            Lanes<Sum<E>> out, Old<Sum<E>> old, const Next& next = {}) {
+    if (columns == 1) {
+        gemm_vectors<E, 8, 1>(lanes, columns, depth, x, y, out, old, next);
+    } else if (columns == 2) {
+        gemm_vectors<E, 4, 2>(lanes, columns, depth, x, y, out, old, next);
+    } else {
+        gemm_vectors<E>(lanes, columns, depth, x, y, out, old, next);
     }
 }
 

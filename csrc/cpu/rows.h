@@ -84,5 +84,13 @@ struct Rows {
     }
 };
 
+// Queries for at most half a vector, by how the forward takes them: lanes are then keys, and columns.
+template <class A>
+static inline bool are_few(const AttentionArgs& args, const Rows& rows) {
+    const Sequence& sequence = rows.sequence;
+    const int64_t together = grouped(args, sequence) ? sequence.m * (args.h / args.hk) : rows.count;
+    return 2 * together <= kWidth<A>;
+}
+
 }  // namespace PYATTN_ISA
 }  // namespace pyattn
