@@ -164,9 +164,10 @@ CASES: tuple[Case, ...] = (
     Case("additive-small", additive=True, powers=(-3, -3), k_power=-3, m=70, n=70),
     Case("additive-wide", additive=True, powers=(-3, 1), k_power=1, m=70, n=70),
     Case("additive-saturated", additive=True, powers=(2, 2), k_power=2, m=70, n=70),
-    Case("additive-causal-gqa", additive=True, h=4, hk=2, m=100, n=130, causal=True, layout="bmhd"),
-    Case("additive-packed", additive=True, packed=((70, 90), (1, 40), (66, 3)), causal=True, dropout_p=0.2, sinks=True),
-    Case("additive-everything", additive=True, b=2, h=4, hk=2, m=70, n=90, d=40, dv=24, window=(70, 20),
+    Case("additive-causal-gqa", additive=True, h=4, hk=2, m=100, n=130, d=18, causal=True, layout="bmhd"),
+    Case("additive-packed", additive=True, packed=((70, 90), (1, 40), (66, 3)), d=17, causal=True, dropout_p=0.2,
+         sinks=True),
+    Case("additive-everything", additive=True, b=2, h=4, hk=2, m=70, n=90, d=20, dv=24, window=(70, 20),
          key_lengths=(90, 77), segments=2, mask="b1mn", bias="1hmn", softcap=3.0, alibi=True, sinks=True, dropout_p=0.2,
          layout="bmhd", unseen_nan=True),
 )  # fmt: skip

@@ -252,7 +252,7 @@ def _decode_join_kernel(
     tl.store(log_sum_ptr + row, log_sum)
 
 
-def suits(q: Tensor, k: Tensor, call: launch.Call, additive: bool) -> bool:
+def suits(q: Tensor, k: Tensor, call: launch.Call, additive: bool = False) -> bool:
     """Whether these kernels take the call, and alone do or are likely to be faster than `flash_fwd`.
 
     They are where a group shares a tile, or where one program per head would leave processors idle; with additive
