@@ -87,7 +87,7 @@ def fuller_rounding(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor
     The products that a score sums: the backward computes scores again, and where the only key has a weight of exactly 1
     in plain PyTorch, it has exp(s - lse). `out`, which the backward has in q's dtype: delta is d_out . out. The two
     parts of lse, which may cancel. And what has gathered in a running sum, about sqrt(k) t after k terms t, which each
-    addition rounds: in products, and in the gradients of the bias and the sinks, which sum over up to b * h * m * n.
+    addition rounds: in products, and in the gradients of bias, sinks and weight, which sum over up to b * h * m * n.
     """
     see = reference.visible(spec, x)
     k, v = (torch.where(see.any(2)[..., None], t.repeat_interleave(spec.h // spec.hk, 1), 0.0) for t in (x.k, x.v))
@@ -136,7 +136,8 @@ def fuller_rounding(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor
         more["d_bias"] = (of_ds2 + terms / 2 * d_s.square()).sum_to_size(x.bias.shape)
     if x.weight is not None:
         of_weight2 = of_product2[..., None] * hidden.square() + d_product.square()[..., None]
-        more["d_weight"] = spec.scale**2 * of_weight2.sum((0, 2, 3))
+        terms = (d_product[..., None] * hidden).transpose(0, 1).flatten(1, 3)  # [h, b * m * n, d]
+        more["d_weight"] = spec.scale**2 * (of_weight2.sum((0, 2, 3)) + terms.cumsum(1).square().sum(1))
     if x.sinks is not None:
         p_sink = (x.sinks[:, None] - lse).exp()[..., None]
         sums = (p_sink * delta).transpose(0, 1).flatten(1).cumsum(1)  # [h, b * m]
