@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
@@ -32,6 +31,7 @@ from pyattn.nn.attend import ATTENTIONS, check_attention
 from pyattn.nn.embedding import embed
 from pyattn.nn.kv_cache import KVCache
 from pyattn.nn.linear import Linear, linear
+from pyattn.nn.memory import Memory
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 # In config.json, of models that Marian has not got: transformers refuses it rather than computing something else.
@@ -105,50 +105,6 @@ PUBLISHED = {
 }
 
 
-class Memory:
-    """What the decoder attends to of the sources: per decoder layer keys and values, each [sources, h, n, d].
-
-    Rows that read the same source (the beams of a sentence) share them. As attention to a source is not causal, the
-    queries of its rows can be those of one batch element: a step reads each source once, however many rows there are.
-
-    Args:
-        layers: keys and values of each layer.
-        lengths: [sources] integer, how many of the n are no padding; all where None.
-    """
-
-    def __init__(self, layers: list[tuple[Tensor, Tensor]], lengths: Tensor | None) -> None:
-        self.layers = layers
-        self.lengths = lengths
-        self.sources = list(range(len(layers[0][0])))  # which one each row reads
-        # Attention wants the rows in the order of their sources, equally many of each. Where they are not so, `slots`
-        # says which row to put in each place of such an order, and `places` in which place each row is then.
-        self.slots: Tensor | None = None
-        self.places: Tensor | None = None
-
-    def reorder(self, rows: Sequence[int]) -> None:
-        """Row i reads from now on what rows[i] does. Copies only when sources are left without rows: the others."""
-        reads = [self.sources[row] for row in rows]
-        kept = sorted(set(reads))
-        device = self.layers[0][0].device
-        if len(kept) < len(self.layers[0][0]):
-            index = torch.tensor(kept, dtype=torch.long, device=device)
-            self.layers = [(k[index], v[index]) for k, v in self.layers]
-            self.lengths = None if self.lengths is None else self.lengths[index]
-        renumbered = {source: i for i, source in enumerate(kept)}
-        self.sources = [renumbered[source] for source in reads]
-        most = max(Counter(self.sources).values(), default=0)
-        filled = [0] * len(kept)
-        slots = [0] * (len(kept) * most)  # a place that no row takes shows row 0, and nobody reads what comes of it
-        places = []
-        for row, source in enumerate(self.sources):
-            places.append(source * most + filled[source])
-            slots[places[-1]] = row
-            filled[source] += 1
-        in_order = slots == list(range(len(rows)))
-        self.slots = None if in_order else torch.tensor(slots, device=device)
-        self.places = None if in_order else torch.tensor(places, device=device)
-
-
 class Reading(NamedTuple):
     """Translations being decoded: the start tokens, the sources, and the keys and values of what has been read."""
 
@@ -197,15 +153,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         k, v = memory.layers[self.layer]
-        q = self.q_proj(x)
-        if memory.slots is not None:
-            q = q[memory.slots]
-        q = _heads(q, len(k), self.heads)  # the rows of a source, one behind the other
+        q = _heads(memory.by_source(self.q_proj(x)), len(k), self.heads)
         out = self.attention.full(q, k, v, False, memory.lengths, self.dropout if self.training else 0.0)
-        out = out.transpose(1, 2).reshape(-1, *x.shape[1:])
-        if memory.places is not None:
-            out = out[memory.places]
-        return self.out_proj(out)
+        return self.out_proj(memory.by_row(out.transpose(1, 2).flatten(2), x.shape[1]))
 
 
 def _heads(x: Tensor, rows: int, heads: int) -> Tensor:
@@ -377,7 +327,8 @@ class Transformer(Pretrained):
             raise ShapeError(f"lengths: expected [{len(source)}], one for each {name}, got {list(lengths.shape)}")
         positions = torch.arange(source.shape[1], device=source.device)
         encoded = self.encoder(embed(name, source, self.shared.weight), positions, lengths)
-        return Memory([cast(Layer, layer).encoder_attn.keys_values(encoded) for layer in self.decoder.layers], lengths)
+        layers = [cast(Layer, layer).encoder_attn.keys_values(encoded) for layer in self.decoder.layers]
+        return Memory(layers, len(source), lengths, source.device)
 
     def _check_context(self, name: str, tokens: Tensor) -> None:
         if tokens.shape[1] > self.config.context:
