@@ -160,6 +160,43 @@ class Score(nn.Module):
         weights = weights.squeeze(1) if self.heads == 1 else weights
         return context, weights.squeeze(-2) if is_step else weights
 
+    def scores(self, query: Tensor, keys: Keys | Tensor) -> Tensor:
+        """The scores themselves, one beside the other: for a pointer network, a picture, or to compare with.
+
+        Args:
+            query, keys: as `attend` takes them, query [b, m, query_size].
+        Returns:
+            [b, heads, m, n], in memory; an additive score's products [b, heads, m, n, size / heads] were there, too.
+        """
+        q = self._split("query", self._queries(query))
+        return self._scores(q, self._split("keys", keys.states if isinstance(keys, Keys) else keys))
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return q @ k.mT
+
+    def attend_unfused(
+        self,
+        query: Tensor,
+        keys: Keys | Tensor,
+        values: Tensor,
+        key_lengths: Tensor | None = None,
+        *,
+        return_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`attend` as torch computes it: scores, softmax and sum one after the other, each of them in memory.
+
+        What fused attention is measured against. Arguments and results are those of `attend`, query [b, m, query_size].
+        """
+        scores = self.scores(query, keys)
+        if key_lengths is not None:
+            hidden = torch.arange(values.shape[1], device=values.device) >= key_lengths[:, None]
+            scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
+        weights = scores.softmax(-1)
+        if key_lengths is not None:  # the softmax of no score is NaN
+            weights = weights.masked_fill((key_lengths == 0)[:, None, None, None], 0.0)
+        context = (weights @ self._split("values", values)).transpose(1, 2).flatten(2)
+        return (context, weights.squeeze(1) if self.heads == 1 else weights) if return_weights else context
+
     def forward(
         self, query: Tensor, memory: Tensor, key_lengths: Tensor | None = None, **options: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -192,6 +229,9 @@ class ScaledDotScore(Score):
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         return attention(q, k, v, **options)
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return q @ k.mT / math.sqrt(q.shape[-1])
 
 
 class GeneralScore(Score):
@@ -314,6 +354,10 @@ class AdditiveScore(Score):
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         return additive_attention(q, k, v, self.weight, **options)
 
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        # [b, h, m, n, a] @ [h, 1, a, 1]
+        return (torch.tanh(q.unsqueeze(-2) + k.unsqueeze(-3)) @ self.weight[:, None, :, None]).squeeze(-1)
+
 
 class CosineScore(Score):
     """score = sharpening * (s . h) / (|s| |h|): content-based addressing, which the lengths of s and h do not change.
@@ -358,6 +402,9 @@ class CosineScore(Score):
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         return attention(q, k, v, scale=self.scale, **options)
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.scale * (q @ k.mT)
 
 
 class LocationScore(Score):
@@ -439,6 +486,9 @@ class LearnedValue(Score):
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         return self.score._attention(q, k, v, **options)
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.score._scores(q, k)
 
 
 def weights_of(contexts: Callable[[Tensor], Tensor], k: Tensor) -> Tensor:
