@@ -83,8 +83,8 @@ class Seq2SeqConfig:
         order: which state asks, a name out of ORDERS.
         uses: where the context goes, out of USES; by default where the paper of the order has it: ("readout",) for
             Luong's, ("input", "readout") for Bahdanau's. "input" needs Bahdanau's order, "layer" two layers.
-        readout: o_i. "linear": [s_i; c_i] as it is. "tanh": Luong's attentional vector. "maxout": Bahdanau's, the larger
-            of every two columns; of the state that asked.
+        readout: o_i. "linear": [s_i; c_i] as it is. "tanh": Luong's attentional vector. "maxout": Bahdanau's, the
+            larger of every two columns; of the state that asked.
         readout_size: of tanh's and maxout's o_i; hidden by default.
         feed: whether the input of a step has o_{i-1}.
         self_attention: whether a state that asks also attends to those that asked before it (scaled products), with
@@ -126,9 +126,8 @@ class Seq2SeqConfig:
     end: int = 2
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab", "context", "layers", "width", "hidden", "encoder_hidden", "score_size", "value_size", "readout_size"
-        ):  # fmt: skip
+        own = ("encoder_hidden", "score_size", "value_size", "readout_size")
+        for name in ("vocab", "context", "layers", "width", "hidden", *own):
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise RangeError(f"{name}: expected at least 1, got {size}")
@@ -166,9 +165,8 @@ class Seq2SeqConfig:
         if (unknown := [use for use in uses if use not in USES]) or len(set(uses)) < len(uses):
             raise RangeError(f"uses: expected names out of {', '.join(USES)}, each once, got {unknown or uses}")
         if bool(uses) != self.has_context:
-            raise RangeError(
-                "uses: expected a score or self_attention, and with either at least one use of the context"
-            )
+            expected = "at least one use of the context" if self.has_context else "none without score or self_attention"
+            raise RangeError(f"uses: expected {expected}, got {uses}")
         if "input" in uses and self.order == "luong":
             raise RangeError("uses: expected order=bahdanau for input, in which the context is there before the step")
         if "layer" in uses and self.layers < 2:
@@ -346,9 +344,8 @@ class Seq2Seq(Pretrained):
         reading = self._read(source, target, source_lengths)
         reading.weights = []
         self._outputs(target, reading)
-        return torch.cat(
-            [source.new_zeros(len(target), 0, source.shape[1], dtype=reading.state.dtype), *reading.weights], 1
-        )
+        nothing = reading.state.new_zeros(len(target), 0, source.shape[1])
+        return torch.cat([nothing, *reading.weights], 1)
 
     def prefill(
         self,
@@ -478,9 +475,8 @@ class Seq2Seq(Pretrained):
         memory, m = reading.memory, states.shape[1]
         score, (keys, values) = cast(Score, self.score), memory.layers[0]
         attend = score.attend if self.config.attention == "pyattn" else score.attend_unfused
-        found = attend(
-            memory.by_source(states), keys, values, memory.lengths, return_weights=reading.weights is not None
-        )
+        wanted = reading.weights is not None
+        found = attend(memory.by_source(states), keys, values, memory.lengths, return_weights=wanted)
         if reading.weights is None:
             return memory.by_row(cast(Tensor, found), m)
         reading.weights.append(memory.by_row(found[1], m))
