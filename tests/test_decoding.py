@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from toy_decoder import ToyDecoder
 
 import pyattn
 from pyattn.decoding.beam import Hypothesis, beam_search, by_length, gnmt
@@ -131,6 +133,145 @@ def test_narrow_beam_search_may_miss_the_best_text() -> None:
         best = beam_search(model, torch.tensor([[1, 2, 3]]), 4, beams=1, end=0)[0][0]
         misses += best.tokens != _all_continuations(model, [1, 2, 3], 4, vocab=4, end=0)[0].tokens
     assert misses
+
+
+def _random_texts(vocab: int, count: int, seed: int) -> dict[tuple[int, ...], float]:
+    """Every text of `count` tokens, or fewer up to its end token 0, and its probability."""
+    texts = [
+        text
+        for length in range(1, count + 1)
+        for text in itertools.product(range(vocab), repeat=length)
+        if 0 not in text[:-1] and (length == count or text[-1] == 0)
+    ]
+    noise = torch.randn(len(texts), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    weights = [math.exp(2 * x) / vocab ** len(text) for text, x in zip(texts, noise.tolist(), strict=True)]
+    return {text: weight / sum(weights) for text, weight in zip(texts, weights, strict=True)}
+
+
+def _best(
+    texts: dict[tuple[int, ...], float], normalize: Callable[[int], float], count_end: bool
+) -> list[tuple[float, float, list[int]]]:
+    """Score, log-probability and tokens of texts that 0 ends, best first."""
+    found = []
+    for text, p in texts.items():
+        words = [token for token in text if token != 0]
+        length = len(text) if count_end else max(1, len(words))
+        found.append((math.log(p) / normalize(length), math.log(p), words))
+    return sorted(found, reverse=True)
+
+
+def _assert_equal(found: list[Hypothesis], expected: list[tuple[float, float, list[int]]]) -> None:
+    assert [h.tokens for h in found] == [tokens for _, _, tokens in expected]
+    assert [h.score for h in found] == pytest.approx([score for score, _, _ in expected], rel=1e-5)
+    assert [h.log_prob for h in found] == pytest.approx([log_prob for _, log_prob, _ in expected], rel=1e-5)
+
+
+NORMALIZE = {"by_length(0)": by_length(0), "by_length(1)": by_length(1), "by_length(-1)": by_length(-1), "gnmt": gnmt()}
+ONE = torch.tensor([[1]])
+
+
+@pytest.mark.parametrize("count_end", [True, False])
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize(("vocab", "count"), [(5, 1), (4, 2), (5, 3), (3, 4), (4, 4)])
+def test_all_choices_and_enough_beams_find_the_best_of_all_texts(
+    vocab: int, count: int, normalize: str, count_end: bool
+) -> None:
+    for seed in range(4):
+        texts = _random_texts(vocab, count, seed)
+        expected = _best(texts, NORMALIZE[normalize], count_end)
+        model = ToyDecoder.of_texts(texts, vocab)
+        for beams in ((vocab - 1) ** (count - 1), vocab ** (count - 1), vocab**count):
+            (found,) = beam_search(
+                model, ONE, count, beams=beams, choices=vocab, normalize=NORMALIZE[normalize], count_end=count_end,
+                end=0,
+            )  # fmt: skip
+            _assert_equal(found, expected[:beams])
+
+
+@pytest.mark.parametrize("count_end", [True, False])
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_search_that_never_stops_early_loses_nothing_by_stopping(normalize: str, count_end: bool) -> None:
+    """Held against the same search up to its count, which waits for more ended texts than there are."""
+    saved = 0
+    for seed, beams, choices in itertools.product(range(8), (1, 2, 4), (None, 2, 4)):
+        model = ToyDecoder.of_texts(_random_texts(4, 5, seed), 4)
+        options = {"beams": beams, "choices": choices, "normalize": NORMALIZE[normalize], "count_end": count_end}
+        (found,) = beam_search(model, ONE, 5, end=0, early_stopping="never", **options)
+        saved += 4 - model.steps
+        (whole,) = beam_search(model, ONE, 5, end=0, finished=1000, **options)
+        assert found == whole[:beams], (seed, beams, choices)
+    assert saved > 0
+
+
+def test_search_waits_for_a_text_that_the_rules_end_at_its_present_length() -> None:
+    model = ToyDecoder(lambda text: [0.0, 0.0, 1.0] if text else [0.3, 0.2, 0.5])
+    (found,) = beam_search(
+        model, ONE, 4, beams=1, choices=3, normalize=by_length(-1), rules=Rules(no_repeat_ngram=1), end=0
+    )
+    _assert_equal(found, [(math.log(0.5), math.log(0.5), [2])])
+
+
+def _within_two(model: ToyDecoder, text: tuple[int, ...]) -> bool:
+    """Whether each token is one of the two most probable ones at its place."""
+    tables = [model.probabilities(text[:i]) for i in range(len(text))]
+    return all(p[token] >= sorted(p)[-2] for p, token in zip(tables, text, strict=True))
+
+
+def test_few_choices_lose_the_texts_with_a_less_probable_token() -> None:
+    """However many beams there are."""
+    misses = 0
+    for seed in range(8):
+        texts = _random_texts(4, 4, seed)
+        model = ToyDecoder.of_texts(texts, 4)
+        kept = {text: p for text, p in texts.items() if _within_two(model, text)}
+        (found,) = beam_search(model, ONE, 4, beams=256, choices=2, end=0)
+        _assert_equal(found, _best(kept, by_length(), count_end=True))
+        misses += found[0].tokens != _best(texts, by_length(), count_end=True)[0][2]
+    assert misses
+
+
+def test_one_choice_and_one_beam_are_greedy() -> None:
+    model, prompt = _gpt(), _prompts(6, 7)
+    for options in ({}, {"finished": 1}, {"count_end": False}):
+        found = beam_search(model, prompt, 24, beams=1, choices=1, end=END, **options)
+        assert [[h.tokens for h in best] for best in found] == [[text] for text in generate(model, prompt, 24, end=END)]
+
+
+def test_text_that_ends_is_saved_at_any_rank_if_it_is_among_the_choices() -> None:
+    model = ToyDecoder(lambda text: [0.2, 0.5, 0.3])
+    for choices, expected in ((3, [[1, 1], [1], []]), (2, [[1, 1]]), (None, [[1, 1]])):
+        (found,) = beam_search(model, ONE, 2, beams=1, choices=choices, end=0, finished=10)
+        assert [h.tokens for h in found] == expected
+
+
+def test_search_ends_when_enough_texts_have() -> None:
+    model = ToyDecoder(lambda text: [0.2, 0.5, 0.3])
+    steps = []
+    for finished in (1, 3, 4):
+        model.steps = 0
+        (found,) = beam_search(model, ONE, 5, beams=1, choices=3, finished=finished, end=0)
+        assert [len(h.tokens) for h in found] == list(range(finished))[::-1]
+        steps.append(model.steps)
+    assert steps == [0, 2, 3]
+    (found,) = beam_search(model, ONE, 5, beams=2, choices=3, finished=2, normalize=by_length(0), end=0)
+    assert [h.tokens for h in found] == [[], [1]]  # and not [2], which ended when [1] did
+
+
+def test_prompts_end_their_searches_apart() -> None:
+    model, prompt = _gpt(), _prompts(5, 7)
+    options = {"beams": 3, "choices": 5, "finished": 2, "count_end": False, "end": END}
+    found = beam_search(model, prompt, 24, **options)
+    for row, best in zip(prompt, found, strict=True):
+        (alone,) = beam_search(model, row[None], 24, **options)
+        assert [h.tokens for h in best] == [h.tokens for h in alone] and len(best) == 2
+    assert len({max(len(h.tokens) for h in best) for best in found}) > 1
+
+
+def test_text_of_nothing_but_the_end_has_length_1() -> None:
+    model = ToyDecoder(lambda text: [0.4, 0.6])
+    for count_end in (True, False):
+        (found,) = beam_search(model, ONE, 3, beams=1, choices=2, finished=1, count_end=count_end, end=0)
+        _assert_equal(found, [(math.log(0.4), math.log(0.4), [])])
 
 
 @pytest.mark.parametrize("attention", ["pyattn", "torch"])
@@ -316,6 +457,12 @@ def test_rules_on_texts_of_unequal_length() -> None:
         (lambda m: beam_search(m, _prompts(2, 3), 0), "count: expected at least 1"),
         (lambda m: beam_search(m, _prompts(2, 3), [3]), "count: expected one number, or 2, got 1"),
         (lambda m: beam_search(m, _prompts(2, 3), 3, beams=0), "beams: expected at least 1"),
+        (lambda m: beam_search(m, _prompts(2, 3), 3, choices=0), "choices: expected at least 1, got 0"),
+        (lambda m: beam_search(m, _prompts(2, 3), 3, finished=-1), "finished: expected at least 1, got -1"),
+        (
+            lambda m: beam_search(m, _prompts(2, 3), 3, finished=2, early_stopping=True),
+            "finished: expected None with early_stopping=True, got 2",
+        ),
         (lambda m: beam_search(m, _prompts(2, 3), 3, early_stopping="always"), "early_stopping: expected True"),
         (lambda m: beam_search(m, _prompts(2, 60), 9), "count: expected prompt and count within context=64"),
         (

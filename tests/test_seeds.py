@@ -1,9 +1,10 @@
 """Worked examples and exercises of two courses about attention, with their numbers.
 
 SNU: Yoon's lecture on attention, whose example has scores 112 and 96. CSW182: Levine's discussion, which asks for the
-variance of scores, the matrix form and the number of operations.
+variance of scores, the matrix form and the number of operations, and his lecture on beam search.
 """
 
+import itertools
 import math
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
+from toy_decoder import ToyDecoder
 
 import pyattn
+from pyattn.decoding import Rules, beam_search, by_length
 from pyattn.nn import AdditiveScore, CosineScore, DotScore, GeneralScore, ScaledDotScore
 
 FLOAT64 = {"dtype": torch.float64}
@@ -158,3 +161,57 @@ def test_general_score_of_low_rank_has_the_weight_wq_t_wk():
     with torch.no_grad():
         full.key_projection.weight.copy_(low.query_projection.weight.T @ low.key_projection.weight)
     assert_close(low(query, memory), full(query, memory))
+
+
+@pytest.mark.parametrize(
+    ("alpha", "count_end", "scores"),
+    [(1, False, (-0.75, -0.80, -0.80)), (1, True, (-0.643, -0.640, -0.720)), (0, True, (-4.5, -3.2, -7.2))],
+)
+def test_sentence_that_is_picked_depends_on_whether_its_end_counts(alpha, count_end, scores):
+    """By words the first is the best, as the course says; with the end counted, or without division, the second."""
+    sentences = "he hit me with a pie", "he threw a pie", "I was hit with a pie that he threw"
+    words = ["<end>", "<other>", *dict.fromkeys(" ".join(sentences).split())]
+    texts = {
+        (*map(words.index, sentence.split()), 0): math.exp(log_prob)
+        for sentence, log_prob in zip(sentences, (-4.5, -3.2, -7.2), strict=True)
+    }
+    model = ToyDecoder.of_texts({**texts, (1,): 1 - sum(texts.values())}, len(words))
+    (found,) = beam_search(
+        model, torch.tensor([[0]]), 10, beams=3, normalize=by_length(alpha), count_end=count_end,
+        rules=Rules(forbidden=(1,)), end=0,
+    )  # fmt: skip
+    by_sentence = {" ".join(words[token] for token in h.tokens): h for h in found}
+    assert [by_sentence[s].score for s in sentences] == pytest.approx(scores, abs=5e-4)
+    assert [by_sentence[s].log_prob for s in sentences] == pytest.approx([-4.5, -3.2, -7.2], abs=1e-5)
+    assert next(iter(by_sentence)) == sentences[scores.index(max(scores))]
+
+
+def test_greedy_search_finds_0275_and_two_paths_0405():
+    """p(a) = 0.55 and p(b) = 0.45; the best token after a has 0.5, after b 0.9."""
+    a, b = 0, 1
+    model = ToyDecoder(lambda text: {(): [0.55, 0.45, 0], (a,): [0.5, 0.3, 0.2], (b,): [0.9, 0.06, 0.04]}[text])
+    for paths, text, p in ((1, [a, a], 0.275), (2, [b, a], 0.405)):
+        best = beam_search(model, torch.tensor([[0]]), 2, beams=paths, choices=paths)[0][0]
+        assert best.tokens == text
+        assert math.exp(best.log_prob) == pytest.approx(p)
+
+
+def test_beam_search_as_wide_as_m_to_the_t_minus_1_is_exact():
+    m, t = 3, 4
+    for seed in range(5):
+        p = normal(m**t, seed=seed).mul(2).softmax(0).tolist()
+        texts = dict(zip(itertools.product(range(m), repeat=t), p, strict=True))
+        best = sorted(texts, key=texts.__getitem__, reverse=True)[: m ** (t - 1)]
+        model = ToyDecoder.of_texts(texts, m)
+        (found,) = beam_search(model, torch.tensor([[0]]), t, beams=m ** (t - 1), choices=m ** (t - 1))
+        assert [tuple(h.tokens) for h in found] == best
+        assert [math.exp(h.log_prob) for h in found] == pytest.approx([texts[text] for text in best], rel=1e-5)
+
+
+def test_sum_of_log_probabilities_outlives_the_product():
+    products = torch.full((400,), 0.1).cumprod(0)
+    assert products[44] > 0 and products[45] == 0  # float32 has nothing below 1.4e-45: 0 from step 46 on
+    model = ToyDecoder(lambda text: [0.1] * 10)
+    best = beam_search(model, torch.tensor([[0]]), 400, beams=2, choices=2)[0][0]
+    assert len(best.tokens) == 400
+    assert best.log_prob == pytest.approx(400 * math.log(0.1), rel=1e-6)
