@@ -59,11 +59,11 @@ class Memory:
     def by_source(self, x: Tensor) -> Tensor:
         """Queries of the rows [rows, m, width] as those of the sources [sources, rows of one * m, width]."""
         x = x if self.slots is None else x[self.slots]
-        return x.reshape(self.count, -1, x.shape[-1])
+        return x.reshape(self.count, len(x) * x.shape[1] // max(self.count, 1), x.shape[-1])
 
     def by_row(self, x: Tensor, m: int) -> Tensor:
         """Undoes `by_source` for what comes of the queries: [rows, m, width]."""
-        x = x.reshape(-1, m, x.shape[-1])
+        x = x.reshape(len(x) * x.shape[1] // max(m, 1), m, x.shape[-1])
         return x if self.places is None else x[self.places]
 
 

@@ -1,0 +1,313 @@
+"""Recurrent sequence to sequence: its forms decode as they train, are independent of padding, and refuse what does not
+fit."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import pyattn
+from pyattn import registry
+from pyattn.check import DtypeError, RangeError, ShapeError
+from pyattn.decoding import beam_search, generate
+from pyattn.models import PretrainedError, Seq2Seq, Seq2SeqConfig
+from pyattn.models.seq2seq import PUBLISHED, SCORES
+
+SIZES = {"vocab": 11, "context": 12, "layers": 2, "width": 6, "hidden": 8}
+BAHDANAU = {"order": "bahdanau", "score": "additive", "readout": "maxout", "bridge": "backward", "encoder_hidden": 6,
+            "cell": "gru", "feed": False}  # fmt: skip
+FORMS = {
+    "luong": {},
+    "luong without feeding": {"feed": False},
+    "bahdanau": BAHDANAU,
+    "bahdanau with feeding": {"order": "bahdanau", "feed": True},
+    "next layer": {"uses": ("layer",), "feed": False},
+    "next layer and readout, fed": {"uses": ("layer", "readout")},
+    "next layer, asked before": {"uses": ("layer", "input"), "order": "bahdanau", "feed": False},
+    "input alone": {"uses": ("input",), "order": "bahdanau", "feed": False},
+    "own states": {"self_attention": True, "feed": False},
+    "own states, fed": {"self_attention": True},
+    "own states alone": {"score": None, "self_attention": True, "order": "bahdanau", "feed": False},
+    "no attention, reversed": {
+        "score": None, "reverse": True, "bidirectional": False, "readout": "linear", "feed": False,
+    },
+    "attention to a reversed source": {"reverse": True, "bidirectional": False, "bridge": "linear"},
+    "plain cells": {"cell": "rnn", "bridge": "linear", "encoder_hidden": 5},
+    "layer norm in the cells": {"norm": True},
+    "tied": {"tied": True, "readout_size": 6},
+    "learned value": {"score": "low-rank", "score_size": 3, "value_size": 5},
+} | {f"score {name}": {"score": name, "feed": False} for name in SCORES}  # fmt: skip
+SOURCE_LENGTHS = torch.tensor([4, 6, 0])
+FUSED = ["cpu"] if "additive" in registry.BACKENDS["cpu"].features else []
+
+
+@pytest.fixture(params=["reference", *FUSED], autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pyattn.use_backend(request.param):
+        yield
+
+
+def built(**options: object) -> Seq2Seq:
+    """A model in float64 and eval mode, with parameters far enough from 0 that every part of it matters."""
+    torch.manual_seed(0)
+    model = Seq2Seq(Seq2SeqConfig(**SIZES | options)).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.5)
+    return model
+
+
+def texts(rows: int = 3, n: int = 6, m: int = 5) -> tuple[Tensor, Tensor]:
+    """Sources [rows, n] and targets [rows, m]."""
+    generator = torch.Generator().manual_seed(1)
+    source, target = (torch.randint(3, 11, (rows, size), generator=generator) for size in (n, m))
+    target[:, :1] = 1
+    return source, target
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_steps_give_what_the_whole_gives(form):
+    model = built(**FORMS[form])
+    source, target = texts()
+    expected = model(source, target, SOURCE_LENGTHS)
+    with torch.no_grad():
+        logits, state = model.prefill(source, SOURCE_LENGTHS, count=4)
+        assert_close(logits, expected[:, 0])
+        for i in range(1, 5):
+            if i == 3:  # beams: rows repeat, one is left out, and they change places
+                rows = [2, 1, 1, 2]
+                state.reorder(rows)
+                expected, target = expected[rows], target[rows]
+            assert_close(model.step(target[:, i], state), expected[:, i])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_torchs_attention_gives_the_same_outputs_and_gradients(form):
+    ours, theirs = built(**FORMS[form]), built(**FORMS[form], attention="torch")
+    logits = [model(*texts(), SOURCE_LENGTHS) for model in (ours, theirs)]
+    assert_close(*logits)
+    for values in logits:
+        values.square().sum().backward()
+    for (name, p), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert p.grad is not None, name
+        assert_close(p.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_changes_nothing_and_rows_know_nothing_of_each_other(form):
+    model = built(**FORMS[form])
+    source, target = texts()
+    lengths = torch.tensor([4, 6, 3])
+    logits = model(source, target, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        alone = model(source[row : row + 1, :length], target[row : row + 1])
+        assert_close(logits[row : row + 1], alone)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_later_token_of_the_target_changes_nothing_before_it(form):
+    model = built(**FORMS[form])
+    source, target = texts()
+    other = target.clone()
+    other[:, 3] = (other[:, 3] - 2) % 8 + 3
+    before, after = model(source, target), model(source, other)
+    assert_close(after[:, :3], before[:, :3])
+    assert not torch.allclose(after[:, 3], before[:, 3])
+
+
+@pytest.mark.parametrize("form", ["luong", "luong without feeding", "bahdanau", "own states", "no attention, reversed"])
+def test_one_reading_serves_several_targets(form):
+    model = built(**FORMS[form])
+    source, target = texts()
+    others = texts(rows=6)[1]
+    together = torch.stack([target, others[:3], others[3:]], 1).flatten(0, 1)  # three targets of each source
+    expected = torch.stack([model(source, each, SOURCE_LENGTHS) for each in (target, others[:3], others[3:])], 1)
+    encoded = []
+    model.encoder.register_forward_hook(lambda module, args, out: encoded.append(len(args[0])))
+    assert_close(model(source, together, SOURCE_LENGTHS), expected.flatten(0, 1))
+    assert encoded == [3]
+
+
+def test_alignment_has_the_weights_of_each_step():
+    model = built(feed=True)
+    source, target = texts()
+    weights = model.alignment(source, target, SOURCE_LENGTHS)
+    assert weights.shape == (3, 5, 6)
+    held = torch.arange(6) < SOURCE_LENGTHS[:, None]
+    assert_close(weights.sum(-1), (SOURCE_LENGTHS > 0)[:, None].double().expand(3, 5))
+    assert not weights[~held[:, None].expand_as(weights)].any()
+    with pytest.raises(RangeError, match="score: expected attention, got a model without"):
+        built(**FORMS["no attention, reversed"]).alignment(source, target)
+
+
+def test_a_reversed_source_is_read_from_the_end_and_attended_to_in_its_order():
+    model = built(**FORMS["attention to a reversed source"])
+    states = []
+    model.encoder.register_forward_hook(lambda module, args, out: states.append((args[0], out[0])))
+    memory = []
+    keys = model.score.keys
+    model.score.keys = lambda states: memory.append(states) or keys(states)
+    source, target = texts(rows=1)
+    model(source, target, torch.tensor([4]))
+    read, out = states[0]
+    embedded = model.source_embedding.weight[source[0]]
+    assert_close(read[0, :4], embedded[:4].flip(0))
+    assert_close(memory[0][0, :4], out[0, :4].flip(0))
+
+
+def test_without_attention_all_of_a_source_goes_through_one_state():
+    model = built(score=None, feed=False, layers=1)
+    source, _ = texts()
+    _, reading = model.prefill(source, count=1)
+    assert reading.memory.layers == [()]
+    assert reading.state.shape == (2, 1, 3, 8)
+
+
+@pytest.mark.parametrize("order", ["luong", "bahdanau"])
+def test_beams_of_a_sentence_share_its_keys(order):
+    model = built(order=order, score="additive").float()
+    prepared = []
+    keys = model.score.keys
+    model.score.keys = lambda states: prepared.append(len(states)) or keys(states)
+    source, _ = texts()
+    found = beam_search(model, source, 6, beams=3, end=2)
+    assert prepared == [3]
+    assert all(len(best) == 3 for best in found)
+    (alone,) = beam_search(model, source[1:2], 6, beams=3, end=2)
+    assert [h.tokens for h in alone] == [h.tokens for h in found[1]]
+
+
+def test_greedy_decoding_takes_the_best_token_of_the_whole_models_logits():
+    model = built()
+    source, _ = texts()
+    tokens = torch.tensor(generate(model, source, 6))
+    target = torch.cat([torch.ones(3, 1, dtype=torch.long), tokens[:, :-1]], 1)
+    assert (model(source, target).argmax(-1) == tokens).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_saved_model_comes_back(form, tmp_path):
+    model = built(**FORMS[form]).float()
+    model.save_pretrained(tmp_path)
+    again = Seq2Seq.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert_close(again(*texts()), model(*texts()), rtol=0, atol=0)
+    compared = Seq2Seq.from_pretrained(tmp_path, attention="torch", dropout=0.1)
+    assert compared.config == replace(model.config, attention="torch", dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"cell": "gru"}, r"of another shape: encoder.layers.weight_ih_l0 \[16, 6\] for \[12, 6\]"),
+        ({"score": "additive"}, "missing: score.weight, score.query_projection.weight"),
+        ({"layers": 3}, "missing: encoder.layers.weight_ih_l2"),
+        ({"score": "plain"}, "score: expected one of"),
+        ({"cell": None}, "cell: expected one of"),
+        ({"hidden": "8"}, "damaged"),
+        ({"model_type": "marian"}, "expected model_type 'pyattn-seq2seq'"),
+    ],
+)
+def test_a_checkpoint_of_another_form_is_named(changes, named, tmp_path):
+    built().float().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), encoding="utf-8")
+    with pytest.raises(PretrainedError, match=named):
+        Seq2Seq.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": "dot", "encoder_hidden": 5, "bridge": "linear"}, "score: expected states of one size for dot"),
+        ({"score": "cosine", "encoder_hidden": 5, "bridge": "linear"}, "score: expected states of one size for cosine"),
+        ({"score": "hard"}, "score: expected one of None, dot, scaled"),
+        ({"hidden": 7}, "hidden: expected an even number"),
+        ({"encoder_hidden": 5}, "bridge: expected states of hidden=8 columns from the encoder for copy, got 10"),
+        ({"bridge": "backward", "bidirectional": False}, "bridge: expected a bidirectional encoder"),
+        ({"bridge": "zero"}, "bridge: expected one of copy, linear, backward, got zero"),
+        ({"reverse": True}, "reverse: expected an encoder of one direction"),
+        ({"order": "Luong"}, "order: expected one of luong, bahdanau, got Luong"),
+        ({"uses": ("input",)}, "uses: expected order=bahdanau for input"),
+        ({"uses": ("layer",), "layers": 1}, "uses: expected at least 2 layers for layer, got 1"),
+        ({"uses": ("output",)}, "uses: expected names out of input, layer, readout"),
+        ({"uses": ("layer", "layer")}, "uses: expected names out of input, layer, readout, each once"),
+        ({"uses": ()}, "uses: expected at least one use of the context"),
+        ({"uses": ("readout",), "score": None}, "uses: expected none without score or self_attention"),
+        ({"score_size": 4}, "score_size: expected None for score=general, got 4"),
+        ({"score": None, "value_size": 4}, "value_size: expected None for score=None, got 4"),
+        ({"readout": "linear", "readout_size": 4}, "readout_size: expected None for readout=linear, got 4"),
+        ({"tied": True}, "tied: expected a readout of width=6 columns, got 8"),
+        ({"cell": "tree"}, "cell: expected one of lstm, gru, rnn, got tree"),
+        ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),
+        ({"layers": 0}, "layers: expected at least 1, got 0"),
+        ({"end": 11}, r"end: expected a token in \[0, vocab=11\), got 11"),
+        ({"attention": "flash"}, "attention: expected one of pyattn, torch, got flash"),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_does_not_fit_names_the_field(options, message):
+    with pytest.raises(RangeError, match=message):
+        Seq2SeqConfig(**SIZES | options)
+
+
+def test_bad_texts_name_the_argument():
+    model = built()
+    source, target = texts()
+    for call, error, message in [
+        (lambda: model(source, target[:2]), ShapeError, "target: expected a multiple of the 3 sources, got 2"),
+        (lambda: model(source, target, torch.tensor([1, 2])), ShapeError, r"lengths: expected \[3\], one for each"),
+        (lambda: model(source, target, torch.tensor([1, 7, 2])), RangeError, "lengths: expected 0 to 6, got 1 to 7"),
+        (lambda: model(source.repeat(1, 3), target), RangeError, "source: expected at most context=12, got 18"),
+        (lambda: model(source, target.repeat(1, 3)), RangeError, "target: expected at most context=12, got 15"),
+        (lambda: model(source + 8, target), RangeError, r"source: expected values in \[0, 11\)"),
+        (lambda: model(source, target.double()), DtypeError, "target: expected int64 or int32"),
+        (lambda: model.prefill(source, count=12), RangeError, "count: expected at most 11, context=12 less the start"),
+    ]:  # fmt: skip
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize("form", ["luong", "luong without feeding", "bahdanau", "no attention, reversed"])
+def test_empty_sources_targets_and_batches_are_defined(form):
+    model = built(**FORMS[form])
+    source, target = texts()
+    assert model(source, target[:, :0]).shape == (3, 0, 11)
+    assert model(source[:0], target[:0]).shape == (0, 5, 11)
+    of_nothing = model(source, target, torch.zeros(3, dtype=torch.long))
+    assert_close(model(source[:, :0], target), of_nothing)
+    assert of_nothing.isfinite().all()
+    of_nothing.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_dropout_acts_in_training_alone():
+    model = built(dropout=0.5)
+    assert_close(model(*texts()), model(*texts()), rtol=0, atol=0)
+    model.train()
+    assert not torch.allclose(model(*texts()), model(*texts()))
+
+
+@pytest.mark.parametrize(("name", "shapes"), [
+    ("sutskever", {"lower.layers.weight_ih_l3": [4000, 1000], "output.weight": [80000, 1000]}),
+    ("bahdanau", {"lower.layers.weight_ih_l0": [3000, 2620], "score.weight": [1, 1000], "bridge.weight": [1000, 1000],
+                  "readout.linear.weight": [1000, 3620], "output.weight": [30000, 500]}),
+    ("luong", {"lower.layers.weight_ih_l0": [4000, 2000], "readout.linear.weight": [1000, 2000]}),
+])  # fmt: skip
+def test_published_models_have_the_papers_sizes(name, shapes):
+    with torch.device("meta"):
+        model = Seq2Seq(PUBLISHED[name])
+    assert {name: list(p.shape) for name, p in model.named_parameters() if name in shapes} == shapes
+
+
+@pytest.mark.parametrize("form", ["luong", "bahdanau", "own states"])
+def test_autocast_runs(form):
+    model = built(**FORMS[form]).float()
+    expected = model(*texts())
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(*texts())
+    assert_close(logits.float(), expected, rtol=0.1, atol=0.2)
+    logits.float().sum().backward()
