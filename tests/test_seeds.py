@@ -1,7 +1,7 @@
 """Worked examples and exercises of two courses about attention, with their numbers.
 
 SNU: Yoon's lecture on attention, whose example has scores 112 and 96. CSW182: Levine's discussion, which asks for the
-variance of scores, the matrix form and the number of operations, and his lecture on beam search.
+variance of scores, the matrix form and the number of operations, and his lectures on beam search and on attention.
 """
 
 import itertools
@@ -16,6 +16,7 @@ from toy_decoder import ToyDecoder
 
 import pyattn
 from pyattn.decoding import Rules, beam_search, by_length
+from pyattn.models import Seq2Seq, Seq2SeqConfig
 from pyattn.nn import AdditiveScore, CosineScore, DotScore, GeneralScore, ScaledDotScore
 
 FLOAT64 = {"dtype": torch.float64}
@@ -215,3 +216,93 @@ def test_sum_of_log_probabilities_outlives_the_product():
     best = beam_search(model, torch.tensor([[0]]), 400, beams=2, choices=2)[0][0]
     assert len(best.tokens) == 400
     assert best.log_prob == pytest.approx(400 * math.log(0.1), rel=1e-6)
+
+
+Weights = dict[str, Tensor]
+
+
+def gru(w: Weights, names: str, x: Tensor, h: Tensor) -> Tensor:
+    """One step, as torch's cell has it: the reset gate is behind the product."""
+    of_x = w[names.format("weight_ih")] @ x + w[names.format("bias_ih")]
+    of_h = w[names.format("weight_hh")] @ h + w[names.format("bias_hh")]
+    (rx, zx, nx), (rh, zh, nh) = of_x.chunk(3), of_h.chunk(3)
+    r, z = torch.sigmoid(rx + rh), torch.sigmoid(zx + zh)
+    return (1 - z) * torch.tanh(nx + r * nh) + z * h
+
+
+def read_both_ways(w: Weights, source: Tensor, hidden: int) -> tuple[list[Tensor], Tensor]:
+    """h_j = [forward; backward] of each word, and the backward state at the first one."""
+    embedded = w["source_embedding.weight"][source]
+    forward = backward = torch.zeros(hidden, **FLOAT64)
+    forwards, backwards = [], []
+    for x, x_from_the_end in zip(embedded, embedded.flip(0), strict=True):
+        forward = gru(w, "encoder.layers.{}_l0", x, forward)
+        backward = gru(w, "encoder.layers.{}_l0_reverse", x_from_the_end, backward)
+        forwards.append(forward)
+        backwards.insert(0, backward)
+    return [torch.cat(pair) for pair in zip(forwards, backwards, strict=True)], backward
+
+
+def weighted(scores: list[Tensor], memory: list[Tensor]) -> Tensor:
+    exponentials = [score.exp() for score in scores]
+    return sum(e * h for e, h in zip(exponentials, memory, strict=True)) / sum(exponentials)
+
+
+def bahdanau(w: Weights, source: Tensor, target: Tensor) -> list[Tensor]:
+    """Logits of each step. Bahdanau et al. 2015, section 3 and appendix A: e_ij = v . tanh(W s_{i-1} + U h_j),
+    s_i = f(s_{i-1}, y_{i-1}, c_i), and a maxout of U_o s_{i-1} + V_o E y_{i-1} + C_o c_i."""
+    memory, first = read_both_ways(w, source, 4)
+    s = torch.tanh(w["bridge.weight"] @ first + w["bridge.bias"])
+    logits = []
+    for y in w["target_embedding.weight"][target]:
+        asked = w["score.query_projection.weight"] @ s
+        scores = [w["score.weight"][0] @ torch.tanh(asked + w["score.key_projection.weight"] @ h) for h in memory]
+        c = weighted(scores, memory)
+        t = w["readout.linear.weight"] @ torch.cat([s, c, y]) + w["readout.linear.bias"]
+        s = gru(w, "lower.layers.{}_l0", torch.cat([y, c]), s)
+        logits.append(w["output.weight"] @ torch.maximum(t[0::2], t[1::2]) + w["output.bias"])
+    return logits
+
+
+def luong(w: Weights, source: Tensor, target: Tensor) -> list[Tensor]:
+    """Logits of each step. Luong et al. 2015, equations 5 and 8 ("general"), and input feeding: the state of the step
+    asks, and h~ = tanh(W [s; c]) is told to the next one."""
+    memory, first = read_both_ways(w, source, 4)
+    s = torch.tanh(w["bridge.weight"] @ first + w["bridge.bias"])
+    fed = torch.zeros(len(w["readout.linear.bias"]), **FLOAT64)
+    logits = []
+    for y in w["target_embedding.weight"][target]:
+        s = gru(w, "lower.layers.{}_l0", torch.cat([y, fed]), s)
+        c = weighted([s @ w["score.key_projection.weight"] @ h for h in memory], memory)
+        fed = torch.tanh(w["readout.linear.weight"] @ torch.cat([s, c]) + w["readout.linear.bias"])
+        logits.append(w["output.weight"] @ fed + w["output.bias"])
+    return logits
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("equations", "form"),
+    [
+        (bahdanau, {"order": "bahdanau", "score": "additive", "score_size": 7, "readout": "maxout", "feed": False}),
+        (luong, {"order": "luong", "score": "general", "readout": "tanh", "feed": True}),
+    ],
+)
+def test_seq2seq_computes_the_equations_of_the_paper(equations, form, backend):
+    config = Seq2SeqConfig(
+        vocab=9, layers=1, width=3, hidden=5, encoder_hidden=4, cell="gru", bridge="backward", readout_size=6, **form
+    )
+    model = Seq2Seq(config).double()
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(normal(*p.shape, seed=i))
+    source, target = torch.tensor([3, 4, 8, 5]), torch.tensor([1, 7, 6])
+    parameters = dict(model.named_parameters())
+    expected = torch.stack(equations(parameters, source, target))
+    d_logits = normal(3, 9, seed=99)
+    with pyattn.use_backend(backend):
+        logits = model(source[None], target[None])[0]
+        assert_close(logits, expected)
+        found = torch.autograd.grad(logits, list(parameters.values()), d_logits)
+    d_expected = torch.autograd.grad(expected, list(parameters.values()), d_logits)
+    for name, ours, d in zip(parameters, found, d_expected, strict=True):
+        assert_close(ours, d, msg=lambda text, name=name: f"d_{name}: {text}")
