@@ -311,3 +311,26 @@ def test_autocast_runs(form):
         logits = model(*texts())
     assert_close(logits.float(), expected, rtol=0.1, atol=0.2)
     logits.float().sum().backward()
+
+
+def test_reversing_digits_is_learned_and_aligned_from_the_end():
+    """Each digit of the answer is looked for at its place from the end of the question."""
+    torch.manual_seed(0)
+    model = Seq2Seq(
+        Seq2SeqConfig(vocab=13, context=8, layers=1, width=32, hidden=32, score="additive", feed=False)
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        source = torch.randint(3, 13, (64, 5), generator=generator)
+        target = torch.cat([torch.ones(64, 1, dtype=torch.long), source.flip(1)], 1)
+        loss = torch.nn.functional.cross_entropy(model(source, target[:, :-1]).flatten(0, 1), target[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    source = torch.randint(3, 13, (200, 5), generator=generator)
+    assert (torch.tensor(generate(model, source, 5)) == source.flip(1)).all(1).float().mean() > 0.95
+    target = torch.cat([torch.ones(200, 1, dtype=torch.long), source.flip(1)[:, :-1]], 1)
+    found = model.alignment(source, target).argmax(-1)
+    assert (found == torch.arange(4, -1, -1)).float().mean() > 0.9

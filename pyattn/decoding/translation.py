@@ -1,4 +1,4 @@
-"""Sentences in, translations out: a Transformer, its tokenizer and beam search together."""
+"""Sentences in, translations out: a model, its tokenizer and beam search together."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from pyattn.decoding.rules import Rules
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """One translation of a sentence, and the normalized log-probability that the model gives it."""
+    """One translation of a sentence, the normalized log-probability that the model gives it, and its tokens."""
 
     text: str
     score: float
+    tokens: list[int]
 
 
 def translate(
@@ -60,7 +61,7 @@ def translate(
             early_stopping=False,
         )  # fmt: skip
         for place, best in zip(places, hypotheses, strict=True):
-            found[place] = [Translation(tokenizer.decode(h.tokens), h.score) for h in best]
+            found[place] = [Translation(tokenizer.decode(h.tokens), h.score, h.tokens) for h in best]
     return found
 
 
