@@ -12,10 +12,13 @@ from pyattn.models.bert import (
 )
 from pyattn.models.gpt import GPT, GPTConfig
 from pyattn.models.pretrained import PretrainedError
+from pyattn.models.rnn import RNNLM, RNNConfig, RNNForSequenceClassification, RNNForTokenClassification
+from pyattn.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from pyattn.models.transformer import Transformer, TransformerConfig
 
 __all__ = [
     "GPT",
+    "RNNLM",
     "Bert",
     "BertConfig",
     "BertForMaskedLM",
@@ -25,6 +28,11 @@ __all__ = [
     "BertForTokenClassification",
     "GPTConfig",
     "PretrainedError",
+    "RNNConfig",
+    "RNNForSequenceClassification",
+    "RNNForTokenClassification",
+    "Seq2Seq",
+    "Seq2SeqConfig",
     "Transformer",
     "TransformerConfig",
 ]
