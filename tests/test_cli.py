@@ -46,9 +46,14 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 
 def test_help_shows_every_command_and_an_example() -> None:
     text = _run("--help").output
-    for word in ("info", "verify", "bench", "train", "compare", "A whole example"):
+    for word in ("info", "verify", "bench", "train", "compare", "tag", "A whole example"):
         assert word in text
-    for model, own in (("gpt", "--tokens"), ("transformer", "--validation-source"), ("bert", "--cased")):
+    for model, own in (
+        ("gpt", "--tokens"),
+        ("transformer", "--validation-source"),
+        ("bert", "--cased"),
+        ("rnn", "--tagged"),
+    ):
         text = _run("train", model, "--help").output
         assert f"pyattn train {model} " in text
         for word in ("A whole example", own, "--attention", "--config", "--label-smoothing", "--patience"):

@@ -1,4 +1,4 @@
-"""`pyattn translate`, `generate` and `fill-mask`: in a pipe, from files, and where they say no."""
+"""`pyattn translate`, `generate`, `fill-mask` and `tag`: in a pipe, from files, and where they say no."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from pyattn.decoding.sampling import GREEDY, generate
 from pyattn.decoding.translation import translate
 from pyattn.models.bert import BertConfig, BertForPreTraining
 from pyattn.models.gpt import GPT, GPTConfig
+from pyattn.models.rnn import RNNLM, RNNConfig, RNNForSequenceClassification, RNNForTokenClassification
 from pyattn.models.transformer import Transformer, TransformerConfig
-from pyattn.training import language, masked, translation
+from pyattn.training import labelled, language, masked, translation
+from pyattn.training.text import byte_pairs
 
 SENTENCES = ["ein Hund läuft", "zwei Katzen schlafen auf dem Sofa", "ein Kind", "der Mann spielt Gitarre im Park"]
 
@@ -69,6 +71,27 @@ def guesser(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _randomized(BertForPreTraining(config)).save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+def _recurrent(folder: Path, kind: type[torch.nn.Module], **options: object) -> Path:
+    tokenizer = byte_pairs(SENTENCES, 280, prefix_space=True)
+    torch.manual_seed(0)
+    config = RNNConfig(tokenizer.get_vocab_size(), width=8, hidden=8, layers=1, **options)
+    _randomized(kind(config)).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tagger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = {"bidirectional": True, "labels": 3, "label_names": ("DET", "NOUN", "VERB")}
+    return _recurrent(tmp_path_factory.mktemp("tagger"), RNNForTokenClassification, **options)
+
+
+@pytest.fixture(scope="module")
+def labeller(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    options = {"bidirectional": True, "labels": 2, "label_names": ("kurz", "lang")}
+    return _recurrent(tmp_path_factory.mktemp("labeller"), RNNForSequenceClassification, **options)
 
 
 def test_translate_pipe_keeps_lines_in_order(translator: Path) -> None:
@@ -157,12 +180,12 @@ def test_fill_mask_shows_words_and_probabilities(guesser: Path) -> None:
 
 
 def test_help_shows_a_whole_example() -> None:
-    for command in ("translate", "generate", "fill-mask"):
+    for command in ("translate", "generate", "fill-mask", "tag"):
         shown = _run(command, "--help").output
         assert "A whole example" in shown and f"pyattn {command} --model" in re.sub(r"\s+", " ", shown)
 
 
-@pytest.mark.parametrize("command", ["translate", "generate", "fill-mask"])
+@pytest.mark.parametrize("command", ["translate", "generate", "fill-mask", "tag"])
 def test_model_that_is_none_is_refused(command: str, tmp_path: Path, writer: Path, translator: Path) -> None:
     _assert_refused(_run(command, "--model", tmp_path, stdin="x"), "config.json, there is none")
     other = writer if command != "generate" else translator
@@ -236,3 +259,87 @@ def test_reference_of_another_length_is_refused(translator: Path, tmp_path: Path
     _assert_refused(result, "expected 2 lines, as standard input has, .*has 1")
     (tmp_path / "reference").write_text("")
     assert "no lines" in _run("translate", "--model", translator, *files[2:], stdin="").stderr
+
+
+def test_generate_continues_with_a_recurrent_network(tmp_path: Path) -> None:
+    folder = _recurrent(tmp_path / "rnn", RNNLM)
+    tokenizer = language.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    prompt = torch.tensor([tokenizer.encode("zwei Katzen").ids])
+    expected = generate(RNNLM.from_pretrained(folder), prompt, 30, sampling=GREEDY)[0]
+    options = ["generate", "--model", folder, "--prompt", "zwei Katzen", "--tokens", 30]
+    result = _run(*options, "--temperature", 0)
+    assert result.stdout == "zwei Katzen" + tokenizer.decode(expected) + "\n", result.stderr
+    assert _run(*options, "--beams", 2).exit_code == 0
+
+
+def test_model_of_a_kind_that_a_command_has_no_use_for_is_named(tagger: Path, writer: Path, tmp_path: Path) -> None:
+    _assert_refused(_run("generate", "--model", tagger, "--prompt", "x"), r"expected architectures \['RNNLM'\]")
+    expected = "expected model_type or architecture RNNForTokenClassification or RNNForSequenceClassification in "
+    _assert_refused(_run("tag", "--model", writer, stdin="x"), expected + ".*config.json, got gpt2 and GPT2LMHeadModel")
+    (tmp_path / "config.json").write_text('{"model_type": "rwkv", "architectures": 3}')
+    expected = "expected model_type or architecture gpt2 or openai-gpt or pyattn-rnn in .*config.json, got rwkv$"
+    _assert_refused(_run("generate", "--model", tmp_path, "--prompt", "x"), expected)
+    _assert_refused(
+        _run("generate", "--model", tmp_path / "none", "--prompt", "x"), "model: expected a folder, there is no"
+    )
+
+
+def _predicted(folder: Path, kind: type, sentences: list[list[str]]) -> list[list[str]]:
+    tokenizer = language.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return [labelled.predict(kind.from_pretrained(folder), tokenizer, [words])[0] for words in sentences]
+
+
+def test_tag_writes_each_word_with_its_tag(tagger: Path, tmp_path: Path) -> None:
+    lines = [*SENTENCES, "", "  zwei   Hunde "]
+    (tmp_path / "source").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    result = _run("tag", "--model", tagger, "--source", tmp_path / "source", "--batch", 2)
+    assert result.exit_code == 0, result.stderr
+    words = [line.split() for line in lines if line]
+    told = _predicted(tagger, RNNForTokenClassification, words)
+    blocks = [
+        "".join(f"{word}\t{tag}\n" for word, tag in zip(*sentence, strict=True)) + "\n"
+        for sentence in zip(words, told, strict=True)
+    ]
+    assert result.stdout == "".join([*blocks[:4], "\n", blocks[4]])
+    assert len({tag for tags in told for tag in tags}) > 1
+    assert _run("tag", "--model", tagger, stdin="\n".join(lines)).stdout == result.stdout
+
+
+def test_tag_writes_each_text_behind_its_label(labeller: Path) -> None:
+    result = _run("tag", "--model", labeller, stdin="\n".join([*SENTENCES[:2], "", *SENTENCES[2:]]) + "\n")
+    assert result.exit_code == 0, result.stderr
+    told = _predicted(labeller, RNNForSequenceClassification, [[sentence] for sentence in SENTENCES])
+    expected = [f"{label}\t{sentence}" for (label,), sentence in zip(told, SENTENCES, strict=True)]
+    assert result.stdout.split("\n") == [*expected[:2], "", *expected[2:], ""]
+
+
+@pytest.mark.parametrize("kind", [RNNForTokenClassification, RNNForSequenceClassification])
+def test_tag_counts_what_is_right(kind: type, tagger: Path, labeller: Path, tmp_path: Path) -> None:
+    model = tagger if kind is RNNForTokenClassification else labeller
+    own, changed = tmp_path / "own", tmp_path / "changed"
+    own.write_text(_run("tag", "--model", model, stdin="\n".join(SENTENCES)).stdout, encoding="utf-8")
+    result = _run("tag", "--model", model, "--reference", own)
+    count = sum(map(len, map(str.split, SENTENCES))) if model is tagger else len(SENTENCES)
+    assert result.stdout == own.read_text("utf-8")
+    assert result.stderr == f"accuracy 1.0000 of {count}\n"
+    first, _, rest = own.read_text("utf-8").partition("\n")
+    wrong = first.split("\t")[0] + "\tX" if model is tagger else "X\t" + first.split("\t")[1]
+    changed.write_text(wrong + "\n" + rest, encoding="utf-8")
+    result = _run("tag", "--model", model, "--reference", changed)
+    assert result.stdout == own.read_text("utf-8")
+    assert result.stderr == f"accuracy {(count - 1) / count:.4f} of {count}\n"
+
+
+def test_tag_refuses_what_it_cannot_read(tagger: Path, tmp_path: Path) -> None:
+    (tmp_path / "reference").write_text("ein\tDET\nHund NOUN\n")
+    files = ["--reference", tmp_path / "reference"]
+    _assert_refused(
+        _run("tag", "--model", tagger, *files), "reference: expected a word, .*reference, line 2, got 'Hund"
+    )
+    _assert_refused(_run("tag", "--model", tagger, *files, "--source", tmp_path), "reference: expected no --source")
+    _assert_refused(_run("tag", "--model", tagger, "--source", tmp_path / "none"), "expected a file, .*does not exist")
+    (tmp_path / "reference").write_text("\n")
+    result = _run("tag", "--model", tagger, *files)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "no lines\n")
+    result = CliRunner().invoke(app, ["tag", "--model", str(tagger)], input=b"ein\nzwei \xff\n")
+    _assert_refused(result, "standard input has the byte 0xff, line 2")

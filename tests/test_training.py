@@ -334,7 +334,7 @@ def test_restore_other_model_is_an_error_and_changes_nothing(tmp_path: Path) -> 
     for change in ({"width": 64}, {"layers": 1}, {"layers": 3}):
         other = _open(tmp_path / "other", change)
         before = {name: tensor.clone() for name, tensor in other.model.state_dict().items()}
-        with pytest.raises(CheckpointError, match="another model"):
+        with pytest.raises(CheckpointError, match="another run"):
             checkpoint.restore(saved, other.model, other.optimizer)
         assert all(torch.equal(tensor, before[name]) for name, tensor in other.model.state_dict().items())
 

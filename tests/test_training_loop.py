@@ -209,7 +209,7 @@ def test_checkpoint_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
     saved = checkpoint.load(path)
     meta = {name: value for name, value in saved.meta.items() if name != "step"} | {"kind": "bert"}
     tiny = _open(tmp_path / "other")
-    checkpoint.save(path, tiny.model, adamw(tiny.model, tiny.settings), step=6, meta=meta)
+    checkpoint.save(path, tiny.model, adamw(tiny.model, tiny.settings), {}, step=6, meta=meta)
     with pytest.raises(checkpoint.CheckpointError, match="is not of a gpt"):
         _open(tmp_path / "run", resume=True)
 

@@ -14,16 +14,18 @@ import torch
 
 from pyattn.training import metrics, parallel
 from pyattn.training.recipes import BertSettings, GPTSettings, TransformerSettings
+from pyattn.training.recurrent_recipes import RNNSettings
 from pyattn.training.run import Run
 from pyattn.training.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-SMALL = {"attention": "torch", "layers": 1, "heads": 2, "width": 32, "vocab": 300, "steps": 4, "evaluate_every": 2}
+RECURRENT = {"layers": 1, "width": 32, "vocab": 300, "steps": 4, "evaluate_every": 2}
+SMALL = RECURRENT | {"attention": "torch", "heads": 2}
 
 
 def _cases(folder: Path) -> dict[str, Settings]:
-    """Runs of every kind; the last one has less to do than there are processes."""
+    """Runs of every kind; those called idle have less to do than there are processes."""
     source, target = folder / "source", folder / "target"
     source.write_text("".join(f"das Haus {i} ist {'sehr ' * (i % 7)}alt\n" for i in range(60)))
     target.write_text("".join(f"house {i} is {'very ' * (i % 7)}old\n" for i in range(60)))
@@ -31,18 +33,21 @@ def _cases(folder: Path) -> dict[str, Settings]:
     text.write_text("".join(f"part {i} begins .\nit goes on .\nit ends .\n\n" for i in range(50)))
     gpt: dict[str, Any] = SMALL | {"text": argparse.__file__, "context": 32, "validation_tokens": 5 * 32}
     translation: dict[str, Any] = SMALL | {"source": str(source), "target": str(target), "hidden": 32, "dropout": 0.0}
+    rnn: dict[str, Any] = RECURRENT | {"text": argparse.__file__, "hidden": 32, "context": 16}
     bert: dict[str, Any] = SMALL | {"text": str(text), "context": 32, "batch": 5, "hidden": 32, "dropout": 0.0}
     return {
         "gpt": GPTSettings(**gpt, batch=5),
         "accumulated": GPTSettings(**gpt, batch=7, accumulate=2),
         "transformer": TransformerSettings(**translation, max_tokens=120, context=64),
         "bert": BertSettings(**bert, validation_tokens=300),
+        "rnn": RNNSettings(**rnn, batch=5, accumulate=2),
+        "idle rnn": RNNSettings(**rnn, batch=1),
         "idle": GPTSettings(**gpt, batch=1),
     }
 
 
 def _train(folder: Path) -> None:
-    """What each process does: every run to its end, then one that stops and goes on; leaves its weights behind."""
+    """What each process does: every run to its end, then some that stop and go on; leaves its weights behind."""
     torch.set_num_threads(1)
     with parallel.group("cpu"):
         weights = {}
@@ -51,13 +56,15 @@ def _train(folder: Path) -> None:
             list(run.steps())
             weights |= {f"{name}.{key}": tensor for key, tensor in run.model.state_dict().items()}
         torch.save(weights, folder / f"weights.{parallel.rank()}")
-        _stop_and_go_on(folder)
+        options: dict[str, Any] = {"text": argparse.__file__, "context": 32, "batch": 5, "dropout": 0.2}
+        _stop_and_go_on(folder / "gpt", GPTSettings(**SMALL, **options))
+        _stop_and_go_on(folder / "rnn", RNNSettings(**RECURRENT, **options, hidden=32, accumulate=2))
+        _stop_and_go_on(folder / "idle rnn", RNNSettings(**RECURRENT, **(options | {"batch": 1}), hidden=32))
 
 
-def _stop_and_go_on(folder: Path) -> None:
+def _stop_and_go_on(folder: Path, settings: Settings) -> None:
     from pyattn.training import checkpoint
 
-    settings = GPTSettings(**SMALL, text=argparse.__file__, context=32, batch=5, dropout=0.2)
     list(Run(folder / "whole", settings, "cpu").steps())
     first = Run(folder / "parts", settings, "cpu")
     for step in first.steps():
@@ -79,7 +86,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["gpt", "accumulated", "transformer", "bert", "idle"])
+@pytest.mark.parametrize("name", ["gpt", "accumulated", "transformer", "bert", "rnn", "idle rnn", "idle"])
 def test_two_processes_train_like_one(trained: Path, name: str) -> None:
     run = Run(trained / "one" / name, _cases(trained)[name], "cpu")
     list(run.steps())
@@ -96,11 +103,22 @@ def test_two_processes_train_like_one(trained: Path, name: str) -> None:
         assert (first - tensor).abs().max() < 1e-3  # far below what four steps change
 
 
-def test_two_processes_resumed_equal_uninterrupted_bitwise(trained: Path) -> None:
-    whole, parts = (metrics.read(trained / name) for name in ("whole", "parts"))
+@pytest.mark.parametrize("name", ["gpt", "rnn", "idle rnn"])
+def test_two_processes_resumed_equal_uninterrupted_bitwise(trained: Path, name: str) -> None:
+    whole, parts = (metrics.read(trained / name / run) for run in ("whole", "parts"))
     for line in whole + parts:
         del line["seconds"]
     assert parts == whole
+
+
+def test_two_processes_leave_the_states_of_one(trained: Path) -> None:
+    from pyattn.training import checkpoint
+
+    for name in ("rnn", "idle rnn"):
+        run = Run(trained / "alone" / name, _cases(trained)[name], "cpu")
+        list(run.steps())
+        states = checkpoint.load(trained / "two" / name / "checkpoint.safetensors").tensors["carry.states"]
+        torch.testing.assert_close(states, run.task.carried(run.model)["states"], rtol=1e-3, atol=1e-4)
 
 
 def test_command_by_torchrun_speaks_and_writes_once(tmp_path: Path) -> None:

@@ -125,8 +125,10 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
 # tiles or one stage less, has not been measured.
 RELEASES: dict[str, dict[tuple[str, str, int], dict[int, Config]]] = {
     "3.6": {("additive dq", "hopper", 16): {128: Config(64, 16, 4, 1), 256: Config(64, 16, 8, 1)}},  # spilled 184 bytes
-    "3.8": {  # 3 stages spill 88 bytes with packed sequences
-        ("forward", "ampere crowded", 16): {
+    "3.8": {
+        ("additive dq", "any", 16): {128: Config(64, 16, 8, 1)},  # 192 bytes on sm_80
+        ("additive dkdv", "any", 32): {64: Config(16, 16, 8, 1)},  # 152 bytes on sm_80
+        ("forward", "ampere crowded", 16): {  # 3 stages spill 88 bytes with packed sequences
             64: Config(128, 64, 4, 3),
             128: Config(128, 64, 8, 2),
             256: Config(64, 32, 8, 2),

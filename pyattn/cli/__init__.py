@@ -56,6 +56,7 @@ app.command()(train.compare)
 app.command()(text.translate)
 app.command()(text.generate)
 app.command()(text.fill_mask)
+app.command()(text.tag)
 
 
 def main() -> None:

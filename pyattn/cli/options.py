@@ -114,7 +114,10 @@ def _config(kinds: dict[str, type]) -> inspect.Parameter:
 
 def _parameter(item: Field[Any], kind: Any) -> inspect.Parameter:
     shown = item.metadata["shown"]
+    # Of a switch that says no, there is no opposite.
+    names = (f"--{item.name.replace('_', '-')}",) if item.name.startswith("no_") else ()
     declared = typer.Option(
+        *names,
         help=item.metadata["help"],
         show_default=True if shown is None else shown,
         rich_help_panel="Model and training" if item.name in Settings.__dataclass_fields__ else "Data and particulars",

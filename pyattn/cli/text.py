@@ -1,4 +1,4 @@
-"""`pyattn translate`, `pyattn generate` and `pyattn fill-mask`: text in, text out, in a terminal or a pipe."""
+"""`pyattn translate`, `generate`, `fill-mask` and `tag`: text in, text out, in a terminal or a pipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 
 import torch
 import typer
@@ -18,6 +18,7 @@ from rich.progress import track
 
 from pyattn.check import RangeError
 from pyattn.cli.console import chosen_device
+from pyattn.cli.models import load
 from pyattn.cli.options import configurable
 from pyattn.files import replacing
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _LINES_AT_ONCE = 1024  # so that sentences of similar length meet, and a pipe of any length goes through
 
+Item = TypeVar("Item")
 Model = Annotated[Path, typer.Option(help="Folder with config.json, model.safetensors and tokenizer.json.")]
 Attention = Annotated[str, typer.Option(help="pyattn or torch (its own fused attention).")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")]
@@ -131,11 +133,11 @@ def generate(
     attention: Attention = "pyattn",
     device: Device = None,
 ) -> None:
-    """Continue a text with a GPT, token by token as they come.
+    """Continue a text with a GPT or a recurrent network, token by token as they come.
 
     [bold]A whole example[/bold]
 
-    pyattn train gpt --text my-book.txt --out runs/book\n
+    pyattn train gpt --text my-book.txt --out runs/book          [dim]# or pyattn train rnn[/dim]\n
     pyattn generate --model runs/book/model --prompt "Once upon a time" --tokens 100\n
     cat chapter-1.txt | pyattn generate --model runs/book/model --temperature 0 > chapter-2.txt
     """
@@ -144,11 +146,13 @@ def generate(
     from pyattn.decoding.rules import Rules
     from pyattn.decoding.sampling import Sampling, stream
     from pyattn.models.gpt import GPT
+    from pyattn.models.rnn import OWN_TYPE, RNNLM
     from pyattn.training.language import first_token
     from pyattn.training.text import standard_input
 
     chosen = chosen_device(device)
-    network = GPT.from_pretrained(model, attention=attention).to(chosen)
+    kinds = {"gpt2": GPT, "openai-gpt": GPT, OWN_TYPE: RNNLM}
+    network = load(model, kinds, attention=attention).to(chosen)
     tokenizer = _tokenizer(model, network.config.vocab)
     texts = prompt or ["" if sys.stdin.isatty() else "\n".join(standard_input())]
     prompts = [_encoded(tokenizer, text) or [first_token(tokenizer)] for text in texts]
@@ -226,6 +230,61 @@ def fill_mask(
                 typer.echo(f"{probability:.4f}\t{tokenizer.id_to_token(token)}\t{tokenizer.decode(filled)}")
 
 
+@configurable
+def tag(
+    model: Model,
+    source: Annotated[
+        Path | None, typer.Option(help="Sentences or texts, one per line.", show_default="standard input")
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Sentences or texts with right labels, as for training: prints the accuracy, too."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sentences or texts read at once.")] = 64,
+    device: Device = None,
+) -> None:
+    """Tag the words of sentences, or label texts, with a recurrent network.
+
+    Words stand between spaces. Each comes with its tag in a line, behind a tab, with an empty line behind a sentence.
+    A text comes behind its label and a tab. Empty lines stay empty. Accuracy goes to standard error.
+
+    [bold]A whole example[/bold]
+
+    pyattn train rnn --tagged train.tsv --out runs/tagger\n
+    echo "Anna lives in Rome ." | pyattn tag --model runs/tagger/model\n
+    pyattn tag --model runs/tagger/model --reference test.tsv > test.tagged
+    """
+    from pyattn.models.rnn import RNNForSequenceClassification, RNNForTokenClassification
+    from pyattn.training import text
+    from pyattn.training.labelled import predict, read_labelled, read_tagged
+
+    if source is not None and reference is not None:
+        raise RangeError("reference: expected no --source beside it, because its own words are read")
+    kinds = {kind.__name__: kind for kind in (RNNForTokenClassification, RNNForSequenceClassification)}
+    network = load(model, kinds).to(chosen_device(device))
+    tokenizer = _tokenizer(model, network.config.vocab)
+    by_word = isinstance(network, RNNForTokenClassification)
+    given: Iterable[list[str]]
+    if reference is None:
+        lines = text.standard_input() if source is None else text.lines(source)
+        given = (line.split() if by_word else [line.strip()] if line.strip() else [] for line in lines)
+    else:
+        examples = (read_tagged if by_word else read_labelled)(reference, "reference")
+        given = [example.words for example in examples]
+    size = 1 if source is None and reference is None and sys.stdin.isatty() else batch
+    told: list[str] = []
+    for sentences in _portions(given, size):
+        found = iter(predict(network, tokenizer, [words for words in sentences if words]))
+        for words in sentences:
+            labels = next(found) if words else []
+            print(_labelled(words, labels, by_word), flush=True)
+            told += labels
+    if reference is not None:
+        right = [label for example in examples for label in example.labels]
+        same = sum(ours == theirs for ours, theirs in zip(told, right, strict=True))
+        typer.echo(f"accuracy {same / len(right):.4f} of {len(right):,}" if right else "no lines", err=True)
+
+
 def _tokenizer(folder: Path, vocab: int) -> Tokenizer:
     """The tokenizer.json beside a model.
 
@@ -265,8 +324,15 @@ def _one_line(text: str) -> str:
     return re.sub(r"[\n\r\t]", " ", text)
 
 
-def _portions(lines: Iterable[str], size: int) -> Iterator[list[str]]:
-    remaining = iter(lines)
+def _labelled(words: list[str], labels: list[str], by_word: bool) -> str:
+    """A line for each word and its tag, and an empty one; or a line for a text and its label."""
+    if by_word:
+        return "".join(f"{word}\t{label}\n" for word, label in zip(words, labels, strict=True))
+    return "".join(f"{label}\t{text}" for text, label in zip(words, labels, strict=True))
+
+
+def _portions(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    remaining = iter(items)
     while portion := list(islice(remaining, size)):
         yield portion
 

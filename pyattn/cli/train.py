@@ -16,6 +16,7 @@ from pyattn.cli.console import chosen_device, console
 from pyattn.cli.options import settings_options, settings_values
 from pyattn.training import parallel
 from pyattn.training.recipes import BertSettings, GPTSettings, TransformerSettings
+from pyattn.training.recurrent_recipes import RNNSettings, Seq2SeqSettings
 from pyattn.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ Out = Annotated[Path, typer.Option(help="Folder for checkpoint, metrics, curve a
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew where a checkpoint is.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")]
+SampleTokens = Annotated[int, typer.Option(min=0, help="Length of the text written at the end.")]
 
 
 @app.command("gpt")
@@ -38,7 +40,7 @@ def train_gpt(
     resume: Resume = False,
     overwrite: Overwrite = False,
     device: Device = None,
-    sample_tokens: Annotated[int, typer.Option(min=0, help="Length of the text written at the end.")] = 200,
+    sample_tokens: SampleTokens = 200,
     **settings: Any,
 ) -> None:
     """Train a GPT-2 on a text, then let it write.
@@ -52,12 +54,39 @@ def train_gpt(
     With --resume every setting comes from the checkpoint; --steps and --patience may be raised.
     """
     with _training(ctx, GPTSettings, out, device, resume=resume, overwrite=overwrite) as run:
-        if sample_tokens and parallel.rank() == 0:
-            from pyattn.training.language import write_sample
+        _write_sample(run, sample_tokens)
 
-            text = write_sample(run.model, run.task.tokenizer, out / "sample.txt", sample_tokens, run.settings.seed)
-            console.rule("sample")
-            console.print(text, soft_wrap=True)
+
+@app.command("rnn")
+@settings_options(RNNSettings)
+def train_rnn(
+    ctx: typer.Context,
+    out: Out = Path("runs/rnn"),
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    sample_tokens: SampleTokens = 200,
+    **settings: Any,
+) -> None:
+    """Train a recurrent network: on a text, to write; on words with tags, to tag; on texts with labels, to label.
+
+    A text is read as --batch streams side by side, in each step from the states that the step before has left. `pyattn
+    generate` writes with the model, `pyattn tag` tags and labels with it.
+
+    [bold]A whole example[/bold]
+
+    pyattn train rnn --text my-book.txt --out runs/book --steps 2000\n
+    pyattn train rnn --tagged train.tsv --out runs/tagger --cell gru\n
+    pyattn train rnn --labelled reviews.tsv --out runs/reviews\n
+    pyattn train rnn --out runs/book --resume          [dim]# after Ctrl-C, or with more --steps[/dim]
+
+    With --resume every setting comes from the checkpoint; --steps and --patience may be raised.
+    """
+    from pyattn.models.rnn import RNNLM
+
+    with _training(ctx, RNNSettings, out, device, resume=resume, overwrite=overwrite) as run:
+        if isinstance(run.model, RNNLM):
+            _write_sample(run, sample_tokens)
 
 
 @app.command("transformer")
@@ -81,6 +110,36 @@ def train_transformer(
     With --resume every setting comes from the checkpoint; --steps and --patience may be raised.
     """
     with _training(ctx, TransformerSettings, out, device, resume=resume, overwrite=overwrite):
+        pass
+
+
+@app.command("seq2seq")
+@settings_options(Seq2SeqSettings)
+def train_seq2seq(
+    ctx: typer.Context,
+    out: Out = Path("runs/seq2seq"),
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    **settings: Any,
+) -> None:
+    """Train a recurrent encoder and decoder to translate, from two files as `pyattn train transformer` takes them.
+
+    Attention is Luong's or Bahdanau's, by any score, or there is none.
+
+    [bold]A whole example[/bold]
+
+    pyattn train seq2seq --source train.de --target train.en --score additive --out runs/de-en
+
+    pyattn train seq2seq --source train.de --target train.en --order bahdanau --cell gru --out runs/bahdanau
+
+    pyattn train seq2seq --source train.de --target train.en --no-attention --out runs/no-attention
+
+    pyattn train seq2seq --out runs/de-en --resume          [dim]# after Ctrl-C, or with more --steps[/dim]
+
+    With --resume every setting comes from the checkpoint; --steps and --patience may be raised.
+    """
+    with _training(ctx, Seq2SeqSettings, out, device, resume=resume, overwrite=overwrite):
         pass
 
 
@@ -180,11 +239,22 @@ def _finish(run: Run) -> None:
     console.print(f"best model, validation loss {run.best_loss:.3f}: {run.model_path}", soft_wrap=True)
 
 
+def _write_sample(run: Run, count: int) -> None:
+    """Lets a language model write `count` tokens."""
+    if count and parallel.rank() == 0:
+        from pyattn.training.language import write_sample
+
+        text = write_sample(run.model, run.task.tokenizer, run.folder / "sample.txt", count, run.settings.seed)
+        console.rule("sample")
+        console.print(text, soft_wrap=True)
+
+
 def _show_run(run: Run) -> None:
     parameters = sum(p.numel() for p in run.model.parameters())
+    attention = f" and {run.settings.attention} attention" if run.settings.attends else ""
     console.print(
-        f"{type(run.model).__name__} with {parameters:,} parameters and {run.settings.attention} attention "
-        f"on {run.device}; {run.task.describe()}; {run.settings.steps:,} steps"
+        f"{type(run.model).__name__} with {parameters:,} parameters{attention} on {run.device}; "
+        f"{run.task.describe()}; {run.settings.steps:,} steps"
         + (f" in {parallel.world()} processes" if parallel.world() > 1 else "")
         + (f", going on after step {run.step}" if run.step else ""),
         soft_wrap=True,

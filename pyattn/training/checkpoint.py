@@ -1,7 +1,8 @@
 """One file from which a run goes on exactly as if it had never stopped.
 
-safetensors (no pickle: loading runs no code) with tensors `model.*` and `optimizer.*`, and JSON in its header.
-Random numbers need no state: the loop draws them from the seed and the step.
+safetensors (no pickle: loading runs no code) with tensors `model.*` and `optimizer.*`, of a task that carries something
+from step to step also `carry.*`, and JSON in its header. Random numbers need no state: the loop draws them from the
+seed and the step.
 """
 
 from __future__ import annotations
@@ -39,9 +40,18 @@ class Checkpoint:
         return self.meta["step"]
 
 
-def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, meta: dict[str, Any]) -> None:
+def save(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    carried: dict[str, Tensor],
+    *,
+    step: int,
+    meta: dict[str, Any],
+) -> None:
     """Writes the state after `step`, in place of an older one in one step: there is a whole checkpoint at any time."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"carry.{name}": tensor for name, tensor in carried.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -81,23 +91,36 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     Raises:
         CheckpointError: its parameters are not those of `model`.
     """
-    weights = _group(checkpoint.tensors, "model.")
-    expected = model.state_dict()
-    shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
-    for name, tensor in expected.items():
-        if shapes.get(name) != list(tensor.shape):
-            raise CheckpointError(
-                f"checkpoint: {checkpoint.path} is of another model: {name} is {shapes.get(name, 'missing')} there "
-                f"and {list(tensor.shape)} here"
-            )
-    if unknown := weights.keys() - expected.keys():
-        raise CheckpointError(f"checkpoint: {checkpoint.path} is of another model: it also has {min(unknown)}")
-    model.load_state_dict(weights)
+    model.load_state_dict(_fitting(checkpoint, "model.", model.state_dict()))
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _group(checkpoint.tensors, "optimizer.").items():
         index, key = name.split(".")
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def carried(checkpoint: Checkpoint, now: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the run's task carried, with the names and shapes of what it carries now.
+
+    Raises:
+        CheckpointError: it has others.
+    """
+    return _fitting(checkpoint, "carry.", now)
+
+
+def _fitting(checkpoint: Checkpoint, prefix: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a group, whose names and shapes are those expected."""
+    found = _group(checkpoint.tensors, prefix)
+    shapes = {name: list(tensor.shape) for name, tensor in found.items()}
+    for name, tensor in expected.items():
+        if shapes.get(name) != list(tensor.shape):
+            raise CheckpointError(
+                f"checkpoint: {checkpoint.path} is of another run: {prefix}{name} is "
+                f"{shapes.get(name, 'missing')} there and {list(tensor.shape)} here"
+            )
+    if unknown := found.keys() - expected.keys():
+        raise CheckpointError(f"checkpoint: {checkpoint.path} is of another run: it also has {prefix}{min(unknown)}")
+    return found
 
 
 def _group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

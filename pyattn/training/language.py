@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyattn.decoding.sampling import Sampling, generate
 from pyattn.files import replacing
 from pyattn.training import text
+from pyattn.training.task import Task
 from pyattn.training.text import TextError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -42,7 +43,7 @@ class Windows(NamedTuple):
     targets: Tensor  # int64 [b, context]: the token after each input
 
 
-class LanguageTask:
+class LanguageTask(Task):
     """Predicting each token of a text from those before it: `model(tokens [b, m]) -> logits [b, m, vocab]`."""
 
     def __init__(self, corpus: Corpus, *, batch: int, context: int, validation_tokens: int, seed: int) -> None:
@@ -68,9 +69,7 @@ class LanguageTask:
         return {"loss": batch.targets.numel()}
 
     def losses(self, model: nn.Module, batch: Windows, smoothing: float) -> dict[str, Tensor]:
-        logits = model(batch.inputs).float().flatten(0, 1)
-        loss = F.cross_entropy(logits, batch.targets.flatten(), reduction="sum", label_smoothing=smoothing)
-        return {"loss": loss}
+        return {"loss": token_loss(model(batch.inputs), batch.targets, smoothing)}
 
     def validation(self) -> list[Windows]:
         """Windows spread evenly over the held-out text: one at least, of `validation_tokens` tokens at most."""
@@ -122,6 +121,11 @@ def windows(tokens: Tensor, starts: Tensor, context: int) -> Windows:
     return Windows(found[:, :-1], found[:, 1:])
 
 
+def token_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """The summed loss of logits [b, m, vocab] for targets [b, m]."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum", label_smoothing=smoothing)
+
+
 def first_token(tokenizer: Tokenizer) -> int:
     """What a text made up from nothing begins after: a document's mark, or in characters a line's end."""
     for mark in (END_OF_TEXT, "\n"):
@@ -131,21 +135,9 @@ def first_token(tokenizer: Tokenizer) -> int:
 
 
 def _bpe(documents: list[str], vocab: int) -> tuple[Tokenizer, dict[str, Tensor]]:
-    """Trains a byte-level BPE (Sennrich et al. 2016; on bytes as in GPT-2).
-
-    The documents are shuffled, always in the same way, so that the validation part at the end is like the rest.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    tokenizer.encode_special_tokens = True  # the words "<|endoftext|>" in a text are text
+    """Bytes joined to tokens. The documents are shuffled, always in the same way, so that the part for validation, at
+    the end, is like the rest."""
+    tokenizer = text.byte_pairs(documents, vocab, [END_OF_TEXT], prefix_space=False)
     shuffled = random.Random(0).sample(documents, len(documents))
     end = tokenizer.token_to_id(END_OF_TEXT)
     ids = [token for found in tokenizer.encode_batch_fast(shuffled) for token in [end, *found.ids]]

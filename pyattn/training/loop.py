@@ -27,7 +27,7 @@ class DivergedError(PyattnError, ArithmeticError):
 class Step:
     """One optimizer step. `losses` are those of its examples before the step, `val_losses` (where measured) after it.
 
-    Both are by the task's terms, with their sum as "loss".
+    Both are by the task's terms, with the sum of those that are no measures as "loss".
     """
 
     step: int
@@ -96,7 +96,7 @@ def evaluate(model: nn.Module, task: Task, batches: list[Any], dtype: torch.dtyp
     for batch in batches[parallel.rank() :: parallel.world()]:
         losses = _losses(model, task, batch, dtype, 0.0)
         sums += torch.stack([losses[name] for name in totals])
-    return _checked(totals, parallel.summed(sums), "validation loss")
+    return _checked(task, totals, parallel.summed(sums), "validation loss")
 
 
 def _optimize(
@@ -113,7 +113,7 @@ def _optimize(
         with parallel.unsynced(model):
             sums += _backward(model, task, batch, totals, weight, settings)
     sums += _backward(model, task, own[-1], totals, weight, settings)
-    losses = _checked(totals, parallel.summed(sums), "loss")
+    losses = _checked(task, totals, parallel.summed(sums), "loss")
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip).item()
     if not math.isfinite(grad_norm):
         raise DivergedError(f"training: the gradient became {grad_norm}; try a lower --lr")
@@ -126,8 +126,8 @@ def _backward(
 ) -> Tensor:
     """Adds the gradients of one batch. Returns its summed losses, [terms].
 
-    The sums are divided by what the whole step counts, so that the parts add up to its mean whatever their sizes.
-    `weight` undoes the mean that several processes take of their gradients.
+    The sums are divided by what the whole step counts, so that the parts add up to its mean whatever their sizes;
+    measures among them are constants. `weight` undoes the mean that several processes take of their gradients.
     """
     sums = _losses(model, task, batch, settings.torch_dtype, settings.label_smoothing)
     stacked = torch.stack([sums[name] for name in totals])
@@ -147,12 +147,12 @@ def _totals(task: Task, batches: list[Any]) -> dict[str, int]:
     return {name: sum(count[name] for count in counts) for name in counts[0]}
 
 
-def _checked(totals: dict[str, int], sums: Tensor, what: str) -> dict[str, float]:
+def _checked(task: Task, totals: dict[str, int], sums: Tensor, what: str) -> dict[str, float]:
     """Means by term and together, if they are numbers."""
     means = {name: value / max(1, total) for (name, total), value in zip(totals.items(), sums.tolist(), strict=True)}
-    if not math.isfinite(together := sum(means.values())):
+    if not math.isfinite(together := sum(value for name, value in means.items() if name not in task.measures)):
         raise DivergedError(f"training: the {what} became {together}; try a lower --lr")
-    return {"loss": together} | means
+    return means | {"loss": together}
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, step: int, settings: Settings) -> float:

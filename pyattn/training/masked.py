@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from pyattn.training import text
+from pyattn.training.task import Task
 from pyattn.training.text import Sentences, TextError
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -95,7 +96,7 @@ class MaskedBatch(NamedTuple):
     is_random: Tensor  # int64 [b]: 0 where b follows a, transformers' label
 
 
-class MaskedTask:
+class MaskedTask(Task):
     """Guessing masked tokens and next passages: `model(tokens [b, m], segments=[b, m], lengths=[b], positions=[p]) ->
     (logits [p, vocab], logits [b, 2])`."""
 

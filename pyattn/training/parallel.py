@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -56,6 +57,16 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def gathered(values: Tensor) -> list[Tensor]:
+    """Every process's tensor, by rank."""
+    if world() == 1:
+        return [values]
+    values = values.contiguous()
+    found = [torch.empty_like(values) for _ in range(world())]
+    distributed.all_gather(found, values)
+    return found
+
+
 def anywhere(flag: bool, device: str) -> bool:
     """Whether any process says so: all of them then do the same."""
     return flag if world() == 1 else bool(summed(torch.tensor(int(flag), device=device)))
@@ -64,6 +75,11 @@ def anywhere(flag: bool, device: str) -> bool:
 def replicated(model: nn.Module) -> nn.Module:
     """The model whose backward averages the gradients over the processes."""
     return DistributedDataParallel(model) if world() > 1 else model
+
+
+def original(model: nn.Module) -> Any:
+    """The model that `replicated` got."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def unsynced(model: nn.Module) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""What `pyattn train` trains: for each model its settings, its data, and how both are made.
+"""What `pyattn train` trains: for each model its settings, its data, and how both are made; here Transformers.
 
 Models and data are imported where they are used: the command line reads the settings for its help alone.
 """
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyattn.models.transformer import TransformerConfig
     from pyattn.training.language import LanguageTask
     from pyattn.training.masked import MaskedTask
+    from pyattn.training.task import Task
     from pyattn.training.translation import Files, TranslationTask
 
 
@@ -35,6 +36,7 @@ class GPTSettings(Settings):
     tokens: str = option(
         "bpe", "bpe: bytes joined to --vocab tokens; characters: one token for each.", one_of("bpe", "characters")
     )
+    heads: int = option(2, "Attention heads per block.", at_least(1))
     batch: int = option(2, "Windows of context tokens in a step.", at_least(1))
     validation_tokens: int = option(8192, "Most tokens that an evaluation looks at.", at_least(1))
 
@@ -52,10 +54,10 @@ class GPTSettings(Settings):
             end=0 if self.tokens == "bpe" else None,  # language.END_OF_TEXT, which the vocabulary begins with
         )
 
-    def model(self, vocab: int) -> nn.Module:
+    def model(self, task: Task) -> nn.Module:
         from pyattn.models.gpt import GPT
 
-        return GPT(self.config(vocab))
+        return GPT(self.config(task.tokenizer.get_vocab_size()))
 
     def task(self, cache: Path) -> LanguageTask:
         from pyattn.training.language import LanguageTask, load_corpus
@@ -74,60 +76,23 @@ class GPTSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerSettings(Settings):
-    """The encoder-decoder Transformer that learns to translate.
-
-    The defaults suit some ten thousand pairs of short sentences.
-    """
-
-    kind: ClassVar[str] = "transformer"
+class TranslationSettings(Settings):
+    """What models share that learn to translate. The defaults suit some ten thousand pairs of short sentences."""
 
     source: str | None = option(None, "Sentences, one per line, UTF-8 or .gz.", shown="required", path=True)
     target: str | None = option(None, "Their translations, line by line.", shown="required", path=True)
     validation_source: str | None = option(None, "Other sentences.", shown="some held out", path=True)
     validation_target: str | None = option(None, "Their translations.", shown="some held out", path=True)
     max_tokens: int = option(2048, "Tokens in a step on either side, filled up to equal length.", at_least(1))
-    hidden: int = option(512, "Size of the layer between a block's two linear maps.", at_least(1))
-    norm: str = option("pre", "LayerNorm before or after each part: pre, post.", one_of("pre", "post"))
-    positions: str = option("sinusoidal", "sinusoidal or learned.", one_of("sinusoidal", "learned"))
 
-    layers: int = shared("layers", 3)
-    heads: int = shared("heads", 4)
-    width: int = shared("width", 256)
     context: int = shared("context", 256)
     vocab: int = shared("vocab", 8000)
-    dropout: float = shared("dropout", 0.2)
     steps: int = shared("steps", 3000)
-    lr: float = shared("lr", 1.5e-3)
     warmup: int | None = shared("warmup", 300)
     min_lr_rate: float = shared("min_lr_rate", 0.02)
     weight_decay: float = shared("weight_decay", 1e-4)
     beta2: float = shared("beta2", 0.98)
     label_smoothing: float = shared("label_smoothing", 0.1)
-
-    def config(self, vocab: int) -> TransformerConfig:
-        from pyattn.models.transformer import TransformerConfig
-
-        return TransformerConfig(
-            vocab=vocab,
-            context=self.context,
-            layers=self.layers,
-            heads=self.heads,
-            width=self.width,
-            hidden=self.hidden,
-            dropout=self.dropout,
-            norm=self.norm,
-            positions=self.positions,
-            attention=self.attention,
-            pad=0,
-            start=1,
-            end=2,
-        )
-
-    def model(self, vocab: int) -> nn.Module:
-        from pyattn.models.transformer import Transformer
-
-        return Transformer(self.config(vocab))
 
     def task(self, cache: Path) -> TranslationTask:
         from pyattn.training.translation import TranslationTask, load_parallel
@@ -156,6 +121,47 @@ class TransformerSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TransformerSettings(TranslationSettings):
+    """The encoder-decoder Transformer that learns to translate."""
+
+    kind: ClassVar[str] = "transformer"
+
+    heads: int = option(4, "Attention heads per block.", at_least(1))
+    hidden: int = option(512, "Size of the layer between a block's two linear maps.", at_least(1))
+    norm: str = option("pre", "LayerNorm before or after each part: pre, post.", one_of("pre", "post"))
+    positions: str = option("sinusoidal", "sinusoidal or learned.", one_of("sinusoidal", "learned"))
+
+    layers: int = shared("layers", 3)
+    width: int = shared("width", 256)
+    dropout: float = shared("dropout", 0.2)
+    lr: float = shared("lr", 1.5e-3)
+
+    def config(self, vocab: int) -> TransformerConfig:
+        from pyattn.models.transformer import TransformerConfig
+
+        return TransformerConfig(
+            vocab=vocab,
+            context=self.context,
+            layers=self.layers,
+            heads=self.heads,
+            width=self.width,
+            hidden=self.hidden,
+            dropout=self.dropout,
+            norm=self.norm,
+            positions=self.positions,
+            attention=self.attention,
+            pad=0,
+            start=1,
+            end=2,
+        )
+
+    def model(self, task: Task) -> nn.Module:
+        from pyattn.models.transformer import Transformer
+
+        return Transformer(self.config(task.tokenizer.get_vocab_size()))
+
+
+@dataclass(frozen=True, kw_only=True)
 class BertSettings(Settings):
     """A BERT that learns to guess masked tokens, and whether one passage follows another."""
 
@@ -169,11 +175,11 @@ class BertSettings(Settings):
     )
     batch: int = option(32, "Pairs of passages in a step.", at_least(1))
     cased: bool = option(False, "Keep capital letters and accents.")
+    heads: int = option(4, "Attention heads per block.", at_least(1))
     hidden: int = option(1024, "Size of the layer between a block's two linear maps.", at_least(1))
     validation_tokens: int = option(32768, "Most tokens that an evaluation looks at.", at_least(1))
 
     layers: int = shared("layers", 4)
-    heads: int = shared("heads", 4)
     width: int = shared("width", 256)
     context: int = shared("context", 128)
     vocab: int = shared("vocab", 8000)
@@ -203,10 +209,10 @@ class BertSettings(Settings):
             pad=0,
         )
 
-    def model(self, vocab: int) -> nn.Module:
+    def model(self, task: Task) -> nn.Module:
         from pyattn.models.bert import BertForPreTraining
 
-        return BertForPreTraining(self.config(vocab))
+        return BertForPreTraining(self.config(task.tokenizer.get_vocab_size()))
 
     def task(self, cache: Path) -> MaskedTask:
         from pyattn.training.masked import MaskedTask, load_documents

@@ -38,7 +38,7 @@ class Run:
             self.task = settings.task(folder.parent / ".pyattn-cache")
         torch.manual_seed(settings.seed)
         # Made on the CPU whatever the device: every device then starts from the same weights.
-        self.model = settings.model(self.task.tokenizer.get_vocab_size()).to(device)
+        self.model = settings.model(self.task).to(device)
         self.optimizer = adamw(self.model, settings)
         self.step = 0
         self.best_loss = math.inf  # of the evaluations so far
@@ -81,7 +81,8 @@ class Run:
                 return
 
     def save(self) -> None:
-        """Writes the checkpoint of the last step and the loss curve up to it."""
+        """Writes the checkpoint of the last step and the loss curve up to it. Every process has to come here."""
+        carried = self.task.carried(self.model)
         if parallel.rank() != 0:
             return
         meta = {
@@ -93,7 +94,7 @@ class Run:
             "best_loss": None if self.best_loss == math.inf else self.best_loss,
             "evaluations_since_best": self.evaluations_since_best,
         }
-        checkpoint.save(self.checkpoint_path, self.model, self.optimizer, step=self.step, meta=meta)
+        checkpoint.save(self.checkpoint_path, self.model, self.optimizer, carried, step=self.step, meta=meta)
         plot.loss_curve(self.folder)
 
     def _judge(self, val_loss: float) -> None:
@@ -112,6 +113,8 @@ class Run:
         if before.meta["digest"] != self.task.digest:
             raise CheckpointError(f"checkpoint: the text is no longer the one {before.path} was trained on")
         checkpoint.restore(before, self.model, self.optimizer)
+        carried = checkpoint.carried(before, self.task.carried(self.model))
+        self.task.restore_carried(self.model, carried)
         self.step = before.step
         if before.meta["best_loss"] is not None:
             self.best_loss = before.meta["best_loss"]

@@ -65,8 +65,7 @@ class Settings:
     kind: ClassVar[str]  # its name on the command line
 
     attention: str = option("pyattn", "pyattn or torch (its own fused attention).", one_of("pyattn", "torch"))
-    layers: int = option(6, "Transformer blocks.", at_least(1))
-    heads: int = option(2, "Attention heads per block.", at_least(1))
+    layers: int = option(6, "Transformer blocks, or layers of a recurrent network.", at_least(1))
     width: int = option(128, "Size of a token's vector.", at_least(1))
     context: int = option(1024, "Positions: how many tokens the model sees at once.", at_least(1))
     vocab: int = option(2048, "Size of the vocabulary to learn.", between(257, 2**24))
@@ -116,12 +115,17 @@ class Settings:
     def steps_between_evaluations(self) -> int:
         return self.evaluate_every or math.ceil(self.steps / _EVALUATIONS)
 
+    @property
+    def attends(self) -> bool:
+        """Whether the model has attention."""
+        return True
+
     def config(self, vocab: int) -> Any:
         """The model's configuration, over the vocabulary that the tokenizer really has."""
         raise NotImplementedError
 
-    def model(self, vocab: int) -> nn.Module:
-        """A new model."""
+    def model(self, task: Task) -> nn.Module:
+        """A new model for the task."""
         raise NotImplementedError
 
     def task(self, cache: Path) -> Task:

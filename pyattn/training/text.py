@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import random
 import sys
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from pyattn.check import PyattnError
 from pyattn.files import replacing
 
+_HELD_OUT_PART, _HELD_OUT_MOST = 20, 2000
 # Parts of the standard library that are no prose of it: tests, tables, another program, and what pip put beside it.
 _NOT_CORPUS = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "encodings", "pydoc_data"}
 _NOT_CORPUS |= {"site-packages", "dist-packages", "__pycache__"}
@@ -113,6 +116,39 @@ def digest(texts: Iterable[str], *choices: object) -> str:
     for text in texts:
         whole.update(hashlib.sha256(text.encode()).digest())
     return whole.hexdigest()[:16]
+
+
+def byte_pairs(
+    texts: Iterable[str], vocab: int, marks: Sequence[str] = (), *, prefix_space: bool, normalizer: Any = None
+) -> Tokenizer:
+    """Learns a byte-level BPE (Sennrich et al. 2016; on bytes as in GPT-2), to which no character is unknown.
+
+    Args:
+        vocab: its size, if the texts have enough pairs.
+        marks: special tokens, the first of the vocabulary.
+        prefix_space: put a space before a text, so that its first word is the same token as inside.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=list(marks),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.encode_special_tokens = True  # "</s>" in a text is text
+    return tokenizer
+
+
+def held_out(count: int) -> tuple[list[int], list[int]]:
+    """Which of `count` examples to train with, and which to hold out for validation: a twentieth of them, but one at
+    least and 2000 at most, always the same ones."""
+    shuffled = random.Random(0).sample(range(count), count)
+    out = max(1, min(_HELD_OUT_MOST, count // _HELD_OUT_PART))
+    return sorted(shuffled[out:]), sorted(shuffled[:out])
 
 
 def cached(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,18 +10,18 @@ from typing import NamedTuple
 
 import numpy
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, normalizers, processors
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from pyattn.check import RangeError
 from pyattn.training import text
+from pyattn.training.task import Task
 from pyattn.training.text import Sentences, TextError
 
 MARKS = ("<pad>", "<s>", "</s>")
 PAD, START, END = range(len(MARKS))
-_HELD_OUT_PART, _HELD_OUT_MOST = 20, 2000  # pairs, where no validation files are given
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ class PairBatch(NamedTuple):
     target_out: Tensor  # int64 [b, m]: the target
 
 
-class TranslationTask:
+class TranslationTask(Task):
     """Predicting each token of a translation from the sentence and the tokens before it:
     `model(source [b, n], target [b, m], source_lengths=[b]) -> logits [b, m, vocab]`.
 
@@ -214,9 +213,8 @@ def _raise_for(path: Path, found: list[int], what: str) -> None:
 def _divided(pairs: Pairs, files: Files) -> tuple[Pairs, Pairs]:
     if len(pairs) < 2:
         raise TextError(f"text: expected at least 2 lines, one for validation, got 1 in {files.source}")
-    count = max(1, min(_HELD_OUT_MOST, len(pairs) // _HELD_OUT_PART))
-    shuffled = random.Random(0).sample(range(len(pairs)), len(pairs))
-    return _chosen(pairs, sorted(shuffled[count:])), _chosen(pairs, sorted(shuffled[:count]))
+    kept, held_out = text.held_out(len(pairs))
+    return _chosen(pairs, kept), _chosen(pairs, held_out)
 
 
 def _chosen(pairs: Pairs, rows: list[int]) -> Pairs:
@@ -234,24 +232,11 @@ def _tokenize(sides: list[list[str]], vocab: int) -> tuple[Tokenizer, dict[str, 
 
 
 def _learn(sentences: list[str], vocab: int) -> Tokenizer:
-    """A byte-level BPE whose `encode` ends a sentence with END and whose `decode` gives the sentence back.
-
-    On bytes, so that no character is unknown. A space goes before the first word, so that it is the same token there
-    as inside a sentence.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    """A byte-level BPE whose `encode` ends a sentence with END and whose `decode` gives the sentence back."""
+    normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])
+    tokenizer = text.byte_pairs(sentences, vocab, MARKS, prefix_space=True, normalizer=normalizer)
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=list(MARKS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(sentences, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {MARKS[END]}", special_tokens=[(MARKS[END], END)]
     )
-    tokenizer.encode_special_tokens = True  # "</s>" in a sentence is text
     return tokenizer

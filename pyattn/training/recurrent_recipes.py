@@ -1,0 +1,212 @@
+"""What `pyattn train` trains of recurrent networks, as `pyattn.training.recipes` for Transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
+
+from pyattn.check import RangeError
+from pyattn.training.recipes import TranslationSettings
+from pyattn.training.settings import Settings, at_least, one_of, option, shared
+
+if TYPE_CHECKING:
+    from pyattn.models.rnn import RNNConfig
+    from pyattn.models.seq2seq import Seq2SeqConfig
+    from pyattn.training.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class RNNSettings(Settings):
+    """A recurrent network that learns to continue a text, to tag words, or to label texts."""
+
+    kind: ClassVar[str] = "rnn"
+
+    text: str | None = option(
+        None, "To continue: UTF-8 file, or folder of such files.", shown="Python's standard library", path=True
+    )
+    tagged: str | None = option(
+        None,
+        "To tag words: a word, a tab and its tag per line, an empty line between sentences.",
+        shown="none",
+        path=True,
+    )
+    labelled: str | None = option(None, "To label texts: a label, a tab and a text per line.", shown="none", path=True)
+    cell: str = option("lstm", "lstm, gru or rnn (a plain one with tanh).", one_of("lstm", "gru", "rnn"))
+    hidden: int = option(512, "Size of a layer's state, in each direction.", at_least(1))
+    norm: bool = option(False, "Layer normalization inside the cells.")
+    batch: int = option(32, "Streams, windows, sentences or texts in a step.", at_least(1))
+    tokens: str = option(
+        "bpe",
+        "Of --text. bpe: bytes joined to --vocab tokens; characters: one token for each.",
+        one_of("bpe", "characters"),
+    )
+    stateful: bool = option(True, "With --text, go on from the state behind the step before, else from zeros.")
+    tied: bool = option(False, "With --text, the last matrix is the embedding, transposed.")
+    self_attention: bool = option(False, "With --text, states attend to those before them in the step.")
+    validation_tokens: int = option(8192, "Most tokens of --text that an evaluation looks at.", at_least(1))
+
+    layers: int = shared("layers", 2)
+    width: int = shared("width", 256)
+    context: int = option(128, "Tokens of each stream or window in a step, with --text.", at_least(1))
+    lr: float = shared("lr", 2e-3)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(given := [name for name in ("text", "tagged", "labelled") if getattr(self, name) is not None]) > 1:
+            raise RangeError(f"{given[1]}: expected one source of data, got --{' and --'.join(given)}")
+
+    @property
+    def attends(self) -> bool:
+        return self.self_attention
+
+    def config(self, vocab: int, labels: tuple[str, ...] = ()) -> RNNConfig:
+        """With labels, of a classifier."""
+        from pyattn.models.rnn import RNNConfig
+
+        return RNNConfig(
+            vocab=vocab,
+            width=self.width,
+            hidden=self.hidden,
+            layers=self.layers,
+            cell=self.cell,
+            dropout=self.dropout,
+            norm=self.norm,
+            bidirectional=bool(labels),
+            tied=self.tied,
+            self_attention=self.self_attention,
+            attention=self.attention,
+            end=0 if self.tokens == "bpe" and not labels else None,  # language.END_OF_TEXT
+            labels=len(labels) or 2,
+            label_names=labels or None,
+        )
+
+    def model(self, task: Task) -> nn.Module:
+        from pyattn.models.rnn import RNNLM, RNNForSequenceClassification, RNNForTokenClassification
+        from pyattn.training.labelled import LabelTask
+
+        vocab = task.tokenizer.get_vocab_size()
+        if not isinstance(task, LabelTask):
+            return RNNLM(self.config(vocab))
+        model = RNNForTokenClassification if task.corpus.by_word else RNNForSequenceClassification
+        return model(self.config(vocab, task.corpus.labels))
+
+    def task(self, cache: Path) -> Task:
+        source = self.tagged or self.labelled
+        return self._language_task(cache) if source is None else self._label_task(Path(source), cache)
+
+    def _label_task(self, source: Path, cache: Path) -> Task:
+        from pyattn.training.labelled import LabelTask, load_labelled
+
+        corpus = load_labelled(source, by_word=self.tagged is not None, vocab=self.vocab, cache=cache)
+        return LabelTask(corpus, batch=self.batch, seed=self.seed)
+
+    def _language_task(self, cache: Path) -> Task:
+        from pyattn.training.language import LanguageTask, load_corpus
+        from pyattn.training.streams import StreamTask
+
+        corpus = load_corpus(
+            None if self.text is None else Path(self.text),
+            tokens=self.tokens,
+            vocab=self.vocab,
+            context=self.context,
+            batch=self.batch,
+            cache=cache,
+        )
+        sizes = {"batch": self.batch, "context": self.context, "validation_tokens": self.validation_tokens}
+        return StreamTask(corpus, **sizes) if self.stateful else LanguageTask(corpus, **sizes, seed=self.seed)
+
+
+# What the paper of an order has, where the user does not say.
+_OF_ORDER = {
+    "luong": {"score": "general", "readout": "tanh", "bridge": "copy"},
+    "bahdanau": {"score": "additive", "readout": "maxout", "bridge": "backward"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seq2SeqSettings(TranslationSettings):
+    """A recurrent encoder and decoder that learn to translate, with attention or without."""
+
+    kind: ClassVar[str] = "seq2seq"
+
+    order: str = option("luong", "Which state asks: luong, that of this step; bahdanau, the one before.",
+                        one_of("luong", "bahdanau"))  # fmt: skip
+    score: str | None = option(
+        None, "dot, scaled, general, low-rank, additive, cosine or location.",
+        one_of("dot", "scaled", "general", "low-rank", "additive", "cosine", "location"),
+        shown="general, or additive in Bahdanau's order",
+    )  # fmt: skip
+    no_attention: bool = option(False, "All of a sentence goes through one state.")
+    uses: str | None = option(
+        None, "Where the context goes: some of input, layer, readout, with commas.", shown="as in the order's paper"
+    )
+    readout: str | None = option(
+        None, "linear, tanh (Luong's) or maxout (Bahdanau's).", one_of("linear", "tanh", "maxout"), shown="the order's"
+    )
+    bridge: str | None = option(
+        None, "How the decoder begins: copy, linear, or backward (Bahdanau's).", one_of("copy", "linear", "backward"),
+        shown="copy; backward in Bahdanau's order",
+    )  # fmt: skip
+    feed: bool = option(False, "A step reads what was read out before it (Luong's input feeding).")
+    self_attention: bool = option(False, "States that ask also attend to those that asked before them.")
+    cell: str = option("lstm", "lstm, gru or rnn (a plain one with tanh).", one_of("lstm", "gru", "rnn"))
+    norm: bool = option(False, "Layer normalization inside the cells.")
+    hidden: int = option(512, "Size of the states; of the encoder's, both directions together.", at_least(1))
+    score_size: int | None = option(
+        None, "Hidden layer of the additive score, rank of low-rank.", at_least(1), shown="hidden"
+    )
+    value_size: int | None = option(None, "Learned values of this size.", at_least(1), shown="the states themselves")
+    bidirectional: bool = option(True, "The encoder also reads from the end.")
+    reverse: bool = option(False, "An encoder of one direction reads from the end.")
+    tied: bool = option(True, "One matrix embeds both languages and gives the logits; hidden is then width.")
+
+    layers: int = shared("layers", 1)
+    width: int = shared("width", 512)
+    dropout: float = shared("dropout", 0.3)
+    lr: float = shared("lr", 1e-3)
+
+    @property
+    def attends(self) -> bool:
+        return not self.no_attention or self.self_attention
+
+    def config(self, vocab: int) -> Seq2SeqConfig:
+        from pyattn.models.seq2seq import Seq2SeqConfig
+
+        if self.no_attention and self.score is not None:
+            raise RangeError(f"score: expected none with --no-attention, got {self.score}")
+        of_order = _OF_ORDER[self.order]
+        bridge = of_order["bridge"] if self.bidirectional else "copy"
+        return Seq2SeqConfig(
+            vocab=vocab,
+            context=self.context,
+            layers=self.layers,
+            width=self.width,
+            hidden=self.hidden,
+            cell=self.cell,
+            norm=self.norm,
+            dropout=self.dropout,
+            bidirectional=self.bidirectional,
+            reverse=self.reverse,
+            bridge=self.bridge or bridge,
+            score=None if self.no_attention else self.score or of_order["score"],
+            score_size=self.score_size,
+            value_size=self.value_size,
+            order=self.order,
+            uses=None if self.uses is None else tuple(self.uses.split(",")),
+            readout=self.readout or of_order["readout"],
+            feed=self.feed,
+            self_attention=self.self_attention,
+            tied=self.tied,
+            attention=self.attention,
+            pad=0,
+            start=1,
+            end=2,
+        )
+
+    def model(self, task: Task) -> nn.Module:
+        from pyattn.models.seq2seq import Seq2Seq
+
+        return Seq2Seq(self.config(task.tokenizer.get_vocab_size()))
