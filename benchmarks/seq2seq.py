@@ -25,6 +25,7 @@ from torch.testing import assert_close
 
 from pyattn.decoding import beam_search
 from pyattn.models import Seq2Seq, Seq2SeqConfig
+from pyattn.nn import Score
 
 from . import environment
 from .chart import Panel, draw_panels
@@ -33,7 +34,7 @@ from .report import table
 from .timing import Timing, interleaved
 
 OURS, BASELINE = "pyattn", "torch"
-_SIZES = {"vocab": 8000, "layers": 2, "width": 512, "hidden": 512, "context": 256}
+_SIZES: dict[str, Any] = {"vocab": 8000, "layers": 2, "width": 512, "hidden": 512, "context": 256}
 _MODELS: dict[str, dict[str, Any]] = {
     "general": {"score": "general", "feed": False},
     "additive": {"score": "additive", "feed": False},
@@ -77,7 +78,8 @@ class Forgetful(Seq2Seq):
         sources = torch.tensor(reading.memory.sources, device=states.device)
         memory = reading.memory.layers[0][1][sources]
         lengths = None if reading.memory.lengths is None else reading.memory.lengths[sources]
-        return self.score.attend_unfused(states, self.score.keys(memory), memory, lengths)  # type: ignore[union-attr]
+        score = cast(Score, self.score)
+        return cast(Tensor, score.attend_unfused(states, score.keys(memory), memory, lengths))
 
 
 def sentences(count: int, device: str) -> tuple[Tensor, Tensor]:

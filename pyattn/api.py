@@ -315,12 +315,16 @@ def additive_attention(
         k: [b, hk, n, a] in q's dtype; hk divides h. Of packed sequences [total_k, hk, a].
         v: [b, hk, n, dv] in q's dtype. Of packed sequences [total_k, hk, dv].
         weight: [h, a] in q's dtype or float32.
-        exp_keys: torch.exp(2 * k) in float32 (float64 for float64 k), of k's shape, where many calls share the keys: it
-            saves the CPU the exponentials in steps of a decoder, and changes nothing else. The gradient is k's.
+        exp_keys: torch.exp(2 * k) in float32 (float64 for float64 k), of k's shape, where many calls share the keys. It
+            saves the CPU the exponentials of up to 16 queries of a group of heads, those whose largest |q| is above 0.5
+            and at most 30 (300 for float64), and changes nothing else. Exponentials of another k give wrong results
+            there. The gradient is k's.
         scale: a factor of the scores; 1 by default.
-        cu_seqlens_q, cu_seqlens_k: as for `attention_varlen`, for packed sequences.
-        mask, bias, causal, window, key_lengths, segment_ids, softcap, alibi_slopes, sinks, dropout_p, seed, return_lse,
-            backend: as for `attention`.
+        cu_seqlens_q, cu_seqlens_k: as for `attention_varlen`, for packed sequences. They exclude mask, bias,
+            key_lengths and segment_ids.
+        alibi_slopes: as for `attention`; of s packed sequences [h] or [s, h].
+        mask, bias, causal, window, key_lengths, segment_ids, softcap, sinks, dropout_p, seed, return_lse, backend: as
+            for `attention`.
 
     Returns:
         As `attention`, or for packed sequences as `attention_varlen`. There are gradients for q, k, v, weight, bias and

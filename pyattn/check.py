@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from pyattn.spec import Inputs, as_batch, dtype_name, unit_stride
+from pyattn.spec import Inputs, as_batch, as_packed, dtype_name, unit_stride
 
 Result = TypeVar("Result")
 
@@ -113,7 +113,9 @@ def check_inputs(
 ) -> Inputs:
     """Checks every tensor by its metadata alone and returns them in the form `Inputs` promises."""
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    q, k, v = _check_qkv(q, k, v, packed, block_table is not None)
+    if packed:
+        _refuse_packed(mask=mask, bias=bias, key_lengths=key_lengths, segment_ids=segment_ids)
+    q, k, v = _check_qkv(q, k, v, packed, block_table is not None, "d" if weight is None else "a")
     n = k.shape[2]
     if block_table is not None:
         block_table = _check_block_table(block_table, q, k)
@@ -134,7 +136,7 @@ def check_inputs(
     if sinks is not None:
         sinks = _check_sinks(sinks, q)
     if weight is not None:
-        _check_weight(weight, q)
+        weight = _check_weight(weight, q)
     if exp_keys is not None:
         exp_keys = _check_exp_keys(exp_keys, k, packed)
     return Inputs(
@@ -253,8 +255,20 @@ def check_starts(name: str, starts: list[int], rows: int) -> None:
         )
 
 
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool, paged: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as 4-D; packed ones are [total length, heads, head size], paged k and v [pages, heads, page size, *]."""
+def _refuse_packed(**options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise RangeError(
+                f"{name}: expected None beside cu_seqlens_q and cu_seqlens_k, got a {type(value).__name__}: packed "
+                "sequences have no batch, m and n in common"
+            )
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool, paged: bool, size: str) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as 4-D; packed ones are [total length, heads, head size], paged k and v [pages, heads, page size, *].
+
+    size: what the caller's text calls the head size.
+    """
     rank = 3 if packed else 4
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_dense(name, t)
@@ -276,9 +290,9 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool, paged: bool) -> tu
     k_b, hk, n, k_d = k.shape
     v_b, v_hk, v_n, _ = v.shape
     if (k_b != b and not paged) or k_d != d:
-        form = f"total_k, hk, d={d}" if packed else f"pages, hk, page size, d={d}" if paged else f"b={b}, hk, n, d={d}"
-        why = f"d is {d} in q" if k_d != d else f"b is {b} in q"
-        raise ShapeError(f"k: expected [{form}], got {_shape(given_k)}: {why}")
+        form = "total_k, hk" if packed else "pages, hk, page size" if paged else f"b={b}, hk, n"
+        why = f"{size} is {d} in q" if k_d != d else f"b is {b} in q"
+        raise ShapeError(f"k: expected [{form}, {size}={d}], got {_shape(given_k)}: {why}")
     if v_b != k_b or v_hk != hk or v_n != n:
         form = f"total_k={n}, hk={hk}, dv" if packed else f"{'pages' if paged else 'b'}={k_b}, hk={hk}, n={n}, dv"
         raise ShapeError(f"v: expected [{form}], got {_shape(given_v)}: k is {_shape(given_k)}")
@@ -365,19 +379,24 @@ def _check_sinks(sinks: Tensor, q: Tensor) -> Tensor:
     return sinks.to(torch.float64 if q.dtype is torch.float64 else torch.float32)
 
 
-def _check_weight(weight: Tensor, q: Tensor) -> None:
+def _check_weight(weight: Tensor, q: Tensor) -> Tensor:
+    check_dense("weight", weight)
+    if weight.dtype is not torch.float32:  # which stays as exact as it is
+        weight = weight.to(autocast_dtype(weight))
     h, a = q.shape[1], q.shape[3]
     check_tensor("weight", weight, (q.dtype, torch.float32), q)
     if tuple(weight.shape) != (h, a):
         raise ShapeError(f"weight: expected [h={h}, a={a}], a number for every column of q, got {_shape(weight)}")
+    return weight
 
 
 def _check_exp_keys(exp_keys: Tensor, k: Tensor, packed: bool) -> Tensor:
     check_tensor("exp_keys", exp_keys, (torch.float64 if k.dtype is torch.float64 else torch.float32,), k)
-    batch = as_batch(exp_keys) if packed and exp_keys.dim() == 3 else exp_keys
-    if batch.shape != k.shape:
-        raise ShapeError(f"exp_keys: expected the shape of k, got {_shape(exp_keys)}")
-    return unit_stride(batch.detach())
+    shape = (as_packed(k) if packed else k).shape
+    if exp_keys.shape != shape:
+        raise ShapeError(f"exp_keys: expected the shape of k, {list(shape)}, got {_shape(exp_keys)}")
+    exp_keys = exp_keys.detach()
+    return unit_stride(as_batch(exp_keys) if packed else exp_keys)
 
 
 def _check_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -7,7 +7,8 @@ With b, h, m, n, d and dv of `pyattn.spec`, and a key counted for every query, w
     backward of additive scores   2 b h m n (4 d + 2 dv)     the weight's gradient besides
 
 Packed sequences count their own queries times their own keys. Without values (fake tensors), where nobody knows where
-one ends, they count as one sequence. The reference is plain torch, of which torch counts the products that it has.
+one ends, they count as one sequence. A head size of 0 counts as 1, the column of zeros that kernels get for it. The
+reference is plain torch, of which torch counts the products that it has.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 import pyattn
-from pyattn import registry, testing
-from pyattn.spec import dtype_name
+from pyattn import core, registry, testing
+from pyattn.spec import AttentionSpec, dtype_name
 from pyattn.testing import Case
 
 BACKENDS = [
@@ -89,7 +89,7 @@ def test_additive_steps_of_beams_are_the_rows_of_one_call(backend):
         ({"weight": torch.randn(8)}, pyattn.ShapeError, r"weight: expected \[h=2, a=8\]"),
         ({"weight": torch.randn(2, 8).half()}, pyattn.DtypeError, "weight: expected float32, got float16"),
         ({"weight": None}, pyattn.DtypeError, "weight: expected a torch.Tensor, got NoneType"),
-        ({"k": torch.randn(1, 2, 5, 9)}, pyattn.ShapeError, "k: expected .*d is 8 in q"),
+        ({"k": torch.randn(1, 2, 5, 9)}, pyattn.ShapeError, r"k: expected \[b=1, hk, n, a=8\].*a is 8 in q"),
         ({"dropout": 0.1}, TypeError, "additive_attention: expected no argument dropout"),
     ],
 )
@@ -97,6 +97,40 @@ def test_additive_wrong_argument_is_named(change, error, words):
     given = {"q": torch.randn(1, 2, 3, 8), "k": torch.randn(1, 2, 5, 8), "v": torch.randn(1, 2, 5, 8)}
     with pytest.raises(error, match=words):
         pyattn.additive_attention(**{**given, "weight": torch.randn(2, 8), **change})
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"mask": torch.ones(1, 1, 3, 5, dtype=torch.bool)},
+        {"bias": torch.zeros(1, 1, 3, 5)},
+        {"key_lengths": torch.tensor([5])},
+        {"segment_ids": (torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 5, dtype=torch.long))},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_additive_of_packed_sequences_excludes_what_is_for_batches(option):
+    q, k, weight = torch.randn(3, 2, 8), torch.randn(5, 2, 8), torch.randn(2, 8)
+    starts = {"cu_seqlens_q": torch.tensor([0, 1, 3]), "cu_seqlens_k": torch.tensor([0, 4, 5])}
+    for backend in ("auto", "reference"):
+        with pytest.raises(pyattn.RangeError, match=f"{next(iter(option))}: expected None beside cu_seqlens_q"):
+            pyattn.additive_attention(q, k, k, weight, **starts, **option, backend=backend)
+
+
+def test_additive_weight_of_half_precision_is_cast_as_queries_are_under_autocast():
+    q, weight = torch.randn(1, 2, 3, 8).half(), torch.randn(2, 8).half().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = pyattn.additive_attention(q, q, q, weight)
+    out.sum().backward()
+    assert out.dtype is torch.bfloat16 and weight.grad.dtype is torch.float16
+
+
+def test_additive_backward_counts_the_sums_of_the_weights_gradient():
+    q, k, weight = torch.empty(400, 8, 1, 256), torch.empty(400, 8, 2, 256), torch.empty(8, 256)
+    call = core.prepare(q, k, k, weight=weight)
+    _, backward = registry.BACKENDS["cpu"].workspace_bytes(AttentionSpec.of(*call))
+    _, of_one = registry.BACKENDS["cpu"].workspace_bytes(AttentionSpec.of(*call)._replace(b=1))
+    assert backward - of_one >= 399 * 8 * 256 * 4
 
 
 def test_additive_is_refused_by_name_where_no_kernel_has_it(monkeypatch):
@@ -115,9 +149,10 @@ def test_explain_knows_additive_scores_and_the_tensor_they_would_take():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("size", [1e-3, 1.0, 10.0, 40.0, 80.0])
+@pytest.mark.parametrize(("m", "a"), [(2, 64), (3, 64), (3, 17)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_additive_with_exponentials_of_the_keys_agrees_with_definition(backend, size, dtype):
-    call = testing.make_inputs(Case("steps", additive=True, m=2, n=70, d=64, key_lengths=(70, 33)), dtype)
+def test_additive_with_exponentials_of_the_keys_agrees_with_definition(backend, m, a, size, dtype):
+    call = testing.make_inputs(Case("steps", additive=True, m=m, n=70, d=a, key_lengths=(70, 33)), dtype)
     with torch.no_grad():
         call.tensors["q"].mul_(min(size, 10))
         k = call.tensors["k"].mul_(size)
@@ -134,6 +169,11 @@ def test_additive_exponentials_that_do_not_fit_are_refused():
         pyattn.additive_attention(q, q, q, weight, exp_keys=torch.ones(1, 1, 3, 4))
     with pytest.raises(pyattn.DtypeError, match="exp_keys: expected float32, got float16"):
         pyattn.additive_attention(q, q, q, weight, exp_keys=torch.ones(1, 1, 2, 4).half())
+    packed, starts = q[0].transpose(0, 1), torch.tensor([0, 2])
+    with pytest.raises(pyattn.ShapeError, match=r"exp_keys: expected the shape of k, \[2, 1, 4\], got \[1, 1, 2, 4\]"):
+        pyattn.additive_attention(
+            packed, packed, packed, weight, cu_seqlens_q=starts, cu_seqlens_k=starts, exp_keys=torch.ones(1, 1, 2, 4)
+        )
 
 
 def test_additive_exponentials_leave_the_gradient_to_the_keys():
@@ -147,7 +187,7 @@ def test_additive_exponentials_leave_the_gradient_to_the_keys():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("m", [1, 2, 4, 7])
+@pytest.mark.parametrize("m", [1, 2, 4, 7, 17])
 def test_additive_of_large_weights_is_finite(m, backend):
     q, k, v, weight = (
         torch.full((1, 1, m, 64), 20.0),
@@ -156,7 +196,7 @@ def test_additive_of_large_weights_is_finite(m, backend):
         torch.ones(1, 64),
     )
     weight[0, ::2] *= -1
-    for size, shrink in ((1100.0, 1.0), (1e7, 0.25), (1e30, 0.01)):
+    for size, shrink in ((1100.0, 1.0), (1e7, 0.25), (1e12, 0.39), (1e30, 0.01), (1e30, 0.39)):
         out = pyattn.additive_attention(q * shrink, k * shrink, v, weight * size, scale=1 / size, backend=backend)
         assert torch.allclose(out, v.mean(2, keepdim=True).expand_as(out), atol=1e-4)
 

@@ -126,3 +126,71 @@ def test_magnitude_of_biases_leaves_errors_below_twice_torchs(level, dtype):
 def test_keys_that_nearly_cancel_leave_errors_below_twice_torchs(keys, times, dtype):
     found = ratios("cpu", dtype, times, keys=keys)
     assert max(found.values()) <= 2, found
+
+
+def additive(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    s = (torch.tanh(q.unsqueeze(3) + k.unsqueeze(2)) * weight[:, None, None]).sum(-1)
+    if mask is None:
+        return s.softmax(-1) @ v
+    return (s.masked_fill(~mask, -1e30).softmax(-1) @ v).masked_fill(~mask.any(-1, keepdim=True), 0.0)
+
+
+def additive_ratios(tensors: list[Tensor], d_out: Tensor, mask: Tensor | None = None, **options: Tensor) -> Tensor:
+    """Errors of the gradients of q, k, v and weight by norm, over those of the same in torch, unfused."""
+
+    def gradients(attention, leaves: list[Tensor]) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        return torch.autograd.grad(attention(*leaves, mask=mask), leaves, d_out.to(leaves[0].dtype))
+
+    def own(*given: Tensor, mask: Tensor | None) -> Tensor:
+        return pyattn.additive_attention(*given, mask=mask, **options, backend="cpu")
+
+    expected = gradients(additive, [t.double() for t in tensors])
+    found, theirs = (
+        torch.stack([(a.double() - t).norm() for a, t in zip(gradients(f, tensors), expected, strict=True)])
+        for f in (own, additive)
+    )
+    return found / theirs
+
+
+# How many queries are taken together, and which of them with exponentials that are given, differs in these between the
+# rows that a forward and a backward see: a group of heads and one of them.
+@pytest.mark.parametrize("a", (256, 250))
+@pytest.mark.parametrize("given", (False, True))
+@pytest.mark.parametrize("hides", (None, "key", "query"))
+@pytest.mark.parametrize(("h", "hk", "m", "small"), [(4, 1, 1, 0), (2, 1, 4, 1), (4, 1, 8, 0), (1, 1, 4, 0)])
+def test_additive_backward_computes_scores_as_its_forward(h, hk, m, small, hides, given, a):
+    logs = torch.zeros(4, dtype=torch.float64)
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        q, k, v, weight = (
+            torch.randn(1, h, m, a),
+            torch.randn(1, hk, 50, a),
+            torch.randn(1, hk, 50, 16),
+            torch.randn(h, a),
+        )
+        q *= 1.5
+        q[:, :small] *= 0.05
+        k = k[:, :, :1] + k / 300  # scores of about 300 that are about 1 apart
+        mask = None if hides is None else torch.ones(1, h, m, 50, dtype=torch.bool)
+        if hides == "key":
+            mask[..., 7] = False
+        if hides == "query":
+            mask[:, 0, 0] = False
+        options = {"exp_keys": torch.exp(2 * k)} if given else {}
+        logs += additive_ratios([q, k, v, weight * 300 / 16], torch.randn(1, h, m, 16), mask, **options).log()
+    assert (logs / len(SEEDS)).exp().max() <= 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("times", (4.0, 30.0))
+@pytest.mark.parametrize("m", (1, 17))
+def test_additive_rows_of_few_heavy_keys_leave_errors_below_twice_torchs(m, times, dtype):
+    logs = torch.zeros(4, dtype=torch.float64)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        tensors = [torch.randn(size) for size in ((2, 2, m, 32), (2, 1, 50, 32), (2, 1, 50, 32))]
+        tensors = [t.to(dtype) for t in (*tensors, torch.randn(2, 32) * times)]
+        logs += (additive_ratios(tensors, torch.randn(2, 2, m, 32)) + 1e-10).log()
+    assert (logs / 8).exp().max() <= 2

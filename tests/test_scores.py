@@ -149,8 +149,24 @@ def test_additive_keys_have_exponentials_that_change_nothing() -> None:
     assert_close(keys.exponentials, torch.exp(2 * keys.states))
     assert not keys.exponentials.requires_grad
     assert AdditiveScore(4, 6, 8, dtype=torch.bfloat16).keys(memory.bfloat16()).exponentials.dtype is torch.float32
-    with pytest.raises(pyattn.ShapeError, match="exp_keys: "):
-        score.attend(query, keys._replace(exponentials=keys.exponentials[:, 1:]), values)
+    for wrong, error in (
+        (keys.exponentials[:, 1:], pyattn.ShapeError),
+        (keys.exponentials[0], pyattn.ShapeError),
+        (keys.exponentials.float(), pyattn.DtypeError),
+        (2.0, pyattn.DtypeError),
+    ):
+        with pytest.raises(error, match=r"^keys.exponentials: "):
+            score.attend(query, keys._replace(exponentials=wrong), values)
+
+
+def test_additive_keys_serve_a_score_with_values_of_its_own_and_no_product() -> None:
+    _, query, memory, _ = made("additive")
+    score = LearnedValue(AdditiveScore(4, 6, 8, **FLOAT64), 6, 3, **FLOAT64)
+    keys = score.keys(memory)
+    assert_close(score.attend(query, keys, score.values(memory)), score(query, memory))
+    for other in (DotScore(), ScaledDotScore(), CosineScore(), LearnedValue(DotScore(), 6, 3)):
+        with pytest.raises(pyattn.RangeError, match=r"^keys: expected those of this score, .* AdditiveScore"):
+            other.attend(torch.randn(B, M, 8, **FLOAT64), keys, memory)
 
 
 def test_score_without_keys_gives_zeros(name: str) -> None:
@@ -253,6 +269,22 @@ def test_score_under_autocast_computes_in_the_lower_dtype(name: str, dtype: torc
     assert_close(context.float(), score(query, memory, LENGTHS), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_additive_score_of_float16_computes_in_bfloat16_under_autocast(learned: bool) -> None:
+    score: Score = AdditiveScore(4, 6, 8, dtype=torch.float16)
+    score = LearnedValue(score, 6, 6, dtype=torch.float16) if learned else score
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        context = score(torch.randn(B, M, 4).half(), torch.randn(B, N, 6).half())
+    assert context.dtype is torch.bfloat16
+
+
+def test_score_shows_its_settings() -> None:
+    assert repr(CosineScore(2.5)) == "CosineScore(sharpening=2.5)"
+    assert repr(CosineScore(learned=True, heads=2)) == "CosineScore(learned=True, heads=2)"
+    assert repr(LocationScore(4, 7)) == "LocationScore(query_size=4, max_length=7)"
+    assert repr(DotScore()) == "DotScore()"
+
+
 def test_score_compiles_whole(name: str) -> None:
     score, query, memory, values = made(name)
     torch._dynamo.reset()
@@ -295,6 +327,9 @@ def _normal(*size: int) -> Tensor:
         (lambda: AdditiveScore.from_concat(_normal(8, 10), _normal(8), 10), pyattn.ShapeError, "concat: "),
         (lambda: AdditiveScore.from_concat(_normal(8, 10), _normal(7), 4), pyattn.ShapeError, "weight: "),
         (lambda: AdditiveScore.from_concat(_normal(8, 10), _normal(8), 4, _normal(4)), pyattn.ShapeError, "bias: "),
+        (lambda: AdditiveScore.from_concat(None, _normal(8), 4), pyattn.DtypeError, "concat: "),
+        (lambda: AdditiveScore.from_concat(_normal(8, 10), None, 4), pyattn.DtypeError, "weight: "),
+        (lambda: AdditiveScore.from_concat(_normal(8, 10), _normal(8), 4, 1.0), pyattn.DtypeError, "bias: "),
         (lambda: CosineScore(0.0), pyattn.RangeError, "sharpening: "),
         (lambda: CosineScore(math.nan), pyattn.RangeError, "sharpening: "),
         (lambda: CosineScore().keys(_normal(2, 5, 0)), pyattn.ShapeError, "memory: "),

@@ -6,7 +6,7 @@ columns by pairs, for which it divides once. With u = e^2q, v = e^2k
     tanh(q + k) = (uv - 1) / (uv + 1) = ((u - 1) v + (v - 1)) / (uv + 1)
 
 whose second form is exact for small arguments, too; u, u - 1, v and v - 1 are computed once per row and column, the
-`parts`. Where some row of a tile is too large for them, the tile takes each tanh as it stands.
+`parts`. Where some row of a tile, or the head's weight, is too large for them, the tile takes each tanh as it stands.
 
 `rows` and `cols`, counted from a tile's first query and key, broadcast against each other, in either orientation. The
 pointers are those of the first query and key: one register for all, beside which a row is a number in the instruction.
@@ -30,6 +30,7 @@ FEW_COLUMNS = tl.constexpr(128)  # that `scores_of_few` takes at a time
 MOST_ROWS = tl.constexpr(64)  # of a tile
 _LARGEST = 40.0  # argument whose parts are normal float32 numbers
 _LARGEST_SUM = tl.constexpr(16.0)  # of a query and a key, for which the product of two divisors is one
+_LARGEST_WEIGHT = 1e9  # for which its product with two such divisors is finite
 
 
 @triton.jit
@@ -224,6 +225,7 @@ def common_arguments(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, call: laun
     shift = _shift(wide_k)
     spare = 0 if call.cu_seqlens_q is None else MOST_ROWS.value  # a packed sequence's tiles begin anywhere
     q_parts, q_reach = _parts(wide_q, shift.repeat_interleave(q.shape[1] // k.shape[1], 1), spare)
+    q_reach = torch.where(signed.abs().amax(1)[:, None] <= _LARGEST_WEIGHT, q_reach, torch.inf)
     k_parts, k_reach = _parts(wide_k, -shift, spare)
     return arguments | {
         "weight_ptr": signed,

@@ -84,15 +84,17 @@ class Additive {
           weight_(scratch.take<A>(width_)),
           d_weight_(scratch.take<A>(width_)) {}
 
-    // Rows of q, of one head or of all of a group.
+    // Rows of q, of one head or of all of a group. How a pair's score is computed depends on its own two rows and on what
+    // both directions have in common: weights exp(score - largest) would differ by the rounding of large scores.
     void load_queries(const Rows& rows, const uint8_t* wanted) {
-        few_ = rows.count <= kFew;
-        given_ = rows.count <= kGiven && args_.exp_keys;
+        few_ = together(args_, rows) <= kFew;
+        given_ = together(args_, rows) <= kGiven && args_.exp_keys;
+        only_given_ = true;
         for (int64_t lane = 0; lane < rows.count; ++lane) {
             const T* from = query_row<const T>(args_.q, rows.sequence, rows.head[lane], rows.query[lane]);
             copy_row(from, !wanted || wanted[lane] ? args_.d : 0, q_.plain + lane * ld_, width_);
             if (!few_ || given_) q_.raise(lane, width_, ld_);
-            given_ = given_ && q_.magnitude[lane] > Limit::little && q_.magnitude[lane] <= Limit::lone;
+            only_given_ &= takes_given(lane);
         }
         std::memset(d_weight_, 0, static_cast<size_t>(width_) * sizeof(A));
     }
@@ -100,19 +102,18 @@ class Additive {
     // j: where the rows begin in the sequence, whose keys they are.
     void load_keys(const Rows& rows, int64_t j, const T* from, int64_t ld, int64_t count, const uint8_t* wanted,
                    bool for_gradients) {
-        const bool in_place = !wanted && width_ == args_.d, plain = !given_ || for_gradients;
+        const bool plain = !only_given_ || for_gradients, raised = plain && !few_;
+        // Those given take the place of our own, which are not the same bits and have no keys beyond `each`.
+        const bool copied = given_ && (raised || wanted || width_ != args_.d);
         exp_keys_ = given_ ? key_row<const A>(args_, args_.exp_keys, rows.sequence, rows.kv_head, j) : nullptr;
         exp_ld_ = args_.exp_keys.stride[2];
         for (int64_t key = 0; key < count; ++key) {
             const int64_t columns = !wanted || wanted[key] ? args_.d : 0;
             if (plain) copy_row(from + key * ld, columns, k_.plain + key * ld_, width_);
-            if (plain && !few_) {
-                k_.raise(key, width_, ld_);
-            } else if (given_ && !in_place) {
-                copy_row(exp_keys_ + key * exp_ld_, columns, k_.power + key * ld_, width_);
-            }
+            if (raised) k_.raise(key, width_, ld_);
+            if (copied) copy_row(exp_keys_ + key * exp_ld_, columns, k_.power + key * ld_, width_);
         }
-        if (given_ && !in_place) exp_keys_ = k_.power, exp_ld_ = ld_;
+        if (copied) exp_keys_ = k_.power, exp_ld_ = ld_;
     }
 
     // sums[key * key_stride + query * query_stride] = weight . tanh(q + k); 0 for queries behind the last one.
@@ -141,6 +142,19 @@ class Additive {
             } else {
                 gradients_of_columns<1>(c, way, queries, keys, ds, d_q_rows, d_k_rows);
             }
+        }
+    }
+
+    // Takes `ds` of a pair out of the gradient of q or k again, and with that of q out of the weight's, whose head is the
+    // last that add_gradients was called for. Rows that were loaded are no longer there.
+    void take_out(const T* q, const T* k, A ds, A* row, bool of_query) {
+        copy_row(q, args_.d, q_.plain, width_);
+        copy_row(k, args_.d, k_.plain, width_);
+        for (int64_t c = 0; c < width_; c += W) {
+            Vec<A> t;
+            tanh_of<direct, 1>(0, 0, c, &t);
+            add_to(row, c, (t * t - A(1)) * ds);
+            if (of_query) store(d_weight_ + c, load(d_weight_ + c) - t * ds);
         }
     }
 
@@ -173,11 +187,15 @@ class Additive {
         }
         return way;
     }
+    // Whether the query has the right sums with any exponentials, and loses no digits by them.
+    bool takes_given(int64_t query) const {
+        return given_ && q_.magnitude[query] > Limit::little && q_.magnitude[query] <= Limit::lone;
+    }
     static A larger_of(A x, A y) { return x > y ? x : y; }
 
     void scores_of_head(int64_t head, Range queries, Range keys, A* sums, int64_t key_stride, int64_t query_stride) {
         load_weight(head);
-        for (int64_t key = keys.begin; !few_ && !given_ && key < keys.end; ++key) {
+        for (int64_t key = keys.begin; !few_ && !only_given_ && key < keys.end; ++key) {
             for (int64_t c = 0; c < width_; c += W) {
                 store(k_weighted_ + key * ld_ + c, load(weight_ + c) * load(k_.power + key * ld_ + c));
             }
@@ -212,7 +230,7 @@ class Additive {
         Way ways[kTogether];
         bool alike = some == kTogether;
         for (int64_t r = 0; r < some; ++r) {
-            ways[r] = given_ ? given : few_ ? direct : way_by_size({query + r, query + r + 1}, key);
+            ways[r] = takes_given(query + r) ? given : few_ ? direct : way_by_size({query + r, query + r + 1}, key);
             alike &= ways[r] == ways[0];
         }
         if (alike && ways[0] != direct) return score_as<kTogether>(ways[0], query, key, sums);
@@ -354,7 +372,7 @@ class Additive {
     A* k_weighted_;  // weight * e^2k
     A *d_q_, *weight_, *d_weight_;
     A unit_ = 1;  // what the weight was divided by
-    bool few_ = false, given_ = false;
+    bool few_ = false, given_ = false, only_given_ = false;  // only_given_: all queries take the exponentials given
     const A* exp_keys_ = nullptr;  // where given_, of the tile's first key; rows exp_ld_ apart
     int64_t exp_ld_ = 0;
 };

@@ -97,8 +97,8 @@ class Backward {
                call.longest * columns * static_cast<int64_t>(sizeof(A)) + 64;
     }
 
-    // delta = sum over columns of d_out * out, per row. Summed in the order in which the product of d_out and v is, so
-    // that dP - delta is exactly 0 for a query with one key.
+    // delta = sum over columns of d_out * out, per row. Summed as gemm sums the product of d_out and v, of no more than
+    // kDeepest operands: dP - delta is then exactly 0 for a query with one key.
     static void delta_task(const void* context, int64_t task, void* block) {
         const Call& call = *static_cast<const Call*>(context);
         const AttentionArgs& args = call.args;
@@ -174,10 +174,9 @@ class Backward {
                 }
                 for (int64_t t = 0; t < count; ++t) {
                     finish_queries(*tiles[t], call, d_q_t[t], d_q_rows);
-                    const Lanes<const T> q = query_rows(args, sequence, head, i + t * kQueries);
                     tiles[t]->each_heavy([&](const HeavyPair<A>& pair) {
                         const A excess = tiles[t]->excess(pair.lane) * pair.weight * pair.slope;
-                        subtract(q, pair.lane, args.d, excess, d_k + pair.key * width);
+                        correct_key(*tiles[t], i + t * kQueries + pair.lane, pair.key, excess, d_k + pair.key * width);
                     });
                 }
             }
@@ -219,9 +218,8 @@ class Backward {
                         *last++ = {t + pair.lane, pair.key - j, of_row * pair.weight * pair.slope};
                     });
                 }
-                const Lanes<const T> q = query_rows(args, sequence, head, 0);
                 for (const Excess* at = excesses; at < last; ++at) {
-                    subtract(q, at->query, args.d, at->amount, d_k + at->key * width);
+                    correct_key(tile, at->query, j + at->key, at->amount, d_k + at->key * width);
                 }
             }
         }
@@ -408,32 +406,46 @@ class Backward {
         const int64_t width = padded<A>(args.d);
         T* const d_q = query_row<T>(args.d_q, rows.sequence, rows.head[0], rows.query[0]);
         tile.settle(call.settled);
-        if (args.weight) {
-            std::memcpy(part_of_weight(call, rows), tile.d_weight(), static_cast<size_t>(args.d) * sizeof(A));
-            return store_rows(d_q_t, rows.count, args.d, static_cast<A>(args.scale), d_q, args.d_q.stride[2]);
-        }
-        if (tile.few()) {
+        if (args.weight || tile.few()) {
             std::memcpy(d_q_rows, d_q_t, static_cast<size_t>(rows.count * width) * sizeof(A));
         } else {
             transpose<A>({d_q_t, kQueries}, args.d, padded<A>(rows.count), {d_q_rows, width}, width);
         }
-        const Lanes<const T> k{key_row<const T>(args, args.k, rows.sequence, rows.kv_head, 0), args.k.stride[2]};
         tile.each_heavy([&](const HeavyPair<A>& pair) {
             const A excess = tile.excess(pair.lane);
-            subtract(k, pair.key, args.d, excess * tile.share(pair) * pair.slope, d_q_rows + pair.lane * width);
+            const A amount = excess * tile.share(pair) * pair.slope;
+            correct_query(tile, rows.query[pair.lane], pair.key, amount, d_q_rows + pair.lane * width);
             if (owned_bias(args)) correct_bias(args, rows, pair, excess * pair.weight);
         });
         store_rows(d_q_rows, rows.count, args.d, static_cast<A>(args.scale), d_q, args.d_q.stride[2]);
+        if (args.weight) {
+            const A* const d_weight = tile.additive().d_weight();
+            std::memcpy(part_of_weight(call, rows), d_weight, static_cast<size_t>(args.d) * sizeof(A));
+        }
     }
 
-    static Lanes<const T> query_rows(const AttentionArgs& args, const Sequence& sequence, int64_t head, int64_t i) {
-        return {query_row<const T>(args.q, sequence, head, i), args.q.stride[2]};
+    // Takes what a pair of the tile's head has too much of dS out of the gradient of its query or of its key. The slope of
+    // q.k is the other row; that of an additive score is the same by both.
+    static void correct_query(BackwardTile<T>& tile, int64_t query, int64_t key, A amount, A* d_q) {
+        const AttentionArgs& args = tile.args();
+        const Rows& rows = tile.rows();
+        const T* const k = key_row<const T>(args, args.k, rows.sequence, rows.kv_head, key);
+        if (!args.weight) return subtract(k, args.d, amount, d_q);
+        const T* const q = query_row<const T>(args.q, rows.sequence, rows.head[0], query);
+        tile.additive().take_out(q, k, amount, d_q, true);
+    }
+    static void correct_key(BackwardTile<T>& tile, int64_t query, int64_t key, A amount, A* d_k) {
+        const AttentionArgs& args = tile.args();
+        const Rows& rows = tile.rows();
+        const T* const q = query_row<const T>(args.q, rows.sequence, rows.head[0], query);
+        if (!args.weight) return subtract(q, args.d, amount, d_k);
+        const T* const k = key_row<const T>(args, args.k, rows.sequence, rows.kv_head, key);
+        tile.additive().take_out(q, k, amount, d_k, false);
     }
 
     // to -= factor * a row
-    static void subtract(Lanes<const T> rows, int64_t row, int64_t columns, A factor, A* to) {
-        const T* const from = rows.ptr + row * rows.ld;
-        for (int64_t c = 0; c < columns; ++c) to[c] -= factor * static_cast<A>(widen(from[c]));
+    static void subtract(const T* row, int64_t columns, A factor, A* to) {
+        for (int64_t c = 0; c < columns; ++c) to[c] -= factor * static_cast<A>(widen(row[c]));
     }
 
     static void correct_bias(const AttentionArgs& args, const Rows& rows, const HeavyPair<A>& pair, A excess) {

@@ -157,7 +157,7 @@ class BackwardTile {
             additive_.add_gradients(rows_.head[0], queries, keys_of(lane), ds_, d_q_rows, d_k_rows);
         }
     }
-    const A* d_weight() const { return additive_.d_weight(); }
+    Additive<T>& additive() { return additive_; }
 
     // d_q: [d][kQueries] or, where queries are few, [query][padded d]; without the factor `scale`. Before
     // add_key_gradients, which uses the tiles up.
@@ -189,7 +189,7 @@ class BackwardTile {
     // Once the tile has met all its keys: by how much delta is too small, and, where it is not null, the delta of all rows
     // as it should have been.
     //
-    // delta is d_out . out, so that it carries the rounding of out, and the products take a dS that is rounded as well. But
+    // delta is d_out . out, so that it carries the rounding of out, and products take a dS that is rounded as well. But
     // a row's dS sums to the d_lse of its keys: the sum over what the products took tells what delta lacks. Each key has
     // felt that by its weight. It shows where few keys have all the weight: there dP - delta may be smaller than the
     // rounding of delta, and where those keys are nearly parallel, d_q is what is left of dS that cancel.
@@ -312,7 +312,7 @@ class BackwardTile {
             const Vec<A> ds = p == A(0) ? Vec<A>{} : p * ((dp - delta) + d_lse);
             store(ds_ + at, ds);
             if constexpr (Peaked) {
-                sum += as_operand<E>(ds);
+                sum += args_.weight ? ds : as_operand<E>(ds);
                 heavy |= p > kHeavy<T> ? bit : Bits<A>{};
                 bit <<= 1;
             }
@@ -338,7 +338,7 @@ class BackwardTile {
     void start_corrections() {
         any_peaked_ = heavy_count_ = 0;
         for (int64_t lane = 0; lane < lanes_; ++lane) {
-            any_peaked_ |= !args_.weight && top_weight_[lane] > kHeavy<T>;
+            any_peaked_ |= top_weight_[lane] > kHeavy<T>;
             ds_sum_[lane] = heavy_sum_[lane] = excess_[lane] = 0;
         }
     }

@@ -84,12 +84,16 @@ struct Rows {
     }
 };
 
-// Queries for at most half a vector, by how the forward takes them: lanes are then keys, and columns.
+// Queries that the forward takes together with these: what depends on it, both directions then decide alike.
+static inline int64_t together(const AttentionArgs& args, const Rows& rows) {
+    const Sequence& sequence = rows.sequence;
+    return grouped(args, sequence) ? sequence.m * (args.h / args.hk) : rows.count;
+}
+
+// Queries for at most half a vector: lanes are then keys, and columns.
 template <class A>
 static inline bool are_few(const AttentionArgs& args, const Rows& rows) {
-    const Sequence& sequence = rows.sequence;
-    const int64_t together = grouped(args, sequence) ? sequence.m * (args.h / args.hk) : rows.count;
-    return 2 * together <= kWidth<A>;
+    return 2 * together(args, rows) <= kWidth<A>;
 }
 
 }  // namespace PYATTN_ISA

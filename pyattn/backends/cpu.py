@@ -98,8 +98,10 @@ class CpuBackend(Backend):
         tiles = _TILE * (3 * columns + 6 * _TILE + (8 * spec.d if spec.additive else 0))
         parts = _MOST_PARTS * _TILE * (columns + 2) if spec.n >= _SPLIT_FROM else 0
         forward = (threads * tiles + parts) * item
-        per_row = 2 * spec.b * spec.h * spec.m  # delta, twice
-        return forward, (threads * (_TOGETHER * 2 * tiles + spec.n * columns) + per_row) * item
+        rows = 2 * spec.b * spec.h * spec.m  # delta, twice
+        # The weight's gradient, of every tile of queries.
+        weights = spec.b * spec.h * (spec.m // _TILE + (spec.sequences or 0) + 1) * spec.d if spec.additive else 0
+        return forward, (threads * (_TOGETHER * 2 * tiles + spec.n * columns) + rows + weights) * item
 
 
 def _ids_of_32_bits(q_ids: Tensor, k_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ class TritonBackend(Backend):
 
     @property
     def head_sizes(self) -> str:
-        return f"{super().head_sizes}, values of any"
+        return f"{super().head_sizes}, values and additive scores of any"
 
     def unavailable(self) -> str | None:
         return _shortcoming()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -24,6 +24,9 @@ from pyattn.files import replacing
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from pyattn.decoding.translation import Translation
+    from pyattn.models.seq2seq import Seq2Seq
 
 _LINES_AT_ONCE = 1024  # so that sentences of similar length meet, and a pipe of any length goes through
 
@@ -50,6 +53,10 @@ def translate(
             help="Translations per sentence; several come with the sentence's number and their scores, behind tabs.",
         ),
     ] = 1,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="Folder for a picture of each line: which words the translation's words were found in."),
+    ] = None,
     length_penalty: Annotated[float, typer.Option(help="Scores are divided by length to this power.")] = 1.0,
     gnmt: Annotated[float | None, typer.Option(help="Divide by GNMT's length penalty with this alpha instead.")] = None,
     repetition_penalty: Penalty = 1.0,
@@ -58,19 +65,23 @@ def translate(
     attention: Attention = "pyattn",
     device: Device = None,
 ) -> None:
-    """Translate sentences with a Transformer, or a MarianMT model with a tokenizer.json.
+    """Translate sentences with a Transformer, a recurrent model, or a MarianMT model with a tokenizer.json.
+
+    --pictures takes a recurrent model with attention, whose weights for a line go to the file of its number.
 
     [bold]A whole example[/bold]
 
     pyattn train transformer --source train.de --target train.en --out runs/de-en\n
     echo "Ein Hund läuft über eine Wiese." | pyattn translate --model runs/de-en/model\n
-    pyattn translate --model runs/de-en/model --source test.de --reference test.en --out test.translated
+    pyattn translate --model runs/de-en/model --source test.de --reference test.en --out test.translated\n
+    pyattn train seq2seq --source train.de --target train.en --out runs/recurrent\n
+    pyattn translate --model runs/recurrent/model --source test.de --pictures runs/alignments
     """
     from pyattn.decoding.beam import by_length
     from pyattn.decoding.beam import gnmt as by_gnmt
     from pyattn.decoding.rules import Rules
     from pyattn.decoding.translation import translate as run
-    from pyattn.models.transformer import Transformer
+    from pyattn.models import seq2seq, transformer
     from pyattn.training import text
 
     if best > beams:
@@ -78,7 +89,12 @@ def translate(
     references = None if reference is None else text.lines(reference)
     if references is not None:
         import sacrebleu  # before the work, that none is done where it is missing
-    network = Transformer.from_pretrained(model, attention=attention).to(chosen_device(device))
+    kinds = {"marian": transformer.Transformer, transformer.OWN_TYPE: transformer.Transformer}
+    kinds |= {seq2seq.OWN_TYPE: seq2seq.Seq2Seq}
+    network = load(model, kinds, attention=attention).to(chosen_device(device))
+    if pictures is not None and getattr(network, "score", None) is None:
+        raise RangeError(f"pictures: expected a recurrent model with attention, {model} has a {type(network).__name__}"
+                         " without alignment")  # fmt: skip
     tokenizer = _tokenizer(model, network.config.vocab)
     rules = Rules(repetition_penalty, no_repeat_ngram, forbidden=(network.config.pad, network.config.start))
     normalize = by_length(length_penalty) if gnmt is None else by_gnmt(gnmt)
@@ -96,6 +112,8 @@ def translate(
                 )  # fmt: skip
             except RangeError as error:
                 raise RangeError(f"{source or 'standard input'}, {error}") from None
+            if pictures is not None:
+                _draw_alignments(network, tokenizer, sentences, found, pictures, len(told) + 1)
             for translations in found:
                 told.append(_one_line(translations[0].text) if translations else "")
                 scored = [f"{len(told)}\t{each.score:.4f}\t{_one_line(each.text)}" for each in translations[:best]]
@@ -283,6 +301,33 @@ def tag(
         right = [label for example in examples for label in example.labels]
         same = sum(ours == theirs for ours, theirs in zip(told, right, strict=True))
         typer.echo(f"accuracy {same / len(right):.4f} of {len(right):,}" if right else "no lines", err=True)
+
+
+@torch.no_grad()
+def _draw_alignments(
+    network: Seq2Seq,
+    tokenizer: Tokenizer,
+    sentences: Sequence[str],
+    found: Sequence[Sequence[Translation]],
+    folder: Path,
+    first: int,
+) -> None:
+    """Draws the best translation of each sentence that has one, the first in the file `first`.png."""
+    from pyattn.decoding.pictures import draw_alignment
+
+    folder.mkdir(parents=True, exist_ok=True)
+    device, c = network.output.bias.device, network.config
+
+    def words(tokens: Sequence[int]) -> list[str]:
+        return [tokenizer.decode([token], skip_special_tokens=False).strip() for token in tokens]
+
+    for number, (sentence, translations) in enumerate(zip(sentences, found, strict=True), first):
+        if translations:
+            source, target = tokenizer.encode(sentence).ids, translations[0].tokens
+            rows = torch.tensor([source], device=device), torch.tensor([[c.start, *target]], device=device)
+            draw_alignment(
+                folder / f"{number}.png", network.alignment(*rows)[0], words(source), words([*target, c.end])
+            )
 
 
 def _tokenizer(folder: Path, vocab: int) -> Tokenizer:

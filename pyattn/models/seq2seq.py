@@ -50,7 +50,7 @@ from pyattn.nn.scores import (
     Score,
 )
 
-MODEL_TYPE = "pyattn-seq2seq"
+OWN_TYPE = "pyattn-seq2seq"  # in config.json
 SCORES = ("dot", "scaled", "general", "low-rank", "additive", "cosine", "location")
 ORDERS = ("luong", "bahdanau")
 USES = ("input", "layer", "readout")
@@ -90,7 +90,8 @@ class Seq2SeqConfig:
         self_attention: whether a state that asks also attends to those that asked before it (scaled products), with
             what comes of it at the context's side.
         tied: whether one matrix embeds sources and targets, and gives the logits.
-        attention: "pyattn", or "torch": scores, softmax and sum one after the other.
+        attention: "pyattn", or "torch": scores, softmax and sum one after the other. On a GPU pyattn takes products of
+            states of at most 256, and additive scores of any size.
         pad, start, end: the tokens that fill batches, that every target begins with, and that ends one.
 
     Raises:
@@ -500,13 +501,13 @@ class Seq2Seq(Pretrained):
 
     @classmethod
     def config_from(cls, fields: Fields) -> Seq2SeqConfig:
-        fields.expect(model_type=MODEL_TYPE)
+        fields.expect(model_type=OWN_TYPE)
         values = {name: fields.values[name] for name in Seq2SeqConfig.__dataclass_fields__ if name in fields.values}
         uses = values.get("uses")
         return Seq2SeqConfig(**values | {"uses": None if uses is None else tuple(uses)})
 
     def config_fields(self) -> dict[str, Any]:
-        return {"model_type": MODEL_TYPE, "architectures": ["Seq2Seq"], **asdict(self.config)}
+        return {"model_type": OWN_TYPE, "architectures": ["Seq2Seq"], **asdict(self.config)}
 
     def stored(self) -> dict[str, Tensor]:
         return dict(self.named_parameters())

@@ -12,6 +12,9 @@ from pyattn import check, core
 from pyattn.check import DtypeError, ShapeError
 from pyattn.nn.scores import check_sizes, weights_of
 
+# Arguments of `core.attend`, as the module has them.
+_NAMES = {"q": "query", "k": "key", "v": "value", "weight": "scale", "causal": "use_causal_mask"}
+
 
 class AdditiveAttention(nn.Module):
     """Additive attention by scores sum(scale * tanh(query + key)), as keras.layers.AdditiveAttention has it.
@@ -82,7 +85,7 @@ class AdditiveAttention(nn.Module):
         q, k, v = (t.unsqueeze(1) for t in (query, key, value))
         dropout_p = self.dropout if self.training else 0.0
         attend = partial(
-            check.by_names, {"q": "query", "k": "key", "v": "value"}, core.attend, q, k,
+            check.by_names, _NAMES, core.attend, q, k,
             weight=q.new_ones(1, self.dim) if self.scale is None else self.scale.unsqueeze(0),
             mask=None if value_mask is None else value_mask[:, None, None],
             causal=use_causal_mask, top_left=True, dropout_p=dropout_p,
@@ -109,6 +112,12 @@ class AdditiveAttention(nn.Module):
             if t.dim() != 3 or (name != "value" and t.shape[2] != self.dim):
                 rows, columns = "b, m" if name == "query" else "b, n", "dv" if name == "value" else f"dim={self.dim}"
                 raise ShapeError(f"{name}: expected [{rows}, {columns}], got {list(t.shape)}")
+        b, n = len(query), key.shape[1]
+        for name, t in (("value", value), ("key", key)):
+            if len(t) != b:
+                raise ShapeError(f"{name}: expected b={b}, as of query, got {list(t.shape)}")
+        if value.shape[1] != n:
+            raise ShapeError(f"value: expected n={n}, as of key, got {list(value.shape)}")
         return query, value, key
 
     def _check_mask(

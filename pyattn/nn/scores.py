@@ -28,6 +28,8 @@ from pyattn.nn.linear import Linear
 
 # Options of the functions of attention that a score sets itself or has no use for.
 _NOT_OPTIONS = ("scale", "return_lse", "cu_seqlens_q", "cu_seqlens_k")
+# Of the arguments of those, as `attend` has them.
+_NAMES = {"q": "query", "k": "keys", "v": "values", "exp_keys": "keys.exponentials"}
 # Columns of weights that one pass computes: the largest value size that every backend takes.
 _WEIGHT_COLUMNS = 256
 
@@ -48,6 +50,8 @@ class Score(nn.Module):
             own; contexts of heads stand side by side.
     """
 
+    _has_exponentials = False  # whether its keys have them
+
     def __init__(self, *, query_size: int | None = None, memory_size: int | None = None, heads: int = 1) -> None:
         check_sizes(query_size=query_size, memory_size=memory_size, heads=heads)
         super().__init__()
@@ -61,7 +65,7 @@ class Score(nn.Module):
         Args:
             memory: [b, n, memory_size], the states that are attended to.
         Returns:
-            Tensors [b, n, size], of the size that queries have once they are prepared.
+            Keys, whose states are [b, n, size], of the size that queries have once they are prepared.
         Raises:
             ShapeError: memory has another shape.
         """
@@ -145,12 +149,12 @@ class Score(nn.Module):
         q, k, v = (self._split(name, t) for name, t in (("query", q), ("keys", keys.states), ("values", values)))
         options |= {"key_lengths": key_lengths}
         if keys.exponentials is not None:
-            options |= {"exp_keys": self._split("keys", keys.exponentials)}
+            options |= {"exp_keys": self._split("keys", self._checked(keys.exponentials, keys.states))}
         if return_weights and options.get("dropout_p") and options.get("seed") is None:
             options["seed"] = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=q.device)
 
         def contexts(v: Tensor) -> Tensor:
-            return check.by_names({"q": "query", "k": "keys", "v": "values"}, self._attention, q, k, v, **options)
+            return check.by_names(_NAMES, self._attention, q, k, v, **options)
 
         context = contexts(v).transpose(1, 2).flatten(2)
         context = context.squeeze(1) if is_step else context
@@ -205,7 +209,23 @@ class Score(nn.Module):
         return self.attend(query, Keys(self._keys(memory)), self.values(memory), key_lengths, **options)
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}" if self.heads > 1 else ""
+        settings = self._settings() | ({"heads": self.heads} if self.heads > 1 else {})
+        return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+    def _settings(self) -> dict[str, object]:
+        """What no parameter or module inside shows, for `repr`."""
+        return {}
+
+    def _checked(self, exponentials: Tensor, states: Tensor) -> Tensor:
+        """The exponentials of such keys."""
+        if not self._has_exponentials:
+            raise RangeError("keys: expected those of this score, got some with exponentials, which an AdditiveScore "
+                             "prepares; keys.states are a tensor that any score takes")  # fmt: skip
+        check.check_dense("keys.exponentials", exponentials)
+        if exponentials.shape != states.shape:
+            raise ShapeError(f"keys.exponentials: expected {list(states.shape)}, the shape of keys.states, got "
+                             f"{list(exponentials.shape)}")  # fmt: skip
+        return exponentials
 
     def _split(self, name: str, t: Tensor) -> Tensor:
         """[b, n, size] as the view [b, h, n, size / h]."""
@@ -285,6 +305,8 @@ class AdditiveScore(Score):
     equation 8, "concat".
     """
 
+    _has_exponentials = True
+
     def __init__(
         self,
         query_size: int,
@@ -314,8 +336,12 @@ class AdditiveScore(Score):
             query_size: how many columns are the query's.
             bias: [size].
         Raises:
+            DtypeError: an argument is no tensor.
             ShapeError, RangeError: the sizes do not fit together.
         """
+        given = (("concat", concat), ("weight", weight))
+        for name, t in given if bias is None else (*given, ("bias", bias)):
+            check.check_dense(name, t)
         if concat.dim() != 2 or len(concat) == 0 or not 0 < query_size < concat.shape[1]:
             raise ShapeError(f"concat: expected [size, query_size + memory_size], query_size={query_size} columns and "
                              f"at least one more, got {list(concat.shape)}")  # fmt: skip
@@ -406,6 +432,9 @@ class CosineScore(Score):
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
         return self.scale * (q @ k.mT)
 
+    def _settings(self) -> dict[str, object]:
+        return {"sharpening": self.scale} if self.log_sharpening is None else {"learned": True}
+
 
 class LocationScore(Score):
     """score of position i = (W s)_i: it depends on the query and on the position alone, not on what stands there.
@@ -442,6 +471,9 @@ class LocationScore(Score):
                              "weights for more")  # fmt: skip
         return self.weight[:n].expand(b, -1, -1)
 
+    def _settings(self) -> dict[str, object]:
+        return {"query_size": self.query_size, "max_length": len(self.weight)}
+
 
 class LearnedValue(Score):
     """A score with a learned projection of memory for the values: what a key is found by is not what it says.
@@ -467,6 +499,7 @@ class LearnedValue(Score):
         check_sizes(value_size=value_size)
         super().__init__(query_size=score.query_size, memory_size=memory_size, heads=score.heads)
         _check_heads("value_size", value_size, score.heads)
+        self._has_exponentials = score._has_exponentials
         self.score = score
         self.value_projection = Linear(memory_size, value_size, bias=bias, device=device, dtype=dtype)
 

@@ -50,7 +50,7 @@ def save(
     meta: dict[str, Any],
 ) -> None:
     """Writes the state after `step`, in place of an older one in one step: there is a whole checkpoint at any time."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors = {f"model.{name}": tensor for name, tensor in _weights(model).items()}
     tensors |= {f"carry.{name}": tensor for name, tensor in carried.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
@@ -91,7 +91,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     Raises:
         CheckpointError: its parameters are not those of `model`.
     """
-    model.load_state_dict(_fitting(checkpoint, "model.", model.state_dict()))
+    model.load_state_dict(_fitting(checkpoint, "model.", _weights(model)), strict=False)  # it is checked already
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _group(checkpoint.tensors, "optimizer.").items():
         index, key = name.split(".")
@@ -106,6 +106,15 @@ def carried(checkpoint: Checkpoint, now: dict[str, Tensor]) -> dict[str, Tensor]
         CheckpointError: it has others.
     """
     return _fitting(checkpoint, "carry.", now)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors; one that is in several places, such as a tied matrix, by its first name alone."""
+    names: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), name)
+    return {name: tensors[name].detach() for name in names.values()}
 
 
 def _fitting(checkpoint: Checkpoint, prefix: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
