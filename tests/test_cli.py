@@ -53,6 +53,7 @@ def test_help_shows_every_command_and_an_example() -> None:
         ("transformer", "--validation-source"),
         ("bert", "--cased"),
         ("rnn", "--tagged"),
+        ("seq2seq", "--score"),
     ):
         text = _run("train", model, "--help").output
         assert f"pyattn train {model} " in text

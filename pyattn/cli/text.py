@@ -89,8 +89,8 @@ def translate(
     references = None if reference is None else text.lines(reference)
     if references is not None:
         import sacrebleu  # before the work, that none is done where it is missing
-    kinds = {"marian": transformer.Transformer, transformer.OWN_TYPE: transformer.Transformer}
-    kinds |= {seq2seq.OWN_TYPE: seq2seq.Seq2Seq}
+    kinds: dict[str, Any] = dict.fromkeys(("marian", transformer.OWN_TYPE), transformer.Transformer)
+    kinds[seq2seq.OWN_TYPE] = seq2seq.Seq2Seq
     network = load(model, kinds, attention=attention).to(chosen_device(device))
     if pictures is not None and getattr(network, "score", None) is None:
         raise RangeError(f"pictures: expected a recurrent model with attention, {model} has a {type(network).__name__}"

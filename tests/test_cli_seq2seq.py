@@ -1,0 +1,121 @@
+"""`pyattn train seq2seq` and what `pyattn translate` makes of it: alignments in pictures, and where they say no."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pyattn.cli import app
+from pyattn.training import metrics
+
+LINES = 40
+
+
+def _run(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+def _assert_refused(result: Result, message: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert re.search(message, result.stderr), result.stderr
+    assert result.stderr.startswith("pyattn: ") and "Traceback" not in result.output
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    folder = tmp_path_factory.mktemp("text")
+    source, target = folder / "train.de", folder / "train.en"
+    source.write_text("".join(f"das Haus {i} ist alt\n" for i in range(LINES)))
+    target.write_text("".join(f"house {i} is old\n" for i in range(LINES)))
+    return ["--source", source, "--target", target]
+
+
+def _train(files: list[object], out: Path, *options: object) -> Path:
+    sizes = ("--width", 16, "--hidden", 16, "--vocab", 300, "--max-tokens", 200, "--device", "cpu")
+    result = _run("train", "seq2seq", *files, *sizes, "--out", out, "--steps", 2, *options)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(files: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _train(files, tmp_path_factory.mktemp("trained"), "--score", "additive", "--feed")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], {"order": "luong", "score": "general", "readout": "tanh", "bridge": "copy", "tied": True}),
+        (
+            ["--order", "bahdanau", "--cell", "gru"],
+            {"order": "bahdanau", "score": "additive", "readout": "maxout", "bridge": "backward", "cell": "gru"},
+        ),
+        (["--no-attention"], {"score": None, "uses": None}),
+        (["--uses", "layer,readout", "--layers", 2], {"uses": ["layer", "readout"], "layers": 2}),
+        (["--no-bidirectional", "--reverse", "--order", "bahdanau"], {"bridge": "copy", "reverse": True}),
+    ],
+)
+def test_options_are_the_models(files: list[object], tmp_path: Path, options: list[object], expected: dict) -> None:
+    out = _train(files, tmp_path / "run", *options)
+    config = json.loads((out / "model" / "config.json").read_text("utf-8"))
+    assert {name: config[name] for name in expected} == expected
+
+
+def test_a_run_goes_on_to_the_bit(files: list[object], tmp_path: Path) -> None:
+    same = ("--dropout", 0.3, "--schedule", "constant", "--warmup", 1)
+    whole, cut = (_train(files, tmp_path / str(steps), "--steps", steps, *same) for steps in (4, 2))
+    assert _run("train", "seq2seq", "--out", cut, "--resume", "--steps", 4).exit_code == 0
+    losses = [[line["loss"] for line in metrics.read(out)] for out in (whole, cut)]
+    assert losses[0] == losses[1]
+    _assert_refused(_run("train", "seq2seq", "--out", cut, "--resume", "--cell", "gru"), "cell is lstm there and gru")
+
+
+def test_translations_come_with_pictures_of_their_alignment(trained: Path, tmp_path: Path) -> None:
+    lines = "das Haus 3 ist alt\n\ndas Haus 4 ist alt\n"
+    result = _run("translate", "--model", trained / "model", "--pictures", tmp_path / "pictures", stdin=lines)
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 3
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"1.png", "3.png"}  # the second line is empty
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "pictures").iterdir())
+
+
+def test_pictures_are_refused_without_attention(files: list[object], tmp_path: Path) -> None:
+    out = _train(files, tmp_path / "run", "--no-attention")
+    translate = ("translate", "--model", out / "model")
+    assert _run(*translate, stdin="das Haus\n").exit_code == 0
+    _assert_refused(
+        _run(*translate, "--pictures", tmp_path / "p", stdin="das Haus\n"), "pictures: expected a recurrent"
+    )
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_source_that_is_too_long_is_named_by_its_line(trained: Path) -> None:
+    lines = "das Haus\n" + "1 2 3 4 " * 100 + "\n"
+    _assert_refused(
+        _run("translate", "--model", trained / "model", stdin=lines),
+        r"standard input, line 2: expected at most context=256 tokens",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--no-attention", "--score", "dot"], "score: expected none with --no-attention, got dot"),
+        (["--score", "hard"], "score: expected one of dot, scaled, general"),
+        (["--order", "chorowski"], "order: expected one of luong, bahdanau"),
+        (["--uses", "input"], "uses: expected order=bahdanau for input"),
+        (["--uses", "head"], "uses: expected names out of input, layer, readout"),
+        (["--width", "32"], "tied: expected a readout of width=32 columns, got 16"),
+        (["--cell", "tree"], "cell: expected one of lstm, gru, rnn"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    files: list[object], tmp_path: Path, options: list[object], message: str
+) -> None:
+    sizes = ("--width", 16, "--hidden", 16, "--vocab", 300)
+    _assert_refused(_run("train", "seq2seq", *files, *sizes, "--out", tmp_path / "run", *options), message)
+    assert not (tmp_path / "run").exists()
