@@ -218,9 +218,9 @@ class Seq2SeqConfig:
         return self.readout_size or self.hidden
 
 
-# The papers' models, with one vocabulary of the target's size. Sutskever et al., section 3.4; Bahdanau et al., RNNsearch
-# (appendices A.2.3 and B.1); Luong et al., global attention with the general score and all that Table 1 adds to it:
-# a reversed source, dropout, feeding.
+# The papers' models, with one vocabulary of the target's size. Sutskever et al., section 3.4; Bahdanau et al.,
+# RNNsearch (appendices A.2.3 and B.1); Luong et al., global attention with the general score and all that Table 1 adds
+# to it: a reversed source, dropout, feeding.
 PUBLISHED = {
     "sutskever": Seq2SeqConfig(
         vocab=80000, layers=4, width=1000, hidden=1000, bidirectional=False, reverse=True, score=None,
