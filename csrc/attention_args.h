@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace pyattn {
 
@@ -65,6 +66,10 @@ struct AttentionArgs {
     void* d_weight = nullptr;        // [h, d] contiguous, in the accumulator's dtype
 
     int threads = 1;
+
+    // What block_table, cu_seqlens and key_lengths point to: the caller's own may change while the call runs, and these
+    // numbers say what memory is read.
+    std::vector<std::vector<int32_t>> integers;
 };
 
 }  // namespace pyattn

@@ -157,6 +157,14 @@ void point(Element*& field, const TensorArg& tensor) {
     field = static_cast<Element*>(tensor.ptr);
 }
 
+// A copy of a contiguous tensor's numbers, which the caller cannot change any more.
+void copy(AttentionArgs& args, const int32_t*& field, const TensorArg& tensor) {
+    const auto* const numbers = static_cast<const int32_t*>(tensor.ptr);
+    std::vector<int32_t>& copied = args.integers.emplace_back(numbers, numbers + tensor.size[0] * tensor.size[1]);
+    copied.push_back(0);  // so that an empty tensor, too, has an address: a null pointer is an absent one
+    field = copied.data();
+}
+
 // The first and third size of k and v: [b, hk, n, *], or [pages, hk, page, *] where there is a block table.
 std::pair<int64_t, int64_t> cache_sizes(AttentionArgs& args, const py::dict& tensors) {
     if (!tensors.contains("block_table")) return {args.b, args.n};
@@ -200,12 +208,12 @@ void fill_tensors(AttentionArgs& args, const py::dict& tensors) {
         else if (name == "row_sum") point(args.row_sum, given(row));
         else if (name == "mask") args.mask = given(score(1));
         else if (name == "bias") args.bias = given(score(bias));
-        else if (name == "key_lengths") point(args.key_lengths, given(list(args.b, 4)));
-        else if (name == "block_table") point(args.block_table, given(table(args.b, args.n / args.page)));
+        else if (name == "key_lengths") copy(args, args.key_lengths, given(list(args.b, 4)));
+        else if (name == "block_table") copy(args, args.block_table, given(table(args.b, args.n / args.page)));
         else if (name == "q_segments") point(args.q_segments, given(table(args.b, args.m)));
         else if (name == "k_segments") point(args.k_segments, given(table(args.b, args.n)));
-        else if (name == "cu_seqlens_q") point(args.cu_seqlens_q, given(list(ends, 4)));
-        else if (name == "cu_seqlens_k") point(args.cu_seqlens_k, given(list(ends, 4)));
+        else if (name == "cu_seqlens_q") copy(args, args.cu_seqlens_q, given(list(ends, 4)));
+        else if (name == "cu_seqlens_k") copy(args, args.cu_seqlens_k, given(list(ends, 4)));
         else if (name == "alibi_slopes") point(args.alibi_slopes, given(table(args.sequences, args.h)));
         else if (name == "sinks") point(args.sinks, given(list(args.h, sum)));
         else if (name == "exp_keys") args.exp_keys = given(exp_keys);

@@ -19,7 +19,7 @@ from torch._C import (
 from torch._C._autograd import _profiler_enabled
 
 from pyattn import autograd, flops, registry, transforms
-from pyattn.check import check_values
+from pyattn.check import check_dtypes, check_values
 from pyattn.spec import AttentionSpec, Inputs, Numbers, Results, empty_gradients, empty_results
 
 _TENSORS = (
@@ -77,7 +77,9 @@ def concerns_the_backend_alone(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _attention(*args) -> Results:
-    return _forward(*_unpack(args))
+    x, spec, backend = _unpack(args)
+    check_dtypes(x)
+    return _forward(x, spec, backend)
 
 
 def _forward(x: Inputs, spec: AttentionSpec, backend: str) -> Results:
@@ -88,6 +90,7 @@ def _forward(x: Inputs, spec: AttentionSpec, backend: str) -> Results:
 def _attention_backward(d_out: Tensor, d_lse: Tensor | None, *args) -> list[Tensor]:
     y, bias_gradient = Results(*args[:_N_RESULTS]), args[_N_RESULTS]
     x, spec, backend = _unpack(args[_N_RESULTS + 1 :])
+    check_dtypes(x)
     grads = registry.run(spec, backend, lambda chosen: chosen.backward(spec, x, y, d_out, d_lse, bias_gradient))
     return [g for g in grads if g is not None]
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from pyattn.backends import cpu
+from pyattn.check import DtypeError
+from pyattn.spec import Inputs
 
 B, H, HK, M, N, D, DV = 3, 4, 2, 5, 7, 8, 6
 SEQUENCES = 3
@@ -362,3 +364,18 @@ def test_border_wrong_packed_argument_is_refused(change, message):
     border = Border("backward", packed=True)
     change(border)
     border.assert_refused(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("key_lengths", torch.int64), ("key_lengths", torch.float64), ("k", torch.float64), ("mask", torch.uint8)],
+)
+def test_border_operator_called_past_the_checks_refuses_other_dtypes(name, dtype):
+    q, k, v = torch.randn(B, H, M, D), torch.randn(B, HK, N, D), torch.randn(B, HK, N, DV)
+    x = dict.fromkeys(Inputs._fields) | {"q": q, "k": k, "v": v}
+    x |= {"key_lengths": torch.tensor([3, 0, 7], dtype=torch.int32), "mask": torch.ones(B, 1, M, N, dtype=torch.bool)}
+    numbers = (0.3, N - M, None, None, None, 0.0, "cpu")
+    torch.ops.pyattn.attention(*x.values(), *numbers)
+    x[name] = x[name].to(dtype)
+    with pytest.raises(DtypeError, match=f"^{name}: expected torch"):
+        torch.ops.pyattn.attention(*x.values(), *numbers)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 import threading
 import time
 
@@ -178,3 +180,49 @@ def _ticks_during(q: Tensor) -> tuple[float, float, list[float]]:
 def _assert_same_bits(actual: dict, expected: dict) -> None:
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
+
+
+CHANGES = """
+import sys, threading, time, torch, pyattn
+kind, end = sys.argv[1], time.monotonic() + 1.5
+q, k, v = (torch.randn(700, 2, 16) for _ in range(3))
+cache = torch.randn(64, 2, 16, 16)
+numbers = {
+    "cu_seqlens": [torch.tensor([0, 100, 700], dtype=torch.int32), [0, 0, 700], [0, 700, 700], [0, 350, 700]],
+    "key_lengths": [torch.tensor([900, 10], dtype=torch.int32), [0, 1024], [1024, 0], [5, 600]],
+    "block_table": [torch.arange(64, dtype=torch.int32).view(2, 32), [63] * 64, [0] * 64, list(range(63, -1, -1))],
+}[kind]
+given, values = numbers[0], [torch.tensor(value, dtype=torch.int32).view_as(numbers[0]) for value in numbers[1:]]
+
+def change():
+    while time.monotonic() < end:
+        for value in values:
+            given.copy_(value)
+
+def call():
+    if kind == "cu_seqlens":
+        return pyattn.attention_varlen(q, k, v, given, given, backend="cpu")
+    lengths = given if kind == "key_lengths" else torch.tensor([500, 512], dtype=torch.int32)
+    if kind == "key_lengths":
+        return pyattn.attention(q[None, :10].transpose(1, 2).expand(2, 2, 10, 16), cache[:2].repeat(1, 1, 64, 1),
+                                cache[:2].repeat(1, 1, 64, 1), key_lengths=lengths, backend="cpu")
+    return pyattn.attention_kvcache(torch.randn(2, 1, 2, 16).transpose(1, 2), cache, cache, lengths,
+                                    block_table=given, backend="cpu")
+
+thread = threading.Thread(target=change)
+thread.start()
+calls = 0
+while time.monotonic() < end:
+    assert call().isfinite().all()
+    calls += 1
+thread.join()
+print(calls)
+"""
+
+
+@pytest.mark.parametrize("kind", ["cu_seqlens", "key_lengths", "block_table"])
+def test_lengths_that_change_during_a_call_read_nothing_astray(kind):
+    """A scheduler prepares the next step in place while this one runs. Every value that it writes is a sound one."""
+    process = subprocess.run([sys.executable, "-c", CHANGES, kind], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) > 0
