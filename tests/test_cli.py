@@ -303,6 +303,8 @@ def test_config_sets_defaults_that_the_command_line_overrides(tmp_path: Path) ->
         (b"layers = 2\nlayers = 3\n", r"bad\.toml is no TOML"),
         (b"\xff", r"bad\.toml is no TOML"),
         (b"dropout = 2\n", r"dropout: expected a number in \[0, 1\), got 2"),
+        (b"a = " + b"[" * 100_000, r"bad\.toml is nested too deeply"),
+        (b"layers = " + b"1" * 5000, r"bad\.toml is no TOML"),
         (None, r"bad\.toml: No such file"),
     ],
 )
@@ -314,12 +316,38 @@ def test_config_that_is_wrong_is_refused_by_file_and_key(tmp_path: Path, content
     assert not (tmp_path / "run").exists()
 
 
+def test_config_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    config = tmp_path / "marked.toml"
+    config.write_bytes(b"\xef\xbb\xbflayers = 0\n")
+    _assert_refused(_run("train", "gpt", "--config", config), "layers: expected a number from 1 to 4096, got 0")
+
+
+def test_config_that_is_a_folder_is_refused(tmp_path: Path) -> None:
+    _assert_refused(_run("train", "gpt", "--config", tmp_path), f"config: cannot read {tmp_path}: Is a directory")
+
+
+@pytest.mark.parametrize(
+    "options", [["--layers", 10**9], ["--width", 2**40], ["--batch", 10**12], ["--context", 10**9]], ids=lambda o: o[0]
+)
+def test_train_of_impossible_size_is_refused(tmp_path: Path, options: list) -> None:
+    name = options[0].removeprefix("--")
+    _assert_refused(_run(*TINY, *options, "--out", tmp_path / "run"), f"{name}: expected a number from 1 to ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_on_an_empty_path_is_refused(tmp_path: Path) -> None:
+    result = _run("train", "gpt", "--text", "", "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "expected a path, got nothing" in result.stderr
+
+
 def test_compare_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     _assert_refused(_run("compare", tmp_path, "--out", tmp_path / "x.png"), r"has no metrics\.jsonl")
     assert not (tmp_path / "x.png").exists()
 
 
-def test_train_interrupted_leaves_a_checkpoint_that_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_train_interrupted_leaves_a_checkpoint_that_resumes(tmp_path: Path, name: str) -> None:
     out = tmp_path / "run"
     main = [sys.executable, "-c", "from pyattn.cli import main; main()"]
     process = subprocess.Popen(
@@ -329,15 +357,50 @@ def test_train_interrupted_leaves_a_checkpoint_that_resumes(tmp_path: Path) -> N
     while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text("utf-8").count("\n") < 3:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    for option in ("--overwrite", "--resume"):
+        _assert_refused(_run(*TINY, "--out", out, option), rf"{out} is in use by process {process.pid} on ")
+    process.send_signal(getattr(signal, name))
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + getattr(signal, name)
     assert f"go on with: pyattn train gpt --out {out} --resume" in printed
     step = checkpoint.load(out / "checkpoint.safetensors").step
     assert [line["step"] for line in metrics.read(out)] == list(range(1, step + 1))
     resumed = _run("train", "gpt", "--out", out, "--resume", "--steps", step + 2, "--sample-tokens", 0)
     assert resumed.exit_code == 0, resumed.output
     assert metrics.read(out)[-1]["step"] == step + 2
+
+
+def test_train_goes_on_where_a_hangup_is_ignored(tmp_path: Path) -> None:
+    """As under nohup, which ignores the signal before the command begins."""
+    ignore = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+    kill = "from pyattn.cli import train; import os; watched = train._watched\n"
+    kill += "train._watched = lambda run: (os.kill(os.getpid(), 1) or step for step in watched(run))\n"
+    code = kill + "from pyattn.cli import main; main()"
+    command = [sys.executable, "-c", ignore, sys.executable, "-c", code, *TINY, "--out", tmp_path / "run", "--steps", 3]
+    process = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert metrics.read(tmp_path / "run")[-1]["step"] == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("output", ["full", "closed"])
+def test_train_goes_on_where_nothing_can_be_printed(tmp_path: Path, output: str) -> None:
+    command = f"from pyattn.cli import main; main()' {' '.join(TINY)} --out {tmp_path / 'run'} --steps 3"
+    redirection = {"full": ">/dev/full", "closed": ">&-"}[output]
+    process = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -c '{command} {redirection}"], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    assert metrics.read(tmp_path / "run")[-1]["step"] == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_command_whose_output_cannot_be_written_says_so() -> None:
+    command = f"{sys.executable} -c 'from pyattn.cli import main; main()' info >/dev/full"
+    process = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert process.returncode == 2
+    assert process.stderr == "pyattn: cannot write the output: No space left on device\n"
 
 
 def test_command_without_its_libraries_says_what_to_install() -> None:

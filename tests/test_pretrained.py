@@ -104,6 +104,36 @@ def test_pretrained_damaged_config_is_named(kind: str, tmp_path: Path, text: byt
     _refused(kind, tmp_path, str(tmp_path / "config.json"), "is damaged")
 
 
+@pytest.mark.parametrize("text", [b'{"a":' * 100_000, b'{"vocab_size": ' + b"1" * 5000 + b"}"], ids=["deep", "digits"])
+def test_pretrained_config_that_python_gives_up_is_named(kind: str, tmp_path: Path, text: bytes) -> None:
+    _saved(kind, tmp_path)
+    (tmp_path / "config.json").write_bytes(text)
+    _refused(kind, tmp_path, str(tmp_path / "config.json"), "is damaged")
+
+
+@pytest.mark.parametrize("size", [10**9, 2**40, 2**62])
+def test_pretrained_config_that_asks_for_more_than_memory_is_refused(kind: str, tmp_path: Path, size: int) -> None:
+    """A few bytes beside small weights: what they ask for is held against the weights before it is made."""
+    _saved(kind, tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    words = "vocab", "layer", "embd", "d_model", "hidden", "intermediate", "ffn", "position"
+    for name, value in fields.items():
+        if isinstance(value, int) and not isinstance(value, bool) and any(word in name for word in words):
+            path.write_text(json.dumps(fields | {name: size}))
+            with pytest.raises(PretrainedError, match=str(tmp_path)):
+                type(MODELS[kind]()).from_pretrained(tmp_path)
+
+
+def test_pretrained_weights_that_are_no_numbers_are_named(kind: str, tmp_path: Path) -> None:
+    model = _saved(kind, tmp_path)
+    name, tensor = next(iter(model.stored().items()))
+    with torch.no_grad():
+        tensor.view(-1)[0] = torch.nan
+    model.save_pretrained(tmp_path)
+    _refused(kind, tmp_path, f"the tensors of {tmp_path} hold NaN or infinity: {name}")
+
+
 def test_pretrained_missing_config_is_named(kind: str, tmp_path: Path) -> None:
     _refused(kind, tmp_path, str(tmp_path / "config.json"), "there is none")
 

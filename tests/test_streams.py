@@ -256,9 +256,9 @@ def test_checkpoint_holds_states_of_streams_and_nothing_of_other_tasks(tmp_path:
 @pytest.mark.parametrize(
     ("carried", "message"),
     [
-        ({}, r"carry.states is missing there and \[2, 2, 4, 12\] here"),
-        ({"states": torch.zeros(2, 2, 5, 12)}, r"carry.states is \[2, 2, 5, 12\] there"),
-        ({"states": torch.zeros(2, 2, 4, 13)}, r"carry.states is \[2, 2, 4, 13\] there"),
+        ({}, r"carry.states is missing there and float32 \[2, 2, 4, 12\] here"),
+        ({"states": torch.zeros(2, 2, 5, 12)}, r"carry.states is float32 \[2, 2, 5, 12\] there"),
+        ({"states": torch.zeros(2, 2, 4, 13)}, r"carry.states is float32 \[2, 2, 4, 13\] there"),
         ({"states": torch.zeros(2, 2, 4, 12), "more": torch.zeros(1)}, "it also has carry.more"),
     ],
 )
@@ -304,7 +304,7 @@ def test_network_learns_what_only_the_step_before_tells(tmp_path: Path) -> None:
         ({"tied": True}, "tied: expected width and hidden of one size"),
         ({"tagged": "a", "labelled": "b"}, "labelled: expected one source of data, got --tagged and --labelled"),
         ({"text": "a", "tagged": "b"}, "tagged: expected one source of data, got --text and --tagged"),
-        ({"hidden": 0}, "hidden: expected at least 1"),
+        ({"hidden": 0}, "hidden: expected a number from 1 to 1048576"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(options: dict[str, Any], message: str) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
 import pyattn
@@ -17,7 +19,7 @@ from pyattn.training.checkpoint import CheckpointError
 from pyattn.training.language import Corpus, LanguageTask, load_corpus, training_starts, windows, write_sample
 from pyattn.training.loop import DivergedError, train
 from pyattn.training.recipes import GPTSettings
-from pyattn.training.run import Run, open_run
+from pyattn.training.run import Run, checkpoint_path, open_run
 from pyattn.training.schedules import learning_rate
 from pyattn.training.text import TextError
 
@@ -294,8 +296,6 @@ def test_resume_changed_text_is_an_error(tmp_path: Path) -> None:
 
 
 def test_checkpoint_of_other_software_is_an_error(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file({"wte.weight": torch.zeros(3, 3)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="not written by"):
         checkpoint.load(tmp_path / "model.safetensors")
@@ -303,14 +303,108 @@ def test_checkpoint_of_other_software_is_an_error(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "none.safetensors")
 
 
-@pytest.mark.parametrize("meta", ["{", "[]", '{"settings": {}}', '{"step": 1, "settings": 3}'])
+@pytest.mark.parametrize("meta", ["{", "[]", "[" * 100_000, '{"step": ' + "1" * 5000 + "}"])
 def test_checkpoint_with_damaged_header_is_an_error(tmp_path: Path, meta: str) -> None:
-    from safetensors.torch import save_file
-
     path = tmp_path / "checkpoint.safetensors"
     save_file({"x": torch.zeros(1)}, path, metadata={"format": checkpoint.FORMAT, "meta": meta})
     with pytest.raises(CheckpointError, match="is damaged"):
         checkpoint.load(path)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that went three steps."""
+    run = _open(tmp_path_factory.mktemp("stopped") / "run", {"evaluate_every": 3})
+    for step in run.steps():
+        if step.step == 3:
+            break
+    return run.folder
+
+
+def _changed(stopped: Path, folder: Path, tensors: dict | None = None, **meta: object) -> str:
+    """What resuming says after a change of the checkpoint: of tensors, None where they go, or of its header."""
+    saved = checkpoint.load(stopped / "checkpoint.safetensors")
+    kept = {name: t for name, t in (saved.tensors | (tensors or {})).items() if t is not None}
+    header = {name: value for name, value in (saved.meta | meta).items() if value != "gone"}
+    folder.mkdir()
+    path = checkpoint_path(folder)
+    save_file(kept, path, metadata={"format": checkpoint.FORMAT, "meta": json.dumps(header)})
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError) as raised:
+        _open(folder, resume=True)
+    assert str(path) in str(raised.value)
+    assert path.read_bytes() == before
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", True), ("step", 0), ("step", -3), ("step", "3"), ("step", "gone"), ("step", 3.0),
+        ("best_loss", math.nan), ("best_loss", math.inf), ("best_loss", "low"), ("best_loss", False),
+        ("best_loss", "gone"), ("evaluations_since_best", -1), ("evaluations_since_best", None),
+        ("settings", []), ("settings", "gone"), ("digest", 3), ("tokenizer", None), ("kind", "gone"),
+    ],
+)  # fmt: skip
+def test_checkpoint_with_an_impossible_value_is_refused(
+    stopped: Path, tmp_path: Path, name: str, value: object
+) -> None:
+    assert f"for its {name}" in _changed(stopped, tmp_path / "run", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("steps", "9"), ("steps", -1), ("layers", 2.0), ("layers", 10**9), ("compile", 1), ("lr", None), ("text", 3)],
+)
+def test_checkpoint_with_an_impossible_setting_is_refused(
+    stopped: Path, tmp_path: Path, name: str, value: object
+) -> None:
+    settings = checkpoint.load(stopped / "checkpoint.safetensors").meta["settings"]
+    message = _changed(stopped, tmp_path / "run", settings=settings | {name: value})
+    assert f"cannot be: {name}: expected " in message
+
+
+def test_checkpoint_with_tensors_of_another_form_is_refused(stopped: Path, tmp_path: Path) -> None:
+    """torch's fused AdamW reads beyond a moment that is smaller than its parameter."""
+    moment = checkpoint.load(stopped / "checkpoint.safetensors").tensors["optimizer.0.exp_avg"]
+    changes = [
+        ("optimizer.0.exp_avg", torch.zeros(3), "is float32 [3] there"),
+        ("optimizer.0.exp_avg", moment.double(), "is float64 ["),
+        ("optimizer.0.exp_avg", None, "is missing there"),
+        ("optimizer.0.exp_avg_sq", torch.full_like(moment, math.nan), "NaN"),
+        ("optimizer.0.step", torch.tensor(2.0), "is 2 at step 3"),
+        ("optimizer.0.step", torch.tensor([3.0]), "is float32 [1] there"),
+        ("optimizer.0.max_exp_avg_sq", moment, "it also has optimizer.0.max_exp_avg_sq"),
+        ("optimizer.999.exp_avg", moment, "it also has optimizer.999.exp_avg"),
+        ("optimizer.x", moment, "it also has optimizer.x"),
+        ("momentum.0", moment, "it also has momentum.0"),
+    ]
+    for number, (name, value, message) in enumerate(changes):
+        assert message in _changed(stopped, tmp_path / str(number), {name: value})
+
+
+def test_checkpoint_without_moments_is_refused(stopped: Path, tmp_path: Path) -> None:
+    tensors = checkpoint.load(stopped / "checkpoint.safetensors").tensors
+    gone = {name: None for name in tensors if name.startswith("optimizer.")}
+    assert "optimizer.0.step is missing there" in _changed(stopped, tmp_path / "run", gone)
+
+
+def test_model_folder_holds_all_of_one_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _open(tmp_path / "run", {"evaluate_every": 3})
+    steps = run.steps()
+    while next(steps).step < 3:
+        pass
+    before = _bytes(run.model_path)
+    run.best_loss = math.inf
+
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Path, "write_text", fail)  # the end comes between the weights and the tokenizer
+    with pytest.raises(ZeroDivisionError):
+        run._save_model()
+    assert _bytes(run.model_path) == before
+    assert set(before) == {"config.json", "model.safetensors", "tokenizer.json"}
 
 
 @pytest.mark.parametrize("lr", [float("inf"), float("nan"), 0.0])
@@ -369,7 +463,19 @@ def test_comparison_draws_every_run(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("content", [None, "", "{not json}\n", json.dumps({"step": 1, "val_loss": 2.0}) + "\n"])
+@pytest.mark.parametrize("value", ["fast", None, True, [1], math.nan, math.inf])
+def test_metrics_that_are_no_numbers_are_an_error(tmp_path: Path, value: object) -> None:
+    line = json.dumps({"step": 1, "loss": 2.0}) + "\n" + json.dumps({"step": 2, "loss": value}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(line)
+    with pytest.raises(metrics.RunError, match=r"metrics\.jsonl is damaged \(line 2: loss is "):
+        metrics.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, "", "{not json}\n", "[" * 100_000 + "\n", '{"step": true}\n', '{"step": 1, "val_loss": 2.0}\n'],
+    ids=["missing", "empty", "words", "deep", "step", "no-loss"],
+)
 def test_metrics_of_no_run_are_an_error(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)

@@ -318,7 +318,7 @@ def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
 
     path = tmp_path / "text"
     path.write_bytes("\ufeffa\u2028b\x0cc\x85d\r\ne\rf\n".encode())
-    assert lines(path) == ["a\u2028b\x0cc\x85d", "e\rf"]
+    assert lines(path, "source") == ["a\u2028b\x0cc\x85d", "e\rf"]
 
 
 def test_sentences_keep_rows_of_any_length() -> None:

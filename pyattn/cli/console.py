@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,10 +17,25 @@ from pyattn.check import PyattnError, RangeError
 
 def make_console(markup: bool) -> Console:
     # Without a terminal there is no width to ask for; a table in a log file then has room for its columns.
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=markup)
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()  # None where it was closed before Python began
+    return Console(width=None if on_terminal else 120, highlight=False, markup=markup)
 
 
 console = make_console(markup=False)  # paths and samples may hold brackets
+
+
+def say(text: str, *, to: Console = console) -> None:
+    """Prints a line of a long run, which goes on where nothing can be printed: on a full disk, into a closed pipe."""
+    try:
+        to.print(text, soft_wrap=True)
+    except OSError:
+        _silence()
+
+
+def _silence() -> None:
+    """Sends what is still to be printed nowhere, also what Python holds back until it ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Commands(TyperGroup):
@@ -33,8 +50,12 @@ class Commands(TyperGroup):
             message = f"the command needs {error.name}: pip install 'pyattn[tools]'"
         except OSError as error:
             if error.filename is None:
+                _silence()
+            message = f"{error.filename or 'cannot write the output'}: {error.strerror}"
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise
-            message = f"{error.filename}: {error.strerror}"
+            message = f"out of memory: {str(error).splitlines()[0]}"
         typer.echo(f"pyattn: {message}", err=True)
         raise typer.Exit(2)
 

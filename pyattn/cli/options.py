@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
 import typer
 
 from pyattn.check import PyattnError
-from pyattn.training.settings import Settings
+from pyattn.training.settings import KINDS, Settings, is_kind, optional_kind
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,14 +21,6 @@ else:
     import tomli as tomllib
 
 Function = TypeVar("Function", bound=Callable[..., None])
-# What a value in a file may be, by the type of its option, and how an error calls that.
-_TOML: dict[type, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    str: ((str,), "a string"),
-    Path: ((str,), "a string"),
-}
 
 
 class ConfigError(PyattnError, ValueError):
@@ -57,7 +49,7 @@ def settings_options(recipe: type[Settings]) -> Callable[[Function], Function]:
 def configurable(function: Function) -> Function:
     """Gives a command --config, a file that sets any of its options that have one value."""
     own = inspect.signature(function, eval_str=True).parameters
-    kinds = {name: kind for name, parameter in own.items() if (kind := _kind(parameter.annotation)) in _TOML}
+    kinds = {name: kind for name, parameter in own.items() if (kind := _kind(parameter.annotation)) in {*KINDS, Path}}
 
     @wraps(function)
     def command(*, config: Path | None, **options: Any) -> None:
@@ -76,15 +68,19 @@ def read_config(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
         ConfigError: the file is no TOML, or has a key that is no option or a value of another type than the option's.
     """
     try:
-        values = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = tomllib.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
+    except RecursionError:
+        raise ConfigError(f"config: {path} is nested too deeply") from None
+    except ValueError as error:  # no TOML, no UTF-8, or a number of more digits than Python reads
         raise ConfigError(f"config: {path} is no TOML ({error})") from error
     for key, value in values.items():
         if (kind := kinds.get(key.replace("-", "_"))) is None:
             raise ConfigError(f"config: {path} has the key {key}, which is no option of this command")
-        allowed, words = _TOML[kind]
-        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-            raise ConfigError(f"config: {path}: expected {words} for {key}, got {value!r}")
+        kind = str if kind is Path else kind
+        if not is_kind(value, kind):
+            raise ConfigError(f"config: {path}: expected {KINDS[kind][1]} for {key}, got {value!r}")
     return {key.replace("-", "_"): value for key, value in values.items()}
 
 
@@ -116,8 +112,10 @@ def _parameter(item: Field[Any], kind: Any) -> inspect.Parameter:
     shown = item.metadata["shown"]
     # Of a switch that says no, there is no opposite.
     names = (f"--{item.name.replace('_', '-')}",) if item.name.startswith("no_") else ()
+    path: dict[str, Any] = {"parser": _path, "metavar": "<path>"} if item.metadata["path"] else {}
     declared = typer.Option(
         *names,
+        **path,
         help=item.metadata["help"],
         show_default=True if shown is None else shown,
         rich_help_panel="Model and training" if item.name in Settings.__dataclass_fields__ else "Data and particulars",
@@ -126,7 +124,13 @@ def _parameter(item: Field[Any], kind: Any) -> inspect.Parameter:
     return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=annotation)
 
 
+def _path(text: str | Path) -> Path:
+    """A path; nothing is none, although Python takes it for the current folder."""
+    if text == "":
+        raise typer.BadParameter("expected a path, got nothing")
+    return Path(text)
+
+
 def _kind(annotation: Any) -> type:
     """The type of an option that may also be None."""
-    declared = get_args(annotation)[0]
-    return next((part for part in get_args(declared) if part is not type(None)), declared)
+    return optional_kind(get_args(annotation)[0])

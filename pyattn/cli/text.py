@@ -21,6 +21,7 @@ from pyattn.cli.console import chosen_device
 from pyattn.cli.models import load
 from pyattn.cli.options import configurable
 from pyattn.files import replacing
+from pyattn.tokens import encode, read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -86,7 +87,7 @@ def translate(
 
     if best > beams:
         raise RangeError(f"best: expected at most beams={beams}, got {best}")
-    references = None if reference is None else text.lines(reference)
+    references = None if reference is None else text.lines(reference, "reference")
     if references is not None:
         import sacrebleu  # before the work, that none is done where it is missing
     kinds: dict[str, Any] = dict.fromkeys(("marian", transformer.OWN_TYPE), transformer.Transformer)
@@ -98,7 +99,9 @@ def translate(
     tokenizer = _tokenizer(model, network.config.vocab)
     rules = Rules(repetition_penalty, no_repeat_ngram, forbidden=(network.config.pad, network.config.start))
     normalize = by_length(length_penalty) if gnmt is None else by_gnmt(gnmt)
-    given = text.standard_input() if source is None else text.lines(source)
+    given = text.standard_input() if source is None else text.lines(source, "source")
+    if references is not None and isinstance(given, list):
+        _check_count(references, len(given), reference, source)
     size = 1 if source is None and sys.stdin.isatty() else _LINES_AT_ONCE
     told: list[str] = []
     errors = Console(stderr=True)
@@ -119,11 +122,7 @@ def translate(
                 scored = [f"{len(told)}\t{each.score:.4f}\t{_one_line(each.text)}" for each in translations[:best]]
                 print(*(scored if best > 1 else told[-1:]), sep="\n", file=file, flush=True)
     if references is not None:
-        if len(told) != len(references):
-            raise RangeError(
-                f"reference: expected {len(told):,} lines, as {source or 'standard input'} has, "
-                f"{reference} has {len(references):,}"
-            )
+        _check_count(references, len(told), reference, source)
         bleu = sacrebleu.metrics.BLEU()
         typer.echo(f"{bleu.corpus_score(told, [references])}  {bleu.get_signature()}" if told else "no lines", err=True)
 
@@ -173,7 +172,7 @@ def generate(
     network = load(model, kinds, attention=attention).to(chosen)
     tokenizer = _tokenizer(model, network.config.vocab)
     texts = prompt or ["" if sys.stdin.isatty() else "\n".join(standard_input())]
-    prompts = [_encoded(tokenizer, text) or [first_token(tokenizer)] for text in texts]
+    prompts = [encode(tokenizer, text).ids or [first_token(tokenizer)] for text in texts]
     padded, lengths = pad_batch(prompts, chosen)
     rules = Rules(repetition_penalty, no_repeat_ngram)
     if beams > 1:
@@ -234,7 +233,7 @@ def fill_mask(
         if not line.strip():
             typer.echo()
             continue
-        ids = _encoded(tokenizer, line)
+        ids = encode(tokenizer, line).ids
         if mask not in ids:
             raise TextError(f"{where}: expected [MASK] in it, got {line!r}")
         if len(ids) > network.config.context:
@@ -284,7 +283,7 @@ def tag(
     by_word = isinstance(network, RNNForTokenClassification)
     given: Iterable[list[str]]
     if reference is None:
-        lines = text.standard_input() if source is None else text.lines(source)
+        lines = text.standard_input() if source is None else text.lines(source, "source")
         given = (line.split() if by_word else [line.strip()] if line.strip() else [] for line in lines)
     else:
         examples = (read_tagged if by_word else read_labelled)(reference, "reference")
@@ -301,6 +300,12 @@ def tag(
         right = [label for example in examples for label in example.labels]
         same = sum(ours == theirs for ours, theirs in zip(told, right, strict=True))
         typer.echo(f"accuracy {same / len(right):.4f} of {len(right):,}" if right else "no lines", err=True)
+
+
+def _check_count(references: Sequence[str], count: int, reference: Path | None, source: Path | None) -> None:
+    if len(references) != count:
+        given = f"as {source or 'standard input'} has, {reference} has {len(references):,}"
+        raise RangeError(f"reference: expected {count:,} lines, {given}")
 
 
 @torch.no_grad()
@@ -323,11 +328,10 @@ def _draw_alignments(
 
     for number, (sentence, translations) in enumerate(zip(sentences, found, strict=True), first):
         if translations:
-            source, target = tokenizer.encode(sentence).ids, translations[0].tokens
-            rows = torch.tensor([source], device=device), torch.tensor([[c.start, *target]], device=device)
-            draw_alignment(
-                folder / f"{number}.png", network.alignment(*rows)[0], words(source), words([*target, c.end])
-            )
+            best, source = translations[0], encode(tokenizer, sentence).ids
+            target = [*best.tokens, c.end] if best.ended else best.tokens
+            rows = torch.tensor([source], device=device), torch.tensor([[c.start, *target[:-1]]], device=device)
+            draw_alignment(folder / f"{number}.png", network.alignment(*rows)[0], words(source), words(target))
 
 
 def _tokenizer(folder: Path, vocab: int) -> Tokenizer:
@@ -336,16 +340,14 @@ def _tokenizer(folder: Path, vocab: int) -> Tokenizer:
     Raises:
         PretrainedError: there is none, it is damaged, or it has more tokens than the model.
     """
-    from tokenizers import Tokenizer
-
     from pyattn.models.pretrained import PretrainedError
 
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise PretrainedError(f"model: expected a file {path}, there is none")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # what the library raises has no class of its own
+        tokenizer = read_tokenizer(path.read_text("utf-8"), path)
+    except UnicodeDecodeError as error:
         raise PretrainedError(f"model: {path} is damaged ({error})") from error
     if (largest := max(tokenizer.get_vocab().values(), default=0)) >= vocab:
         raise PretrainedError(
@@ -353,15 +355,6 @@ def _tokenizer(folder: Path, vocab: int) -> Tokenizer:
         )
     tokenizer.encode_special_tokens = True  # "</s>" in a text is text; the file does not say so
     return tokenizer
-
-
-def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
-    from pyattn.training.text import TextError
-
-    try:
-        return tokenizer.encode(text).ids
-    except Exception as error:  # what the library raises has no class of its own
-        raise TextError(f"text: the tokenizer cannot read {text[:80]!r} ({error})") from error
 
 
 def _one_line(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +12,9 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pyattn.cli.console import chosen_device, console
+from pyattn.cli.console import chosen_device, console, say
 from pyattn.cli.options import settings_options, settings_values
+from pyattn.files import held
 from pyattn.training import parallel
 from pyattn.training.recipes import BertSettings, GPTSettings, TransformerSettings
 from pyattn.training.recurrent_recipes import RNNSettings, Seq2SeqSettings
@@ -203,7 +204,11 @@ def _training(
     from pyattn.training.run import open_run
 
     values, given = settings_values(ctx, recipe)
-    with parallel.group(chosen_device(device)) as chosen, _first_process_speaks():
+    with ExitStack() as stack:
+        chosen = stack.enter_context(parallel.group(chosen_device(device)))
+        stack.enter_context(_first_process_speaks())
+        if parallel.rank() == 0:
+            stack.enter_context(held(out))
         run = open_run(out, recipe, values, given, chosen, resume=resume, overwrite=overwrite)
         _show_run(run)
         _finish(run)
@@ -223,20 +228,17 @@ def _first_process_speaks() -> Iterator[None]:
 def _finish(run: Run) -> None:
     with _interruptible() as interrupted:
         for step in _watched(run):
-            if parallel.anywhere(interrupted(), run.device):
+            if parallel.anywhere(interrupted() > 0, run.device):
                 run.save()
-                console.print(
+                say(
                     f"stopped after step {step.step} of {run.settings.steps}; go on with: "
-                    f"pyattn train {run.settings.kind} --out {run.folder} --resume",
-                    soft_wrap=True,
+                    f"pyattn train {run.settings.kind} --out {run.folder} --resume"
                 )
-                raise typer.Exit(130)
+                raise typer.Exit(128 + (interrupted() or signal.SIGINT))
     if run.out_of_patience:
-        console.print(
-            f"stopped after step {run.step}: no better validation loss in {run.evaluations_since_best} evaluations"
-        )
-    console.print(f"checkpoint {run.checkpoint_path}, loss curve {run.folder / 'loss.png'}", soft_wrap=True)
-    console.print(f"best model, validation loss {run.best_loss:.3f}: {run.model_path}", soft_wrap=True)
+        say(f"stopped after step {run.step}: no better validation loss in {run.evaluations_since_best} evaluations")
+    say(f"checkpoint {run.checkpoint_path}, loss curve {run.folder / 'loss.png'}")
+    say(f"best model, validation loss {run.best_loss:.3f}: {run.model_path}")
 
 
 def _write_sample(run: Run, count: int) -> None:
@@ -252,12 +254,11 @@ def _write_sample(run: Run, count: int) -> None:
 def _show_run(run: Run) -> None:
     parameters = sum(p.numel() for p in run.model.parameters())
     attention = f" and {run.settings.attention} attention" if run.settings.attends else ""
-    console.print(
+    say(
         f"{type(run.model).__name__} with {parameters:,} parameters{attention} on {run.device}; "
         f"{run.task.describe()}; {run.settings.steps:,} steps"
         + (f" in {parallel.world()} processes" if parallel.world() > 1 else "")
-        + (f", going on after step {run.step}" if run.step else ""),
-        soft_wrap=True,
+        + (f", going on after step {run.step}" if run.step else "")
     )
 
 
@@ -272,7 +273,8 @@ def _watched(run: Run) -> Iterator[Step]:
             state = f"loss {step.loss:.3f}  {tokens / seconds:,.0f} tokens/s"
             progress.update(task, completed=step.step, state=state)
             if step.val_loss is not None:
-                progress.console.print(f"step {step.step:5}/{run.settings.steps}  {_validation(run, step)}  {state}")
+                line = f"step {step.step:5}/{run.settings.steps}  {_validation(run, step)}  {state}"
+                say(line, to=progress.console)
             yield step
 
 
@@ -285,18 +287,28 @@ def _validation(run: Run, step: Step) -> str:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Yields whether Ctrl-C was pressed: the first one lets the running step end, a second one stops at once."""
-    before = signal.getsignal(signal.SIGINT)
-    pressed = False
+def _interruptible() -> Iterator[Callable[[], int]]:
+    """Yields which signal asked the run to stop, 0 if none: Ctrl-C, or what a scheduler and a closed terminal send.
 
-    def stop(*_: object) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, before)
+    The first one lets the running step end, a second one stops at once. What is ignored (nohup) stays so.
+    """
+    names = "SIGINT", "SIGTERM", "SIGHUP"
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: handler for number in numbers if (handler := signal.getsignal(number)) is not signal.SIG_IGN}
+    came = 0
 
-    signal.signal(signal.SIGINT, stop)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def stop(number: int, _: object) -> None:
+        nonlocal came
+        came = number
+        restore()
+
+    for number in before:
+        signal.signal(number, stop)
     try:
-        yield lambda: pressed
+        yield lambda: came
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()

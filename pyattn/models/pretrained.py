@@ -6,18 +6,23 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from types import NoneType, UnionType
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
 
 from pyattn.check import PyattnError, RangeError
-from pyattn.files import replacing
+from pyattn.files import json_object, replacing
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_JSON_WORDS: dict[Any, str] = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "a string", NoneType: "null",
+}  # fmt: skip
 _SHOWN = 5  # names per list, in an error
+_MANY_LAYERS = 1000  # that can be made to compare them, even where their tensors are missing
 Self = TypeVar("Self", bound="Pretrained")
 
 
@@ -61,8 +66,10 @@ class Pretrained(nn.Module):
                 unknown or of another shape: all of them are named.
         """
         folder = Path(folder)
-        model = cls(replace(cls.read_config(folder), **changes))
-        model.load_stored(_tensors(folder), folder)
+        config, tensors = replace(cls.read_config(folder), **changes), _tensors(folder)
+        cls._check_sizes(config, tensors, folder)
+        model = cls(config)
+        model.load_stored(tensors, folder)
         return model.eval()
 
     @classmethod
@@ -79,6 +86,26 @@ class Pretrained(nn.Module):
         except (RangeError, TypeError) as error:
             raise PretrainedError(f"model: {fields.path} is damaged ({error})") from error
 
+    @classmethod
+    def _check_sizes(cls, config: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """Raises PretrainedError unless the folder's weights are those of its configuration.
+
+        A configuration of a few bytes may ask for more memory than there is: it is held against the weights first, by
+        the shapes of a model without data.
+        """
+        path = folder / CONFIG
+        layers = max(getattr(config, field.name) or 0 for field in fields(config) if field.name.endswith("layers"))
+        if layers > max(len(tensors), _MANY_LAYERS):
+            held = f"the weights beside it are {len(tensors):,} tensors"
+            raise PretrainedError(f"model: {path} asks for {layers:,} layers, {held}")
+        try:
+            with torch.device("meta"):
+                sketch = cls(config)
+        except (RuntimeError, OverflowError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise PretrainedError(f"model: {path} asks for what no memory holds ({reason})") from error
+        sketch._fitting(tensors, folder)
+
     @torch.no_grad()
     def load_stored(self, tensors: Mapping[str, Tensor], source: str | Path) -> None:
         """Copies tensors named as in a file into the parameters. Changes nothing when it raises.
@@ -86,6 +113,14 @@ class Pretrained(nn.Module):
         Raises:
             PretrainedError: as `from_pretrained`; `source` is what it calls the tensors' origin.
         """
+        given = self._fitting(tensors, source)
+        if names := [name for name in self.stored() if not given[name].isfinite().all()]:
+            raise PretrainedError(f"model: the tensors of {source} hold NaN or infinity: {_few(names)}")
+        for name, target in self.stored().items():
+            target.copy_(given[name])
+
+    def _fitting(self, tensors: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+        """Tensors of a file by the names in `stored`: all of them are there, and with their shapes."""
         given = {self.current_name(name): tensor for name, tensor in tensors.items()}
         expected = self.stored()
         given = {name: t for name, t in given.items() if name in expected or not self.ignored.search(name)}
@@ -101,8 +136,7 @@ class Pretrained(nn.Module):
         if problems := [f"{what}: {_few(names)}" for what, names in lists.items() if names]:
             model = type(self).__name__
             raise PretrainedError(f"model: the tensors of {source} do not fit {model}; {'; '.join(problems)}")
-        for name, target in expected.items():
-            target.copy_(given[name])
+        return given
 
     def save_pretrained(self, folder: str | Path, *, max_shard_size: str = "5GB") -> None:
         """Writes the model so that transformers reads it. A failure to write leaves what the folder held before."""
@@ -157,6 +191,24 @@ class Fields:
             raise PretrainedError(f"model: expected a whole number for {name} in {self.path}, got {value!r}")
         return value
 
+    def typed(self, name: str, kind: Any) -> Any:
+        """A field that must be there and be of a type: bool, int, float, str, a tuple of strings, or one of these or
+        None, which is null. A JSON array is a tuple here."""
+        if name not in self.values:
+            raise PretrainedError(f"model: {self.path} has no {name}")
+        value = self.values[name]
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        for each in kinds:
+            if get_origin(each) is tuple:
+                if isinstance(value, list) and all(isinstance(item, str) for item in value):
+                    return tuple(value)
+            elif isinstance(value, (int, float) if each is float else each) and (
+                each is bool or not isinstance(value, bool)
+            ):
+                return value
+        wanted = " or ".join(_JSON_WORDS.get(each, "a list of strings") for each in kinds)
+        raise PretrainedError(f"model: expected {wanted} for {name} in {self.path}, got {value!r}")
+
     def expect(self, **expected: Any) -> None:
         """Raises PretrainedError unless each field, where it is given, has its value (or one out of a tuple)."""
         for name, value in expected.items():
@@ -201,14 +253,11 @@ def _file_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text("utf-8"))
+        return json_object(path.read_text("utf-8"))
     except FileNotFoundError:
         raise PretrainedError(f"model: expected a file {path}, there is none") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:  # UnicodeDecodeError, too
         raise PretrainedError(f"model: {path} is damaged ({error})") from error
-    if not isinstance(values, dict):
-        raise PretrainedError(f"model: {path} is damaged (no object)")
-    return values
 
 
 def _few(names: list[str]) -> str:

@@ -38,6 +38,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.
 OWN_TYPE = "pyattn-transformer"
 
 
+LONGEST = 2**20  # of sinusoidal positions: no tensor of a file says how many of them there are
+
+
 @dataclass(frozen=True, slots=True)
 class TransformerConfig:
     """Sizes of one Transformer. The defaults are the paper's base model (Table 3).
@@ -82,6 +85,8 @@ class TransformerConfig:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise RangeError(f"{name}: expected at least 1, got {size}")
+        if self.positions == "sinusoidal" and self.context > LONGEST:
+            raise RangeError(f"context: expected at most {LONGEST:,} sinusoidal positions, got {self.context:,}")
         if self.width % self.heads:
             raise RangeError(f"heads: expected a divisor of width={self.width}, got {self.heads}")
         if not 0 <= self.dropout < 1:

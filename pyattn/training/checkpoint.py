@@ -8,8 +8,11 @@ seed and the step.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -18,9 +21,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyattn.check import PyattnError
-from pyattn.files import replacing
+from pyattn.files import json_object, replacing
+from pyattn.spec import dtype_name
 
 FORMAT = "pyattn checkpoint 2"
+# What the header says beside "settings": the types that a value may have, and what it must be, in words and as a test.
+_META: dict[str, tuple[tuple[type, ...], str, Callable[[Any], bool]]] = {
+    "step": ((int,), "a whole number of at least 1", lambda value: value >= 1),
+    "kind": ((str,), "a string", bool),
+    "digest": ((str,), "a string", bool),
+    "tokenizer": ((str,), "a string", bool),
+    "settings": ((dict,), "an object", lambda _: True),
+    "best_loss": ((float, int, NoneType), "a finite number or null", lambda value: math.isfinite(value or 0)),
+    "evaluations_since_best": ((int,), "a whole number of at least 0", lambda value: value >= 0),
+}
+_MISSING = object()
 
 
 class CheckpointError(PyattnError, ValueError):
@@ -76,12 +91,17 @@ def load(path: Path) -> Checkpoint:
     if header.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint: {path} was not written by this version of pyattn's training")
     try:
-        meta = json.loads(header["meta"])
-        whole = isinstance(meta["step"], int) and isinstance(meta["settings"], dict)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"checkpoint: {path} is damaged ({error!r} in its header)") from error
-    if not whole:
-        raise CheckpointError(f"checkpoint: {path} is damaged (its header has no step or no settings)")
+        meta = json_object(header.get("meta", ""))
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint: {path} is damaged ({error} in its header)") from error
+    for name, (types, words, holds) in _META.items():
+        value = meta.get(name, _MISSING)
+        if not isinstance(value, types) or isinstance(value, bool) or not holds(value):
+            found = "nothing" if value is _MISSING else repr(value)[:60]
+            raise CheckpointError(f"checkpoint: {path} is damaged: expected {words} for its {name}, got {found}")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise CheckpointError(f"checkpoint: {path} is damaged: {name} has numbers that are none (NaN)")
     return Checkpoint(path, tensors, meta)
 
 
@@ -89,13 +109,21 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     """Puts model and optimizer where the checkpoint was. Changes nothing when it raises.
 
     Raises:
-        CheckpointError: its parameters are not those of `model`.
+        CheckpointError: its parameters, or the optimizer's moments of them, are not those of `model`.
     """
-    model.load_state_dict(_fitting(checkpoint, "model.", _weights(model)), strict=False)  # it is checked already
+    weights = _fitting(checkpoint, "model.", _weights(model))
+    moments = _fitting(checkpoint, "optimizer.", _moments(optimizer))
+    known = "model.", "optimizer.", "carry."
+    if unknown := [name for name in checkpoint.tensors if not name.startswith(known)]:
+        raise CheckpointError(f"checkpoint: {checkpoint.path} is of another run: it also has {min(unknown)}")
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _group(checkpoint.tensors, "optimizer.").items():
+    for name, tensor in moments.items():
         index, key = name.split(".")
+        if key == "step" and tensor != checkpoint.step:
+            steps = f"{tensor.item():g} at step {checkpoint.step}"
+            raise CheckpointError(f"checkpoint: {checkpoint.path} is damaged: optimizer.{name} is {steps}")
         state.setdefault(int(index), {})[key] = tensor
+    model.load_state_dict(weights, strict=False)  # it is checked already
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -117,19 +145,36 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensors[name].detach() for name in names.values()}
 
 
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What AdamW keeps of every parameter, by the names of a checkpoint, in its shapes and dtypes alone.
+
+    torch's fused AdamW believes them: a moment that is smaller than its parameter would be read beyond its end.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    step = torch.empty((), device="meta")
+    return {
+        f"{index}.{name}": tensor
+        for index, p in enumerate(parameters)
+        for name, tensor in (("step", step), ("exp_avg", p.detach()), ("exp_avg_sq", p.detach()))
+    }
+
+
 def _fitting(checkpoint: Checkpoint, prefix: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a group, whose names and shapes are those expected."""
+    """The tensors of a group, whose names, dtypes and shapes are those expected."""
     found = _group(checkpoint.tensors, prefix)
-    shapes = {name: list(tensor.shape) for name, tensor in found.items()}
     for name, tensor in expected.items():
-        if shapes.get(name) != list(tensor.shape):
+        there, here = (_form(found[name]) if name in found else "missing"), _form(tensor)
+        if there != here:
             raise CheckpointError(
-                f"checkpoint: {checkpoint.path} is of another run: {prefix}{name} is "
-                f"{shapes.get(name, 'missing')} there and {list(tensor.shape)} here"
+                f"checkpoint: {checkpoint.path} is of another run: {prefix}{name} is {there} there and {here} here"
             )
     if unknown := found.keys() - expected.keys():
         raise CheckpointError(f"checkpoint: {checkpoint.path} is of another run: it also has {prefix}{min(unknown)}")
     return found
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
 
 
 def _group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

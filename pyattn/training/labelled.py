@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from pyattn.tokens import encode
 from pyattn.training import text
 from pyattn.training.task import Task
 from pyattn.training.text import Sentences, TextError
@@ -163,7 +164,7 @@ def read_tagged(path: Path, argument: str) -> list[Example]:
         TextError: the file cannot be read, or a line is of another form; `argument` is what has named the file.
     """
     examples = [Example([], [])]
-    for number, line in enumerate(text.lines(path), 1):
+    for number, line in enumerate(text.lines(path, argument), 1):
         if not line.strip():
             examples.append(Example([], []))
             continue
@@ -179,7 +180,7 @@ def read_tagged(path: Path, argument: str) -> list[Example]:
 def read_labelled(path: Path, argument: str) -> list[Example]:
     """Texts of a file that has a label, a tab and a text in each line. Raises TextError as `read_tagged`."""
     examples = []
-    for number, line in enumerate(text.lines(path), 1):
+    for number, line in enumerate(text.lines(path, argument), 1):
         label, content = _halves(line, f"{argument}: expected a label, a tab and a text in {path}, line {number:,}")
         examples.append(Example([content], [label]))
     return examples
@@ -228,10 +229,7 @@ def _tokenize(examples: list[Example], labels: tuple[str, ...], vocab: int) -> t
 
 def _encode(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[list[int], list[int]]:
     """Tokens of words, and the place of each word's first one."""
-    try:
-        found = tokenizer.encode(words, is_pretokenized=True)
-    except Exception as error:  # what the library raises has no class of its own
-        raise TextError(f"text: the tokenizer cannot read {words[0][:80]!r} ({error})") from error
+    found = encode(tokenizer, list(words))
     places = {word: place for place, word in reversed(list(enumerate(found.word_ids))) if word is not None}
     if len(places) != len(words):
         raise TextError(f"text: the tokenizer has no token for a word of {' '.join(words)[:80]!r}")

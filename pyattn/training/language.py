@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from pyattn.decoding.sampling import Sampling, generate
 from pyattn.files import replacing
+from pyattn.tokens import encode_document
 from pyattn.training import text
 from pyattn.training.task import Task
 from pyattn.training.text import TextError
@@ -139,9 +141,12 @@ def _bpe(documents: list[str], vocab: int) -> tuple[Tokenizer, dict[str, Tensor]
     the end, is like the rest."""
     tokenizer = text.byte_pairs(documents, vocab, [END_OF_TEXT], prefix_space=False)
     shuffled = random.Random(0).sample(documents, len(documents))
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    ids = [token for found in tokenizer.encode_batch_fast(shuffled) for token in [end, *found.ids]]
-    return tokenizer, {"tokens": torch.tensor(ids, dtype=torch.int32)}
+    end = cast(int, tokenizer.token_to_id(END_OF_TEXT))
+    tokens = array("i")
+    for document in shuffled:
+        tokens.append(end)
+        tokens.extend(encode_document(tokenizer, document))
+    return tokenizer, {"tokens": torch.tensor(tokens, dtype=torch.int32)}
 
 
 def _characters(documents: list[str], vocab: int) -> tuple[Tokenizer, dict[str, Tensor]]:
@@ -151,8 +156,9 @@ def _characters(documents: list[str], vocab: int) -> tuple[Tokenizer, dict[str, 
     tokenizer = Tokenizer(models.WordLevel({character: i for i, character in enumerate(characters)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    ids = tokenizer.encode_batch_fast([whole])[0].ids
-    return tokenizer, {"tokens": torch.tensor(ids, dtype=torch.int32)}
+    points = numpy.frombuffer(whole.encode("utf-32-le"), numpy.uint32)
+    tokens = numpy.searchsorted([ord(character) for character in characters], points)
+    return tokenizer, {"tokens": torch.from_numpy(tokens).to(torch.int32)}
 
 
 def write_sample(model: Any, tokenizer: Tokenizer, path: Path, count: int, seed: int) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from pyattn.tokens import encode_all
 from pyattn.training import text
 from pyattn.training.task import Task
 from pyattn.training.text import Sentences, TextError
@@ -243,7 +244,7 @@ def _divide(whole: str) -> list[list[str]]:
 def _tokenize(documents: list[list[str]], vocab: int, cased: bool) -> tuple[Tokenizer, dict[str, Tensor]]:
     lines = [line for document in documents for line in document]
     tokenizer = _learn(lines, vocab, cased)
-    sentences = Sentences.of([found.ids for found in tokenizer.encode_batch_fast(lines, add_special_tokens=False)])
+    sentences = Sentences.of(encode_all(tokenizer, lines, add_special_tokens=False))
     ends = torch.tensor([len(document) for document in documents]).cumsum(0)
     return tokenizer, {"tokens": sentences.tokens, "ends": sentences.ends, "documents": ends}
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 from pyattn.check import PyattnError
-from pyattn.files import append_line, replacing
+from pyattn.files import append_line, json_object, replacing
 
 FILE = "metrics.jsonl"
 
@@ -50,17 +51,23 @@ def curve(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float
 
 
 def tokens_per_second(lines: list[dict[str, Any]]) -> float:
-    """Median over the training steps; evaluation, checkpoints and sampling do not count."""
-    return statistics.median(line["tokens"] / line["seconds"] for line in lines if "seconds" in line)
+    """Median over the training steps; evaluation, checkpoints and sampling do not count. NaN where none was timed."""
+    timed = [line["tokens"] / line["seconds"] for line in lines if line.get("seconds", 0) > 0 and "tokens" in line]
+    return statistics.median(timed) if timed else math.nan
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
+    path = folder / FILE
     try:
         # What follows the last newline is a line that a killed run did not finish.
-        lines = [json.loads(line) for line in (folder / FILE).read_text("utf-8").split("\n")[:-1]]
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunError(f"run: {folder / FILE} is damaged ({error})") from error
+        texts = path.read_text("utf-8").split("\n")[:-1]
+        lines = [json_object(text) for text in texts]
+    except ValueError as error:  # UnicodeDecodeError, too
+        raise RunError(f"run: {path} is damaged ({error})") from error
     for number, line in enumerate(lines, 1):
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise RunError(f"run: {folder / FILE} is damaged (line {number:,} has no step)")
+        if isinstance(step := line.get("step"), bool) or not isinstance(step, int):
+            raise RunError(f"run: {path} is damaged (line {number:,} has no step)")
+        for name, value in line.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise RunError(f"run: {path} is damaged (line {number:,}: {name} is {str(value)[:60]} and no number)")
     return lines

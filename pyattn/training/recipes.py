@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from pyattn.check import RangeError
-from pyattn.training.settings import Settings, at_least, one_of, option, shared
+from pyattn.training.settings import SIZE, Settings, at_least, between, one_of, option, shared
 
 if TYPE_CHECKING:
     from pyattn.models.bert import BertConfig
@@ -36,8 +36,8 @@ class GPTSettings(Settings):
     tokens: str = option(
         "bpe", "bpe: bytes joined to --vocab tokens; characters: one token for each.", one_of("bpe", "characters")
     )
-    heads: int = option(2, "Attention heads per block.", at_least(1))
-    batch: int = option(2, "Windows of context tokens in a step.", at_least(1))
+    heads: int = option(2, "Attention heads per block.", SIZE)
+    batch: int = option(2, "Windows of context tokens in a step.", between(1, 2**24))
     validation_tokens: int = option(8192, "Most tokens that an evaluation looks at.", at_least(1))
 
     def config(self, vocab: int) -> GPTConfig:
@@ -126,8 +126,8 @@ class TransformerSettings(TranslationSettings):
 
     kind: ClassVar[str] = "transformer"
 
-    heads: int = option(4, "Attention heads per block.", at_least(1))
-    hidden: int = option(512, "Size of the layer between a block's two linear maps.", at_least(1))
+    heads: int = option(4, "Attention heads per block.", SIZE)
+    hidden: int = option(512, "Size of the layer between a block's two linear maps.", SIZE)
     norm: str = option("pre", "LayerNorm before or after each part: pre, post.", one_of("pre", "post"))
     positions: str = option("sinusoidal", "sinusoidal or learned.", one_of("sinusoidal", "learned"))
 
@@ -173,10 +173,10 @@ class BertSettings(Settings):
         shown="required",
         path=True,
     )
-    batch: int = option(32, "Pairs of passages in a step.", at_least(1))
+    batch: int = option(32, "Pairs of passages in a step.", between(1, 2**24))
     cased: bool = option(False, "Keep capital letters and accents.")
-    heads: int = option(4, "Attention heads per block.", at_least(1))
-    hidden: int = option(1024, "Size of the layer between a block's two linear maps.", at_least(1))
+    heads: int = option(4, "Attention heads per block.", SIZE)
+    hidden: int = option(1024, "Size of the layer between a block's two linear maps.", SIZE)
     validation_tokens: int = option(32768, "Most tokens that an evaluation looks at.", at_least(1))
 
     layers: int = shared("layers", 4)

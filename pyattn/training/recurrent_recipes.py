@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from pyattn.check import RangeError
+from pyattn.models.seq2seq import BRIDGES, ORDERS, READOUTS, SCORES, Seq2SeqConfig
+from pyattn.nn.recurrent import CELLS
 from pyattn.training.recipes import TranslationSettings
-from pyattn.training.settings import Settings, at_least, one_of, option, shared
+from pyattn.training.settings import SIZE, Settings, at_least, between, one_of, option, shared
 
 if TYPE_CHECKING:
     from pyattn.models.rnn import RNNConfig
-    from pyattn.models.seq2seq import Seq2SeqConfig
     from pyattn.training.task import Task
 
 
@@ -34,10 +35,10 @@ class RNNSettings(Settings):
         path=True,
     )
     labelled: str | None = option(None, "To label texts: a label, a tab and a text per line.", shown="none", path=True)
-    cell: str = option("lstm", "lstm, gru or rnn (a plain one with tanh).", one_of("lstm", "gru", "rnn"))
-    hidden: int = option(512, "Size of a layer's state, in each direction.", at_least(1))
+    cell: str = option("lstm", "lstm, gru or rnn (a plain one with tanh).", one_of(*CELLS))
+    hidden: int = option(512, "Size of a layer's state, in each direction.", SIZE)
     norm: bool = option(False, "Layer normalization inside the cells.")
-    batch: int = option(32, "Streams, windows, sentences or texts in a step.", at_least(1))
+    batch: int = option(32, "Streams, windows, sentences or texts in a step.", between(1, 2**24))
     tokens: str = option(
         "bpe",
         "Of --text. bpe: bytes joined to --vocab tokens; characters: one token for each.",
@@ -50,13 +51,18 @@ class RNNSettings(Settings):
 
     layers: int = shared("layers", 2)
     width: int = shared("width", 256)
-    context: int = option(128, "Tokens of each stream or window in a step, with --text.", at_least(1))
+    context: int = option(128, "Tokens of each stream or window in a step, with --text.", between(1, 2**24))
     lr: float = shared("lr", 2e-3)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(given := [name for name in ("text", "tagged", "labelled") if getattr(self, name) is not None]) > 1:
             raise RangeError(f"{given[1]}: expected one source of data, got --{' and --'.join(given)}")
+        if given and given[0] != "text":
+            of_text = {"tied": False, "self_attention": False, "stateful": True, "tokens": "bpe"}
+            for name, default in of_text.items():
+                if (value := getattr(self, name)) != default:
+                    raise RangeError(f"{name}: expected {default} with --{given[0]}, got {value}")
 
     @property
     def attends(self) -> bool:
@@ -133,10 +139,10 @@ class Seq2SeqSettings(TranslationSettings):
     kind: ClassVar[str] = "seq2seq"
 
     order: str = option("luong", "Which state asks: luong, that of this step; bahdanau, the one before.",
-                        one_of("luong", "bahdanau"))  # fmt: skip
+                        one_of(*ORDERS))  # fmt: skip
     score: str | None = option(
         None, "dot, scaled, general, low-rank, additive, cosine or location.",
-        one_of("dot", "scaled", "general", "low-rank", "additive", "cosine", "location"),
+        one_of(*SCORES),
         shown="general, or additive in Bahdanau's order",
     )  # fmt: skip
     no_attention: bool = option(False, "All of a sentence goes through one state.")
@@ -144,21 +150,22 @@ class Seq2SeqSettings(TranslationSettings):
         None, "Where the context goes: some of input, layer, readout, with commas.", shown="as in the order's paper"
     )
     readout: str | None = option(
-        None, "linear, tanh (Luong's) or maxout (Bahdanau's).", one_of("linear", "tanh", "maxout"), shown="the order's"
+        None, "linear, tanh (Luong's) or maxout (Bahdanau's).", one_of(*READOUTS), shown="the order's"
     )
     bridge: str | None = option(
-        None, "How the decoder begins: copy, linear, or backward (Bahdanau's).", one_of("copy", "linear", "backward"),
+        None, "How the decoder begins: copy, linear, or backward (Bahdanau's).", one_of(*BRIDGES),
         shown="copy; backward in Bahdanau's order",
     )  # fmt: skip
     feed: bool = option(False, "A step reads what was read out before it (Luong's input feeding).")
     self_attention: bool = option(False, "States that ask also attend to those that asked before them.")
-    cell: str = option("lstm", "lstm, gru or rnn (a plain one with tanh).", one_of("lstm", "gru", "rnn"))
+    cell: str = option("lstm", "lstm, gru or rnn (a plain one with tanh).", one_of(*CELLS))
     norm: bool = option(False, "Layer normalization inside the cells.")
-    hidden: int = option(512, "Size of the states; of the encoder's, both directions together.", at_least(1))
-    score_size: int | None = option(
-        None, "Hidden layer of the additive score, rank of low-rank.", at_least(1), shown="hidden"
+    hidden: int = option(512, "Size of the states; of the encoder's, both directions together.", SIZE)
+    encoder_hidden: int | None = option(
+        None, "Size of the encoder's states in each direction.", SIZE, shown="what makes it hidden together"
     )
-    value_size: int | None = option(None, "Learned values of this size.", at_least(1), shown="the states themselves")
+    score_size: int | None = option(None, "Hidden layer of the additive score, rank of low-rank.", SIZE, shown="hidden")
+    value_size: int | None = option(None, "Learned values of this size.", SIZE, shown="the states themselves")
     bidirectional: bool = option(True, "The encoder also reads from the end.")
     reverse: bool = option(False, "An encoder of one direction reads from the end.")
     tied: bool = option(True, "One matrix embeds both languages and gives the logits; hidden is then width.")
@@ -173,8 +180,6 @@ class Seq2SeqSettings(TranslationSettings):
         return not self.no_attention or self.self_attention
 
     def config(self, vocab: int) -> Seq2SeqConfig:
-        from pyattn.models.seq2seq import Seq2SeqConfig
-
         if self.no_attention and self.score is not None:
             raise RangeError(f"score: expected none with --no-attention, got {self.score}")
         of_order = _OF_ORDER[self.order]
@@ -185,6 +190,7 @@ class Seq2SeqSettings(TranslationSettings):
             layers=self.layers,
             width=self.width,
             hidden=self.hidden,
+            encoder_hidden=self.encoder_hidden,
             cell=self.cell,
             norm=self.norm,
             dropout=self.dropout,

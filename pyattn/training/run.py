@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from pyattn.files import replacing
+from pyattn.check import RangeError
+from pyattn.files import replacing, replacing_folder
 from pyattn.training import checkpoint, metrics, parallel, plot
 from pyattn.training.checkpoint import Checkpoint, CheckpointError
 from pyattn.training.loop import Step, adamw, train
@@ -102,12 +103,18 @@ class Run:
         if val_loss < self.best_loss:
             self.best_loss, self.evaluations_since_best = val_loss, 0
             if parallel.rank() == 0:
-                self.model.save_pretrained(self.model_path)  # type: ignore[operator]
-                with replacing(self.model_path / "tokenizer.json") as path:
-                    path.write_text(self.task.tokenizer.to_str(pretty=True), encoding="utf-8")
+                self._save_model()
         else:
             self.evaluations_since_best += 1
         self.save()
+
+    def _save_model(self) -> None:
+        """Weights, configuration and tokenizer belong together: a folder holds all of one evaluation, whoever reads it
+        and whenever the process ends."""
+        with replacing_folder(self.model_path) as folder:
+            self.model.save_pretrained(folder)  # type: ignore[operator]
+            with replacing(folder / "tokenizer.json") as path:
+                path.write_text(self.task.tokenizer.to_str(pretty=True), encoding="utf-8")
 
     def _restore(self, before: Checkpoint) -> None:
         if before.meta["digest"] != self.task.digest:
@@ -158,17 +165,21 @@ def open_run(
 def _resumed(before: Checkpoint, recipe: type[Settings], given: dict[str, Any]) -> Settings:
     """The settings of a checkpoint's run. `given` may change when it ends and must agree in all else."""
     stored = before.meta["settings"]
-    if before.meta.get("kind") != recipe.kind or stored.keys() != {item.name for item in fields(recipe)}:
+    if before.meta["kind"] != recipe.kind or stored.keys() != {item.name for item in fields(recipe)}:
         raise CheckpointError(f"checkpoint: {before.path} is not of a {recipe.kind} trained by this version of pyattn")
     for name, value in given.items():
         if name not in _CHANGEABLE and value != stored[name]:
             raise CheckpointError(
                 f"checkpoint: {before.path} is of another run: {name} is {stored[name]} there and {value} here"
             )
-    steps = given.get("steps", stored["steps"])
-    if steps < before.step:
-        raise CheckpointError(f"checkpoint: {before.path} is already at step {before.step}, beyond --steps {steps}")
-    return recipe(**(stored | {name: given[name] for name in _CHANGEABLE if name in given}))
+    try:
+        settings = recipe(**(stored | {name: given[name] for name in _CHANGEABLE if name in given}))
+    except RangeError as error:
+        raise CheckpointError(f"checkpoint: the settings in {before.path} cannot be: {error}") from error
+    if settings.steps < before.step:
+        steps = f"step {before.step}, beyond --steps {settings.steps}"
+        raise CheckpointError(f"checkpoint: {before.path} is already at {steps}")
+    return settings
 
 
 def _line(done: Step, baselines: dict[str, float]) -> dict[str, float]:

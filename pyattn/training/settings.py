@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import nn
@@ -19,7 +19,24 @@ if TYPE_CHECKING:
     from pyattn.training.task import Task
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What a value may be, by the type of its setting, and how an error calls that.
+KINDS: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a string"),
+}
 _EVALUATIONS = 10  # over a whole run, where `evaluate_every` does not say otherwise
+
+
+def is_kind(value: Any, kind: type) -> bool:
+    """Whether a setting of type `kind` may have this value. True is no number, though Python thinks so."""
+    return isinstance(value, KINDS[kind][0]) and (kind is bool or not isinstance(value, bool))
+
+
+def optional_kind(annotation: Any) -> Any:
+    """The type T of T and of `T | None`."""
+    return next((part for part in get_args(annotation) if part is not type(None)), annotation)
 
 
 class Limit(NamedTuple):
@@ -41,6 +58,7 @@ def one_of(*names: str) -> Limit:
     return Limit(f"one of {', '.join(names)}", lambda value: value in names)
 
 
+SIZE = between(1, 2**20)  # of a vector: what is larger is a mistake that would only end when memory does
 POSITIVE = Limit("a positive number", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Limit("0 or a positive number", lambda value: 0 <= value < math.inf)
 PROBABILITY = Limit("a number in [0, 1)", lambda value: 0 <= value < 1)
@@ -65,9 +83,9 @@ class Settings:
     kind: ClassVar[str]  # its name on the command line
 
     attention: str = option("pyattn", "pyattn or torch (its own fused attention).", one_of("pyattn", "torch"))
-    layers: int = option(6, "Transformer blocks, or layers of a recurrent network.", at_least(1))
-    width: int = option(128, "Size of a token's vector.", at_least(1))
-    context: int = option(1024, "Positions: how many tokens the model sees at once.", at_least(1))
+    layers: int = option(6, "Transformer blocks, or layers of a recurrent network.", between(1, 2**12))
+    width: int = option(128, "Size of a token's vector.", SIZE)
+    context: int = option(1024, "Positions: how many tokens the model sees at once.", between(1, 2**24))
     vocab: int = option(2048, "Size of the vocabulary to learn.", between(257, 2**24))
     dropout: float = option(0.0, "Probability of dropout.", PROBABILITY)
 
@@ -97,8 +115,12 @@ class Settings:
     seed: int = option(0, "Of weights, batches and dropout.", between(0, 2**63 - 1))
 
     def __post_init__(self) -> None:
+        types = get_type_hints(type(self))
         for item in fields(self):
             value, limit = getattr(self, item.name), item.metadata["limit"]
+            kind = optional_kind(types[item.name])
+            if not is_kind(value, kind) and not (value is None and kind is not types[item.name]):
+                raise RangeError(f"{item.name}: expected {KINDS[kind][1]}, got {value!r}")
             if limit is not None and value is not None and not limit.holds(value):
                 raise RangeError(f"{item.name}: expected {limit.words}, got {value}")
         self.config(self.vocab)

@@ -8,6 +8,7 @@ import random
 import sys
 import sysconfig
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,14 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from pyattn.check import PyattnError
-from pyattn.files import replacing
+from pyattn.files import replacing, sweep
+from pyattn.tokens import TextError, TokenizerError, pieces, read_tokenizer
 
 _HELD_OUT_PART, _HELD_OUT_MOST = 20, 2000
+_DAY = 86400.0  # seconds
 # Parts of the standard library that are no prose of it: tests, tables, another program, and what pip put beside it.
 _NOT_CORPUS = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "encodings", "pydoc_data"}
 _NOT_CORPUS |= {"site-packages", "dist-packages", "__pycache__"}
-
-
-class TextError(PyattnError, ValueError):
-    """The text to train on is missing, empty, not UTF-8, too short, or not of the form that the model needs."""
 
 
 class Sentences:
@@ -47,9 +45,12 @@ class Sentences:
         return self.tokens[end - int(self.lengths[index]) : end].long()
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int]]) -> Sentences:
-        tokens = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
-        return cls(tokens, torch.tensor([len(row) for row in rows], dtype=torch.int64).cumsum(0))
+    def of(cls, rows: Iterable[Sequence[int]]) -> Sentences:
+        tokens, ends = array("i"), array("q")
+        for row in rows:
+            tokens.extend(row)
+            ends.append(len(tokens))
+        return cls(torch.tensor(tokens, dtype=torch.int32), torch.tensor(ends, dtype=torch.int64))
 
 
 def standard_library() -> list[str]:
@@ -72,10 +73,13 @@ def documents(source: Path) -> list[str]:
     return found
 
 
-def lines(path: Path) -> list[str]:
-    """The lines of a file, without their ends. Only a newline ends a line, as in every other tool for parallel text."""
+def lines(path: Path, argument: str) -> list[str]:
+    """The lines of a file, without their ends. Only a newline ends a line, as in every other tool for parallel text.
+
+    argument: what has named the file, for the error.
+    """
     if not path.exists() or path.is_dir():
-        raise TextError(f"text: expected a file, {path} {'is none' if path.exists() else 'does not exist'}")
+        raise TextError(f"{argument}: expected a file, {path} {'is none' if path.exists() else 'does not exist'}")
     found = read(path).split("\n")
     return [line.removesuffix("\r") for line in (found if found[-1] else found[:-1])]
 
@@ -138,7 +142,7 @@ def byte_pairs(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
     tokenizer.encode_special_tokens = True  # "</s>" in a text is text
     return tokenizer
 
@@ -157,10 +161,11 @@ def cached(
     """A tokenizer and tensors out of `stored`; where there is nothing readable, they are made and stored."""
     try:
         with safe_open(stored, "pt") as file:
-            tokenizer = Tokenizer.from_str(file.metadata()["tokenizer"])
+            tokenizer = read_tokenizer(file.metadata()["tokenizer"], stored)
             return tokenizer, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, FileNotFoundError):
-        pass
+    except (SafetensorError, TokenizerError, FileNotFoundError, KeyError, TypeError):
+        pass  # KeyError, TypeError: a file of another program has other metadata, or none
+    sweep(stored.parent, _DAY)
     tokenizer, tensors = make()
     with replacing(stored) as path:
         save_file(tensors, path, metadata={"tokenizer": tokenizer.to_str()})

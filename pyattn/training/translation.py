@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from pyattn.check import RangeError
+from pyattn.tokens import encode_all
 from pyattn.training import text
 from pyattn.training.task import Task
 from pyattn.training.text import Sentences, TextError
@@ -165,7 +166,7 @@ def load_parallel(
         RangeError: a batch of `max_tokens` could not hold the longest sentence.
     """
     files = [training] if validation is None else [training, validation]
-    sides = [lines for each in files for lines in _read(each)]
+    sides = [lines for each, kind in zip(files, ("", "validation_"), strict=False) for lines in _read(each, kind)]
     digest = text.digest((line + "\n" for side in sides for line in side), [len(side) for side in sides], vocab)
     tokenizer, stored = text.cached(cache / f"{digest}.safetensors", lambda: _tokenize(sides, vocab))
     pairs = [
@@ -178,8 +179,9 @@ def load_parallel(
     return ParallelCorpus(train, held_out, tokenizer, digest)
 
 
-def _read(files: Files) -> tuple[list[str], list[str]]:
-    source, target = text.lines(files.source), text.lines(files.target)
+def _read(files: Files, kind: str) -> tuple[list[str], list[str]]:
+    """kind: what the arguments' names begin with, for errors."""
+    source, target = text.lines(files.source, f"{kind}source"), text.lines(files.target, f"{kind}target")
     if len(source) != len(target):
         raise TextError(
             f"text: expected as many lines in {files.target} as in {files.source}, "
@@ -226,7 +228,7 @@ def _tokenize(sides: list[list[str]], vocab: int) -> tuple[Tokenizer, dict[str, 
     tokenizer = _learn(sides[0] + sides[1], vocab)
     stored: dict[str, Tensor] = {}
     for i, side in enumerate(sides):
-        sentences = Sentences.of([found.ids for found in tokenizer.encode_batch_fast(side)])
+        sentences = Sentences.of(encode_all(tokenizer, side))
         stored |= {f"{i}.tokens": sentences.tokens, f"{i}.ends": sentences.ends}
     return tokenizer, stored
 
