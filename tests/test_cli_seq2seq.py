@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from pyattn.cli import app
+from pyattn.decoding.pictures import draw_alignment
 from pyattn.training import metrics
 
 LINES = 40
@@ -81,6 +83,39 @@ def test_translations_come_with_pictures_of_their_alignment(trained: Path, tmp_p
     assert len(result.stdout.splitlines()) == 3
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"1.png", "3.png"}  # the second line is empty
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "pictures").iterdir())
+
+
+def test_picture_of_a_translation_that_never_ended(files: list[object], tmp_path: Path) -> None:
+    """An untrained model goes on to the last token that its context has room for."""
+    out = _train(files, tmp_path / "run", "--context", 12, "--lr", 1e-12)
+    translate = "translate", "--model", out / "model", "--beams", 1, "--pictures", tmp_path / "pictures"
+    result = _run(*translate, stdin="das Haus\n")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "pictures" / "1.png").exists()
+
+
+@pytest.mark.parametrize("word", ["$$", "$x$", "$\\frac$", "\0", "a\tb"])
+@pytest.mark.filterwarnings("error")
+def test_picture_shows_any_word_as_it_is(tmp_path: Path, word: str) -> None:
+    draw_alignment(tmp_path / "x.png", torch.rand(2, 1), [word], ["a", word])
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_references_of_another_count_are_refused_before_the_work(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "source").write_text("das Haus\n" * 3)
+    (tmp_path / "reference").write_text("house\n" * 2)
+    options = "--source", tmp_path / "source", "--reference", tmp_path / "reference", "--out", tmp_path / "out"
+    result = _run("translate", "--model", trained / "model", *options)
+    _assert_refused(result, rf"reference: expected 3 lines, as {tmp_path}/source has, {tmp_path}/reference has 2")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["source", "reference"])
+def test_file_that_is_not_there_is_named_by_its_option(trained: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "lines").write_text("a\n")
+    paths = {"source": tmp_path / "lines", "reference": tmp_path / "lines"} | {name: tmp_path / "none"}
+    options = [part for option, path in paths.items() for part in (f"--{option}", path)]
+    _assert_refused(_run("translate", "--model", trained / "model", *options), f"{name}: expected a file, .* does not")
 
 
 def test_pictures_are_refused_without_attention(files: list[object], tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def test_labelled_file_that_is_wrong_is_named_with_its_line(tmp_path: Path, cont
 def test_word_that_a_tokenizer_cannot_read_is_refused(tmp_path: Path) -> None:
     model = _model(_task(tmp_path))
     without_unknown = Tokenizer(models.WordLevel({"a": 0}))
-    with pytest.raises(TextError, match="the tokenizer cannot read 'b'"):
+    with pytest.raises(TextError, match="the tokenizer cannot read 'b a'"):
         predict(model, without_unknown, [["b", "a"]])
     dropping = Tokenizer(models.WordLevel({"a": 0}))
     dropping.pre_tokenizer = pre_tokenizers.Split("b", "removed")
@@ -267,9 +267,9 @@ def test_labels_without_names_are_numbers(tmp_path: Path) -> None:
 
 
 def test_settings_of_language_models_are_refused(tmp_path: Path) -> None:
-    for name in ("tied", "self_attention"):
-        options = {"hidden": 16, "tagged": str(_tagged(tmp_path)), name: True}
-        with pytest.raises(pyattn.RangeError, match=f"{name}: expected none in RNNForTokenClassification"):
+    for name, value in (("tied", True), ("self_attention", True), ("stateful", False), ("tokens", "characters")):
+        options = {"hidden": 16, "tagged": str(_tagged(tmp_path)), name: value}
+        with pytest.raises(pyattn.RangeError, match=f"{name}: expected .* with --tagged, got {value}"):
             _open(tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
 
@@ -287,4 +287,4 @@ def test_command_trains_and_shows_accuracy(tmp_path: Path) -> None:
         app, ["train", "rnn", "--labelled", str(tmp_path / "none"), "--out", str(tmp_path / "x")]
     )
     assert result.exit_code == 2
-    assert result.stderr.startswith("pyattn: text: expected a file, ")
+    assert result.stderr.startswith("pyattn: labelled: expected a file, ")

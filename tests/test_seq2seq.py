@@ -207,8 +207,14 @@ def test_a_saved_model_comes_back(form, tmp_path):
         ({"score": "additive"}, "missing: score.weight, score.query_projection.weight"),
         ({"layers": 3}, "missing: encoder.layers.weight_ih_l2"),
         ({"score": "plain"}, "score: expected one of"),
-        ({"cell": None}, "cell: expected one of"),
-        ({"hidden": "8"}, "damaged"),
+        ({"cell": None}, "expected a string for cell in .*, got None"),
+        ({"hidden": "8"}, "expected a whole number for hidden in .*, got '8'"),
+        ({"layers": 1.0}, "expected a whole number for layers in .*, got 1.0"),
+        ({"layers": True}, "expected a whole number for layers in .*, got True"),
+        ({"feed": None}, "expected true or false for feed in .*, got None"),
+        ({"bidirectional": "false"}, "expected true or false for bidirectional in .*, got 'false'"),
+        ({"uses": "input"}, "expected a list of strings or null for uses in .*, got 'input'"),
+        ({"score": 3}, "expected a string or null for score in .*, got 3"),
         ({"model_type": "marian"}, "expected model_type 'pyattn-seq2seq'"),
     ],
 )
@@ -218,6 +224,40 @@ def test_a_checkpoint_of_another_form_is_named(changes, named, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), encoding="utf-8")
     with pytest.raises(PretrainedError, match=named):
         Seq2Seq.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["order", "score", "uses", "feed", "vocab"])
+def test_a_file_without_a_field_is_refused(name, tmp_path):
+    """Another order has tensors of the same shapes, so no default may take the field's place."""
+    built().float().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text("utf-8"))
+    del fields[name]
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    with pytest.raises(PretrainedError, match=f"config.json has no {name}"):
+        Seq2Seq.from_pretrained(tmp_path)
+
+
+def test_uses_may_be_a_list():
+    config = Seq2SeqConfig(**SIZES, uses=["readout"])
+    assert config == Seq2SeqConfig(**SIZES, uses=("readout",))
+    assert hash(config)
+
+
+def test_shapes_that_are_none_of_texts_are_named():
+    model = built()
+    source, target = texts()
+    for call, error, message in (
+        (lambda: model(source[0], target), ShapeError, r"source: expected \[b, m\]"),
+        (lambda: model(source, target[0]), ShapeError, r"target: expected \[b, m\]"),
+        (lambda: model.prefill(source[0], count=3), ShapeError, r"prompt: expected \[b, m\]"),
+        (lambda: model(source[:0], target), ShapeError, "target: expected a multiple of the 0 sources"),
+        (lambda: model(source, target, torch.ones(len(source))), DtypeError, "lengths: expected int64 or int32"),
+        (lambda: model.prefill(source, count=[3]), RangeError, f"count: expected one number, or {len(source)}, got 1"),
+        (lambda: beam_search(model, source, 3, end=99), RangeError, "end: expected a token of the model's 11, got 99"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,15 @@ _PAGE = 32  # tokens; reordering copies half of one per beam that moved, and att
 
 @dataclass(frozen=True, slots=True, order=True)
 class Hypothesis:
-    """A continuation, without its end token. `score` is `log_prob` (natural, end included) normalized by length."""
+    """A continuation, without its end token. `score` is `log_prob` (natural, end included) normalized by length.
+
+    ended: whether the end token came, and not only the count of tokens.
+    """
 
     score: float
     log_prob: float
     tokens: list[int]
+    ended: bool = True
 
 
 def by_length(alpha: float = 1.0) -> Callable[[int], float]:
@@ -115,6 +119,8 @@ def beam_search(
     if not searches:
         return []
     logits, state = model.prefill(prompt, lengths, count=[most - 1 for most in counts], page=_PAGE)
+    if end is not None and not 0 <= end < logits.shape[1]:
+        raise RangeError(f"end: expected a token of the model's {logits.shape[1]}, got {end}")
     history = history_of(state.read, prompt.device)
     running = searches
     for generated in range(max(counts)):
@@ -185,23 +191,23 @@ class _Search:
         candidates.sort(key=lambda candidate: -candidate[0])
         for log_prob, i, token in candidates[: plan.saved]:
             if token == plan.end:
-                self._save(log_prob, self.paths[i].tokens, plan.length_of_end)
+                self._save(log_prob, self.paths[i].tokens, ended=True)
         going_on = [candidate for candidate in candidates if candidate[2] != plan.end][: plan.beams]
         if candidates:
             self.paths = [_Path(log_prob, [*self.paths[i].tokens, token]) for log_prob, i, token in going_on]
         if not candidates or length == self.most:  # the rules let nothing come, or the count is reached: all end here
             for path in self.paths:
                 if path.tokens:
-                    self._save(path.log_prob, path.tokens)
+                    self._save(path.log_prob, path.tokens, ended=False)
             self.paths = []
         self.ended = sorted(self.ended, reverse=True)[: plan.wanted]
         if self.paths and self._is_done(length):
             self.paths = []
         return [i for _, i, _ in going_on] if self.paths else []
 
-    def _save(self, log_prob: float, tokens: list[int], length_of_end: int = 0) -> None:
-        length = max(1, len(tokens) + length_of_end)
-        self.ended.append(Hypothesis(log_prob / self.plan.normalize(length), log_prob, tokens))
+    def _save(self, log_prob: float, tokens: list[int], ended: bool) -> None:
+        length = max(1, len(tokens) + (self.plan.length_of_end if ended else 0))
+        self.ended.append(Hypothesis(log_prob / self.plan.normalize(length), log_prob, tokens, ended))
 
     def _is_done(self, length: int) -> bool:
         """Whether enough texts have ended, given the length of the paths."""

@@ -28,12 +28,19 @@ def draw_alignment(picture: Path, weights: Tensor, source: Sequence[str], target
     expected = [len(target), len(source)]
     if list(weights.shape) != expected:
         raise ShapeError(f"weights: expected {expected}, target by source words, got {list(weights.shape)}")
-    figure = Figure(figsize=(2.5 + _INCHES * len(source), 1.5 + _INCHES * len(target)), layout="constrained")
+    figure = Figure(figsize=(2.5 + _INCHES * len(source), 1.5 + _INCHES * len(target)))
     axes = figure.subplots()
     shown = axes.imshow(weights.float().cpu().numpy(), cmap="gray_r", vmin=0, vmax=1, aspect="equal")
-    axes.set_xticks(range(len(source)), source, rotation=60, ha="left", rotation_mode="anchor")
-    axes.set_yticks(range(len(target)), target)
+    # A dollar sign in a text is one, and no beginning of a formula.
+    as_text = {"parse_math": False}
+    axes.set_xticks(range(len(source)), _shown(source), rotation=60, ha="left", rotation_mode="anchor", **as_text)
+    axes.set_yticks(range(len(target)), _shown(target), **as_text)
     axes.xaxis.tick_top()
     figure.colorbar(shown, ax=axes, label="weight")
     with replacing(picture) as path:
-        figure.savefig(path, format="png", dpi=150)
+        figure.savefig(path, format="png", dpi=150, bbox_inches="tight")
+
+
+def _shown(words: Sequence[str]) -> list[str]:
+    """Words, and what is no letter or sign by its number."""
+    return [word if word.isprintable() else word.encode("unicode_escape").decode() for word in words]

@@ -10,15 +10,20 @@ from pyattn.check import RangeError
 from pyattn.decoding.beam import beam_search, by_length
 from pyattn.decoding.protocol import Decoder, pad_batch
 from pyattn.decoding.rules import Rules
+from pyattn.tokens import encode
 
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """One translation of a sentence, the normalized log-probability that the model gives it, and its tokens."""
+    """One translation of a sentence, the normalized log-probability that the model gives it, and its tokens.
+
+    ended: whether its end came, and not only the most tokens that it may have.
+    """
 
     text: str
     score: float
     tokens: list[int]
+    ended: bool = True
 
 
 def translate(
@@ -48,7 +53,7 @@ def translate(
     """
     c = model.config
     device = next(model.parameters()).device  # type: ignore[attr-defined]
-    sources = [tokenizer.encode(sentence).ids if sentence.strip() else [] for sentence in sentences]
+    sources = [encode(tokenizer, sentence).ids if sentence.strip() else [] for sentence in sentences]
     for number, source in enumerate(sources, first):
         if len(source) > c.context:
             raise RangeError(f"line {number:,}: expected at most context={c.context} tokens, got {len(source)}")
@@ -61,7 +66,7 @@ def translate(
             early_stopping=False,
         )  # fmt: skip
         for place, best in zip(places, hypotheses, strict=True):
-            found[place] = [Translation(tokenizer.decode(h.tokens), h.score, h.tokens) for h in best]
+            found[place] = [Translation(tokenizer.decode(h.tokens), h.score, h.tokens, h.ended) for h in best]
     return found
 
 

@@ -30,7 +30,7 @@ from pyattn.check import DtypeError, RangeError, ShapeError
 from pyattn.decoding.protocol import check_prompt
 from pyattn.models.pretrained import Fields, Pretrained
 from pyattn.nn.attend import ATTENTIONS, check_attention
-from pyattn.nn.embedding import embed
+from pyattn.nn.embedding import check_tokens, embed
 from pyattn.nn.kv_cache import KVCache
 from pyattn.nn.linear import Linear
 from pyattn.nn.recurrent import PARTS, Recurrent, check_cell
@@ -55,7 +55,8 @@ class RNNConfig:
         norm: layer normalization inside the cell (`pyattn.nn.recurrent.NormedLayer`).
         bidirectional: whether layers also read from the end; for the heads, as a language model may not see what comes.
         tied: whether the last matrix is the embedding, so that width is hidden (Press and Wolf 2017, arXiv:1608.05859).
-        self_attention: whether states attend to earlier ones before they tell the next token.
+        self_attention: whether states attend to earlier ones before they tell the next token. In training these are
+            the segment's; in decoding all that were read, for which `count` says at once how much memory is taken.
         attention: what that runs on, a name out of `pyattn.nn.attend.ATTENTIONS`. On a GPU pyattn's takes states of at
             most 256, torch's of any size.
         condition: size of the vector that a text is conditioned on, where there is one.
@@ -145,7 +146,7 @@ class _RNN(Pretrained):
         fields.expect(model_type=OWN_TYPE, architectures=[cls.__name__])
         switches = "layer_norm", "bidirectional", "tie_word_embeddings", "self_attention"
         fields.expect(**dict.fromkeys(switches, (False, True)))
-        names = fields.get("label_names")
+        names = fields.typed("label_names", tuple[str, ...] | None)
         return cls._usable(
             RNNConfig(
                 vocab=fields.integer("vocab_size"),
@@ -162,7 +163,7 @@ class _RNN(Pretrained):
                 condition_use=fields["condition_use"],
                 end=None if fields.get("eos_token_id") is None else fields.integer("eos_token_id"),
                 labels=fields.integer("num_labels"),
-                label_names=None if names is None else tuple(names),
+                label_names=names,
             )
         )
 
@@ -294,7 +295,7 @@ class RNNLM(_RNN):
                 the vocabulary.
             DtypeError: tokens that are no integers, a condition that is no floating dtype.
         """
-        _check_tokens(tokens)
+        check_tokens("tokens", tokens)
         beside, before = self._begin(len(tokens), condition, state)
         h, after = self.recurrent(self._inputs(tokens, beside), before)
         if self.self_attention is not None:
@@ -416,7 +417,7 @@ class _RNNHead(_RNN):
         self.classifier = nn.Linear(self.recurrent.directions * config.hidden, config.labels)
 
     def _read(self, tokens: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        _check_tokens(tokens)
+        check_tokens("tokens", tokens)
         return self.recurrent(self._embed(tokens), None, lengths)
 
 
@@ -450,8 +451,3 @@ class RNNForSequenceClassification(_RNNHead):
         _, state = self._read(tokens, lengths)
         last = state[0, -self.recurrent.directions :]  # [directions, b, hidden]
         return self.classifier(self._dropped(last.transpose(0, 1).flatten(1)))
-
-
-def _check_tokens(tokens: Tensor) -> None:
-    if tokens.ndim != 2:
-        raise ShapeError(f"tokens: expected [b, m], got {list(tokens.shape)}")

@@ -25,17 +25,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, cast, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyattn.check import RangeError, ShapeError
+from pyattn.check import DtypeError, RangeError, ShapeError
 from pyattn.models.pretrained import Fields, Pretrained
 from pyattn.nn.attend import check_attention
 from pyattn.nn.earlier import attend_earlier
-from pyattn.nn.embedding import embed
+from pyattn.nn.embedding import check_tokens, embed
 from pyattn.nn.linear import Linear
 from pyattn.nn.memory import Memory
 from pyattn.nn.recurrent import Recurrent, check_cell
@@ -49,6 +49,7 @@ from pyattn.nn.scores import (
     ScaledDotScore,
     Score,
 )
+from pyattn.spec import dtype_name
 
 OWN_TYPE = "pyattn-seq2seq"  # in config.json
 SCORES = ("dot", "scaled", "general", "low-rank", "additive", "cosine", "location")
@@ -88,7 +89,8 @@ class Seq2SeqConfig:
         readout_size: of tanh's and maxout's o_i; hidden by default.
         feed: whether the input of a step has o_{i-1}.
         self_attention: whether a state that asks also attends to those that asked before it (scaled products), with
-            what comes of it at the context's side.
+            what comes of it at the context's side. Where steps follow one another (feed, bahdanau) training keeps what
+            each of them has attended to: memory grows with the square of the target's length.
         tied: whether one matrix embeds sources and targets, and gives the logits.
         attention: "pyattn", or "torch": scores, softmax and sum one after the other. On a GPU pyattn takes products of
             states of at most 256, and additive scores of any size.
@@ -127,6 +129,8 @@ class Seq2SeqConfig:
     end: int = 2
 
     def __post_init__(self) -> None:
+        if self.uses is not None:
+            object.__setattr__(self, "uses", tuple(self.uses))  # a list would make two equal configurations differ
         own = ("encoder_hidden", "score_size", "value_size", "readout_size")
         for name in ("vocab", "context", "layers", "width", "hidden", *own):
             size = getattr(self, name)
@@ -147,7 +151,8 @@ class Seq2SeqConfig:
         if self.readout == "linear" and self.readout_size is not None:
             raise RangeError(f"readout_size: expected None for readout=linear, got {self.readout_size}")
         if self.tied and self.read_size != self.width:
-            raise RangeError(f"tied: expected a readout of width={self.width} columns, got {self.read_size}")
+            raise RangeError(f"tied: expected a readout of width={self.width} columns, got {self.read_size}; "
+                             "without a tied matrix it may have any")  # fmt: skip
 
     def _check_encoder(self) -> None:
         if self.reverse and self.bidirectional:
@@ -369,7 +374,10 @@ class Seq2Seq(Pretrained):
         Raises:
             RangeError: a source, or the start token and count, exceed the context.
         """
+        check_tokens("prompt", prompt)
         c, b = self.config, len(prompt)
+        if not isinstance(count, int) and len(count) != b:
+            raise RangeError(f"count: expected one number, or {b}, got {len(count)}")
         most = count if isinstance(count, int) else max(count, default=0)
         if 1 + most > c.context:
             raise RangeError(f"count: expected at most {c.context - 1}, context={c.context} less the start, got {most}")
@@ -384,7 +392,9 @@ class Seq2Seq(Pretrained):
 
     def _read(self, source: Tensor, target: Tensor, lengths: Tensor | None) -> Reading:
         """What targets begin with."""
-        if len(target) % max(len(source), 1):
+        check_tokens("source", source)
+        check_tokens("target", target)
+        if len(target) % len(source) if len(source) else len(target):
             raise ShapeError(f"target: expected a multiple of the {len(source)} sources, got {len(target)}")
         self._check_length("target", target)
         return self._begin("source", source, lengths, rows=len(target))
@@ -503,9 +513,8 @@ class Seq2Seq(Pretrained):
     @classmethod
     def config_from(cls, fields: Fields) -> Seq2SeqConfig:
         fields.expect(model_type=OWN_TYPE)
-        values = {name: fields.values[name] for name in Seq2SeqConfig.__dataclass_fields__ if name in fields.values}
-        uses = values.get("uses")
-        return Seq2SeqConfig(**values | {"uses": None if uses is None else tuple(uses)})
+        types = get_type_hints(Seq2SeqConfig)
+        return Seq2SeqConfig(**{name: fields.typed(name, types[name]) for name in Seq2SeqConfig.__dataclass_fields__})
 
     def config_fields(self) -> dict[str, Any]:
         return {"model_type": OWN_TYPE, "architectures": ["Seq2Seq"], **asdict(self.config)}
@@ -546,6 +555,8 @@ def _check_lengths(lengths: Tensor | None, name: str, source: Tensor) -> None:
     if lengths is None:
         return
     b, n = source.shape
+    if lengths.dtype not in (torch.int64, torch.int32):
+        raise DtypeError(f"lengths: expected int64 or int32, got {dtype_name(lengths.dtype)}")
     if lengths.shape != (b,):
         raise ShapeError(f"lengths: expected [{b}], one for each {name}, got {list(lengths.shape)}")
     if b and not 0 <= int(lengths.min()) <= int(lengths.max()) <= n:

@@ -6,8 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyattn.check import DtypeError, RangeError
+from pyattn.check import DtypeError, RangeError, ShapeError
 from pyattn.spec import dtype_name
+
+
+def check_tokens(name: str, ids: Tensor) -> None:
+    """Raises ShapeError unless ids are [b, m]."""
+    if ids.ndim != 2:
+        raise ShapeError(f"{name}: expected [b, m], got {list(ids.shape)}")
 
 
 def embed(name: str, ids: Tensor, table: Tensor, padding: int | None = None) -> Tensor:

@@ -61,6 +61,8 @@ class Recurrent(nn.Module):
         self.cell = cell
         self.input_size = input_size
         self.hidden = hidden
+        if not 0 <= dropout < 1:
+            raise RangeError(f"dropout: expected a probability in [0, 1), got {dropout}")
         self.dropout = dropout
         self.directions = 2 if bidirectional else 1
         self.stack = layers * self.directions
