@@ -49,6 +49,7 @@ def draw(picture: Path, spans: Sequence[tuple[int, int]], scores: dict[str, list
         axes.annotate(f"{values[-1]:.1f}", (len(spans) - 1, values[-1]), (6, -3), textcoords="offset points")
     labels = [f"{first}" if first == last else f"{first} to {last}" for first, last in spans]
     axes.set_xticks(range(len(spans)), labels)
+    axes.margins(x=0.07)  # room for the numbers
     axes.set(xlabel="words of the source", ylabel="BLEU", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
