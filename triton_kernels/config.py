@@ -134,7 +134,13 @@ RELEASES: dict[str, dict[tuple[str, str, int], dict[int, Config]]] = {
             256: Config(64, 32, 8, 2),
         },
     },
-    "3.9": {("dkdv", "hopper", 16): {128: Config(32, 128, 8, 2)}},  # 64 queries spill 192 bytes on sm_90
+    "3.9": {
+        ("dkdv", "hopper", 16): {128: Config(32, 128, 8, 2)},  # 64 queries spill 192 bytes on sm_90
+        ("additive dq", "any", 16): {128: Config(64, 16, 8, 1)},  # 192 bytes on sm_80
+        ("additive dkdv", "hopper", 16): {64: Config(64, 32, 8, 1)},  # 96 bytes on sm_90 with mask, bias and dropout
+        ("additive dq", "any", 32): {64: Config(16, 16, 4, 1)},  # 88 bytes on sm_80
+        ("additive dkdv", "any", 32): {64: Config(16, 16, 8, 1)},  # 152 bytes on sm_80
+    },
 }
 for key, rows in RELEASES.get(".".join(triton.__version__.split(".")[:2]), {}).items():
     TABLE[key] = TABLE.get(key, {}) | rows
