@@ -18,7 +18,7 @@ from pyattn.check import PyattnError
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
-PORTION = 2**20  # characters that are encoded together
+PORTION = 2**18  # characters that are encoded together
 # A single space or newline inside of a line's text: the words on either side are the same tokens without each other.
 _BORDER = re.compile(r"(?<=\S)[ \n](?=\S)")
 

@@ -53,9 +53,9 @@ def test_sentences_in_portions_are_those_of_one(tokenizer: Tokenizer, monkeypatc
 
 def test_sentence_of_a_book_is_refused(tokenizer: Tokenizer) -> None:
     book = "word " * (tokens.PORTION // 5 + 1)
-    with pytest.raises(TextError, match=r"at most 1,048,576 characters in a sentence, got 1,048,580"):
+    with pytest.raises(TextError, match=r"at most 262,144 characters in a sentence, got 262,145"):
         encode(tokenizer, book)
-    with pytest.raises(TextError, match=r"sentence 2 has 1,048,580"):
+    with pytest.raises(TextError, match=r"sentence 2 has 262,145"):
         list(encode_all(tokenizer, ["word", book]))
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from pyattn.decoding.sampling import Sampling, generate
 from pyattn.files import replacing
-from pyattn.tokens import encode_document
+from pyattn.tokens import encode_document, pieces
 from pyattn.training import text
 from pyattn.training.task import Task
 from pyattn.training.text import TextError
@@ -156,9 +156,10 @@ def _characters(documents: list[str], vocab: int) -> tuple[Tokenizer, dict[str, 
     tokenizer = Tokenizer(models.WordLevel({character: i for i, character in enumerate(characters)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    points = numpy.frombuffer(whole.encode("utf-32-le"), numpy.uint32)
-    tokens = numpy.searchsorted([ord(character) for character in characters], points)
-    return tokenizer, {"tokens": torch.from_numpy(tokens).to(torch.int32)}
+    known = [ord(character) for character in characters]
+    parts = [numpy.frombuffer(piece.encode("utf-32-le"), numpy.uint32) for piece in pieces(whole)]
+    tokens = numpy.concatenate([numpy.searchsorted(known, part).astype(numpy.int32) for part in parts])
+    return tokenizer, {"tokens": torch.from_numpy(tokens)}
 
 
 def write_sample(model: Any, tokenizer: Tokenizer, path: Path, count: int, seed: int) -> str:
