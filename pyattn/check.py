@@ -214,9 +214,10 @@ def check_band(causal: bool, window: Sequence[int | None] | None) -> tuple[int |
 def check_dtypes(x: Inputs) -> None:
     """Raises DtypeError for dtypes that `check_inputs` does not return: the operator may be called without it."""
     sums = torch.float64 if x.q.dtype is torch.float64 else torch.float32
-    integers = "key_lengths", "q_segments", "k_segments", "cu_seqlens_q", "cu_seqlens_k", "block_table"
+    integers = "key_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table"
+    ids = dict.fromkeys(("q_segments", "k_segments"), (torch.int32, torch.int64))
     expected = {"k": (x.q.dtype,), "v": (x.q.dtype,), "mask": (torch.bool,), "bias": (x.q.dtype, torch.float32)}
-    expected |= dict.fromkeys(integers, (torch.int32,)) | {"alibi_slopes": (torch.float32,), "sinks": (sums,)}
+    expected |= ids | dict.fromkeys(integers, (torch.int32,)) | {"alibi_slopes": (torch.float32,), "sinks": (sums,)}
     expected |= {"seed": (torch.int64,), "weight": (x.q.dtype, torch.float32), "exp_keys": (sums,)}
     for name, dtypes in expected.items():
         t = getattr(x, name)
