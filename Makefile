@@ -1,5 +1,6 @@
 # make run: everything a new user wants to see.  make test: everything that must hold.
 # make test-compile: the Triton kernels compiled by every Triton from 3.6 to 3.9.
+# make test-ptx: all that the PTX machine can run of the compiled kernels (tests/ptx); hours.
 # make test-torch: all tests with the oldest torch that pyproject.toml promises, and with the newest.
 # make sanitize: the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; needs GCC.
 # make wheel: wheels for Linux, into dist/, one for each interpreter of PYTHONS.
@@ -10,7 +11,7 @@ BIN := .venv/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: run test test-compile test-torch sanitize wheel one-wheel clean
+.PHONY: run test test-compile test-ptx test-torch sanitize wheel one-wheel clean
 
 run: .venv/tools
 	$(BIN)/pyattn info
@@ -56,6 +57,9 @@ test-compile-%: .venv/test
 	test -d build/triton-$*/triton || $(BIN)/python -m pip install --quiet --no-deps --target build/triton-$* triton==$*
 	PYTHONPATH=build/triton-$* $(BIN)/python -c 'import triton; assert triton.__version__ == "$*", triton.__version__'
 	PYTHONPATH=build/triton-$* $(BIN)/python -m pytest tests/test_triton_compile.py tests/test_hopper_compile.py -o cache_dir=build/triton-$*/cache
+
+test-ptx: .venv/test
+	$(BIN)/python -m pytest tests/ptx_all.py --numprocesses 2 --dist worksteal
 
 # Each in an environment of its own, with the Triton that it brings.
 TORCHES := 2.10.0 2.15.0

@@ -5,6 +5,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from ptx.cases import DECODING, STEPS
 from test_kvcache import OPTIONS, cache, held_against_definition
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -30,40 +31,13 @@ def _exact_dot(builder, a, b, d, input_precision, max_num_imprecise_acc):
 
 
 InterpreterBuilder.create_dot = _exact_dot
-# Half precision differs in the unit of its scores and in rounding, so one case per feature is enough of it.
-HALF = """plain cross odd-head-sizes scale-negative causal window key-lengths mask-full gqa dropout-gqa-causal segments
+# A case per feature, and what is empty. The PTX machine runs what the compiler makes of the kernels (tests/ptx).
+SMOKE = """plain cross odd-head-sizes scale-negative causal window key-lengths mask-full gqa dropout-gqa-causal segments
     bias-per-head softcap-causal-bias alibi-causal sinks packed-gqa-window packed-dropout-alibi-sinks everything
     additive additive-saturated additive-packed"""
-RUNS = [(c, torch.float32) for c in CASES] + [(c, torch.float16) for c in CASES if c.id in HALF.split()]
-
-
-# Few queries over many keys, which the decoding kernels take.
-FEW = {"b": 2, "h": 4, "hk": 2, "m": 1, "n": 300}
-DECODING = [
-    Case("decode", **FEW),
-    Case("decode-causal", **FEW | {"m": 5}, causal=True),
-    Case("decode-window", **FEW | {"m": 3}, window=(100, 0)),
-    Case("decode-window-of-one-chunk", **FEW, window=(5, 0)),
-    Case("decode-top-left", **FEW | {"m": 3}, causal=True, top_left=True),
-    Case("decode-key-lengths", **FEW, key_lengths=(0, 133), unseen_nan=True),
-    Case("decode-mask", **FEW | {"m": 2}, mask="bhmn", unseen_nan=True),
-    Case("decode-bias", **FEW | {"m": 2}, bias="1hmn"),
-    Case("decode-heads-alone", **FEW | {"b": 1, "hk": 4}, d=17, dv=40, layout="bmhd", scale=-0.4),
-    Case("decode-whole-group", **FEW | {"h": 16, "hk": 1, "m": 3}, sinks=True, key_lengths=(300, 0)),
-    Case("decode-everything", **FEW | {"m": 7}, causal=True, key_lengths=(290, 150), mask="b1mn", bias="b11n",
-         softcap=3.0, alibi=True, sinks=True),
-]  # fmt: skip
-# Steps of a decoder, whose keys are split, with columns beyond those that are taken at a time.
-STEP = FEW | {"additive": True, "n": 40, "d": 150, "dv": 20}
-ADDITIVE_STEPS = [
-    Case("additive-step", **STEP),
-    Case("additive-step-of-beams", **STEP | {"h": 1, "hk": 1, "m": 16}, key_lengths=(0, 33), unseen_nan=True),
-    Case("additive-step-of-groups", **STEP | {"m": 5}, scale=-0.3, layout="bmhd", sinks=True),
-    Case("additive-step-window", **STEP | {"m": 3}, window=(20, 0), unseen_nan=True),
-    Case("additive-step-saturated", **STEP | {"m": 2}, powers=(-2, 2)),
-    Case("additive-step-everything", **STEP | {"m": 7}, causal=True, key_lengths=(38, 21), mask="b1mn", bias="b11n",
-         softcap=3.0, alibi=True, sinks=True),
-]  # fmt: skip
+EMPTY = "no-queries no-keys no-batch no-head-size no-value-size scores-huge"
+RUNS = [(c, torch.float32) for c in CASES if c.id in (SMOKE + " " + EMPTY).split()]
+RUNS += [(c, torch.float16) for c in CASES if c.id in SMOKE.split()]
 
 
 def _id(value: object) -> str:
@@ -85,8 +59,8 @@ def test_case_is_as_accurate_as_plain_pytorch_or_refused_as_declared(case, dtype
     ("case", "dtype"),
     [
         *((case, dtype) for case in DECODING for dtype in (torch.float32, torch.float16)),
-        *((case, torch.float32) for case in ADDITIVE_STEPS),
-        (ADDITIVE_STEPS[-1], torch.float16),
+        *((case, torch.float32) for case in STEPS),
+        (STEPS[-1], torch.float16),
     ],
     ids=_id,
 )
