@@ -110,6 +110,9 @@ def _fake_train(val_losses: list[float]) -> Any:
         for step in range(done + 1, settings.steps + 1):
             with torch.no_grad():
                 next(model.parameters()).fill_(step)
+            for p in model.parameters():  # as a step leaves them, for the checkpoint
+                zeros = torch.zeros_like(p)
+                optimizer.state[p] = {"step": torch.tensor(float(step)), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
             yield Step(step, {"loss": 1.0}, 0.1, 0.1, 10, 0.1, {"loss": val_losses[step - 1]})
 
     return fake
