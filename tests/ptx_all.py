@@ -7,6 +7,7 @@ tensors whose offsets do not fit 32 bits.
 import random
 import zlib
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_random_calls_under_random_schedules(chip: str, monkeypatch: pytest.Monk
             continue
 
 
-SIZES = {"b": 2, "h": 2, "hk": 2, "m": 150, "n": 200, "d": 64, "dv": 64}
+SIZES: dict[str, Any] = {"b": 2, "h": 2, "hk": 2, "m": 150, "n": 200, "d": 64, "dv": 64}
 # (case, elements from one batch element, head and row to the next), in memory that is reserved and hardly touched
 FAR = {
     "rows": (Case("far", **SIZES), (64, 128, (1 << 23) + 256)),

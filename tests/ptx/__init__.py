@@ -25,8 +25,8 @@ What it proves of a run:
 - An instruction, a modifier or an operand that the manual does not describe so, or that the machine lacks, is an error.
 - Every access lies on elements of the tensors that the kernel was given, aligned, and in shared memory on what was
   written before.
-- Order in shared memory, tensor memory and, between CTAs, global memory comes from barriers, mbarriers, waits and proxy
-  fences, and not from the schedule that happened: it is judged by vector clocks.
+- Order between lanes, warps and copies in shared and tensor memory, and between CTAs in global memory, comes from
+  barriers, mbarriers, waits and proxy fences, and not from the schedule that happened: it is judged by vector clocks.
 - Registers that a wgmma or a tcgen05.ld in flight holds are left alone, and fenced before they are summed into.
 - Barriers complete: counts, bytes and phases add up, nothing waits forever, nothing is left unfinished at the end.
 - The numbers are as accurate as the contract asks.
@@ -35,7 +35,8 @@ What it does not prove:
 - PTX is not machine code: what ptxas makes of it, registers and spills, and how long anything takes is out of sight.
 - Products are summed exactly and rounded once per instruction (or truncated, if the schedule says so); a tensor core
   rounds in between. ex2 and its like are the C library's, better than a GPU's.
-- Two fences that the manual asks for and Triton leaves to ptxas are not asked for unless `Check` says so.
+- Three kinds of fences that the manual asks for and Triton leaves out are not asked for unless a `Check` says so:
+  between cp.async and wgmma, before registers that a wgmma multiplies, and around tensor memory's synchronization.
 - Clusters, multicast, im2col, fp8, sparse products and calls of functions are not there. A wgmma's quarters and a
   wait that may give up early are not told apart from the whole.
 - One schedule of many was run: races and fences do not depend on it, values read in a race would.
