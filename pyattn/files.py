@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pyattn.check import PyattnError
@@ -21,6 +22,15 @@ from pyattn.check import PyattnError
 if sys.platform != "win32":
     import fcntl
 
+# What a value out of a file may be, by the type that is wanted, and how an error calls that.
+KINDS: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a string"),
+    dict: ((dict,), "an object"),
+    NoneType: ((NoneType,), "null"),
+}
 _PARTIAL = ".partial"  # ends the name of what is being written
 _LOCK = ".lock"
 _WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -33,6 +43,16 @@ class WriteError(PyattnError, OSError):
 
 class HeldError(PyattnError, RuntimeError):
     """Another process writes in the folder."""
+
+
+def is_kind(value: Any, kind: type) -> bool:
+    """Whether a value may stand where `kind` is wanted, a key of KINDS.
+
+    True is no number, though Python thinks so; and a whole number beyond the largest float is none where one is wanted.
+    """
+    if not isinstance(value, KINDS[kind][0]) or (isinstance(value, bool) and kind is not bool):
+        return False
+    return kind is not float or not isinstance(value, int) or abs(value) <= sys.float_info.max
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from gluon_emulator import launch
+from ptx.cases import ALL
 from triton.runtime.jit import JITFunction
 
 import pyattn
@@ -25,20 +26,9 @@ from pyattn.testing import CASES, Case
 from pyattn.triton_kernels import config, hopper
 
 # Tiles of several blocks, with full ones between masked ones, several tiles to a program.
-LARGE = {"b": 1, "h": 2, "hk": 2, "m": 300, "n": 420}
-MORE = [
-    Case("long", **LARGE),
-    Case("long-causal", **LARGE, causal=True),
-    Case("long-top-left", **LARGE, causal=True, top_left=True),
-    Case("long-window", **LARGE, window=(130, 50)),
-    Case("long-past", **LARGE, window=(200, None)),
-    Case("long-lengths", **LARGE | {"b": 2}, key_lengths=(0, 300), unseen_nan=True),
-    Case("unseen-after", **LARGE, causal=True, top_left=True, unseen_nan=True),
-    Case("unseen-around", **LARGE | {"m": 150}, window=(20, 0), unseen_nan=True),
-    Case("wide", **LARGE, d=128, causal=True),
-    Case("group", **LARGE | {"h": 4, "hk": 1}, d=40, dv=72, causal=True),
-    Case("fewer-keys", **LARGE | {"n": 150}, causal=True, layout="bmhd"),
-]
+NAMES = """large large-causal large-top-left large-window large-past large-lengths unseen-after unseen-around wide-128
+    group fewer-keys"""
+MORE = [ALL[name] for name in NAMES.split()]
 DTYPES = (torch.bfloat16, torch.float16)
 
 

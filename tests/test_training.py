@@ -341,8 +341,8 @@ def _changed(stopped: Path, folder: Path, tensors: dict | None = None, **meta: o
     ("name", "value"),
     [
         ("step", True), ("step", 0), ("step", -3), ("step", "3"), ("step", "gone"), ("step", 3.0),
-        ("best_loss", math.nan), ("best_loss", math.inf), ("best_loss", "low"), ("best_loss", False),
-        ("best_loss", "gone"), ("evaluations_since_best", -1), ("evaluations_since_best", None),
+        ("best_loss", math.nan), ("best_loss", math.inf), ("best_loss", 10**400), ("best_loss", "low"),
+        ("best_loss", False), ("best_loss", "gone"), ("evaluations_since_best", -1), ("evaluations_since_best", None),
         ("settings", []), ("settings", "gone"), ("digest", 3), ("tokenizer", None), ("kind", "gone"),
     ],
 )  # fmt: skip
@@ -354,7 +354,17 @@ def test_checkpoint_with_an_impossible_value_is_refused(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("steps", "9"), ("steps", -1), ("layers", 2.0), ("layers", 10**9), ("compile", 1), ("lr", None), ("text", 3)],
+    [
+        ("steps", "9"),
+        ("steps", -1),
+        ("steps", 10**400),
+        ("lr", 10**400),
+        ("layers", 2.0),
+        ("layers", 10**9),
+        ("compile", 1),
+        ("lr", None),
+        ("text", 3),
+    ],
 )
 def test_checkpoint_with_an_impossible_setting_is_refused(
     stopped: Path, tmp_path: Path, name: str, value: object
@@ -463,7 +473,7 @@ def test_comparison_draws_every_run(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("value", ["fast", None, True, [1], math.nan, math.inf])
+@pytest.mark.parametrize("value", ["fast", None, True, [1], math.nan, math.inf, 10**400], ids=repr)
 def test_metrics_that_are_no_numbers_are_an_error(tmp_path: Path, value: object) -> None:
     line = json.dumps({"step": 1, "loss": 2.0}) + "\n" + json.dumps({"step": 2, "loss": value}) + "\n"
     (tmp_path / "metrics.jsonl").write_text(line)

@@ -13,7 +13,8 @@ from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
 import typer
 
 from pyattn.check import PyattnError
-from pyattn.training.settings import KINDS, Settings, is_kind, optional_kind
+from pyattn.files import KINDS, is_kind
+from pyattn.training.settings import Settings, optional_kind
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -8,19 +8,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
 
 from pyattn.check import PyattnError, RangeError
-from pyattn.files import json_object, replacing
+from pyattn.files import KINDS, is_kind, json_object, replacing
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_JSON_WORDS: dict[Any, str] = {
-    bool: "true or false", int: "a whole number", float: "a number", str: "a string", NoneType: "null",
-}  # fmt: skip
 _SHOWN = 5  # names per list, in an error
 _MANY_LAYERS = 1000  # that can be made to compare them, even where their tensors are missing
 Self = TypeVar("Self", bound="Pretrained")
@@ -185,28 +182,24 @@ class Fields:
         return self.values[name]
 
     def integer(self, name: str) -> int:
-        """A field that must be there and be a whole number."""
-        value = self[name]
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise PretrainedError(f"model: expected a whole number for {name} in {self.path}, got {value!r}")
+        """A field that must be there, null counting as missing, and be a whole number."""
+        if not is_kind(value := self[name], int):
+            raise PretrainedError(f"model: expected {KINDS[int][1]} for {name} in {self.path}, got {value!r}")
         return value
 
     def typed(self, name: str, kind: Any) -> Any:
-        """A field that must be there and be of a type: bool, int, float, str, a tuple of strings, or one of these or
-        None, which is null. A JSON array is a tuple here."""
+        """A field that must be there and be of a type: one of `pyattn.files.KINDS`, a tuple of strings, which is an
+        array in the file, or such a type or None, which is null."""
         if name not in self.values:
             raise PretrainedError(f"model: {self.path} has no {name}")
-        value = self.values[name]
-        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        value, kinds = self.values[name], get_args(kind) if isinstance(kind, UnionType) else (kind,)
         for each in kinds:
-            if get_origin(each) is tuple:
-                if isinstance(value, list) and all(isinstance(item, str) for item in value):
-                    return tuple(value)
-            elif isinstance(value, (int, float) if each is float else each) and (
-                each is bool or not isinstance(value, bool)
-            ):
-                return value
-        wanted = " or ".join(_JSON_WORDS.get(each, "a list of strings") for each in kinds)
+            if get_origin(each) is not tuple:
+                if is_kind(value, each):
+                    return value
+            elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+                return tuple(value)
+        wanted = " or ".join("a list of strings" if get_origin(each) is tuple else KINDS[each][1] for each in kinds)
         raise PretrainedError(f"model: expected {wanted} for {name} in {self.path}, got {value!r}")
 
     def expect(self, **expected: Any) -> None:

@@ -21,18 +21,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyattn.check import PyattnError
-from pyattn.files import json_object, replacing
+from pyattn.files import is_kind, json_object, replacing
 from pyattn.spec import dtype_name
 
 FORMAT = "pyattn checkpoint 2"
-# What the header says beside "settings": the types that a value may have, and what it must be, in words and as a test.
+# What the header says: the kinds of each value, and what else it must be, in words and as a test.
 _META: dict[str, tuple[tuple[type, ...], str, Callable[[Any], bool]]] = {
     "step": ((int,), "a whole number of at least 1", lambda value: value >= 1),
     "kind": ((str,), "a string", bool),
     "digest": ((str,), "a string", bool),
     "tokenizer": ((str,), "a string", bool),
     "settings": ((dict,), "an object", lambda _: True),
-    "best_loss": ((float, int, NoneType), "a finite number or null", lambda value: math.isfinite(value or 0)),
+    "best_loss": ((float, NoneType), "a finite number or null", lambda value: math.isfinite(value or 0)),
     "evaluations_since_best": ((int,), "a whole number of at least 0", lambda value: value >= 0),
 }
 _MISSING = object()
@@ -94,9 +94,9 @@ def load(path: Path) -> Checkpoint:
         meta = json_object(header.get("meta", ""))
     except ValueError as error:
         raise CheckpointError(f"checkpoint: {path} is damaged ({error} in its header)") from error
-    for name, (types, words, holds) in _META.items():
+    for name, (kinds, words, holds) in _META.items():
         value = meta.get(name, _MISSING)
-        if not isinstance(value, types) or isinstance(value, bool) or not holds(value):
+        if not any(is_kind(value, kind) for kind in kinds) or not holds(value):
             found = "nothing" if value is _MISSING else repr(value)[:60]
             raise CheckpointError(f"checkpoint: {path} is damaged: expected {words} for its {name}, got {found}")
     for name, tensor in tensors.items():

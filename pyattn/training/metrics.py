@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyattn.check import PyattnError
-from pyattn.files import append_line, json_object, replacing
+from pyattn.files import append_line, is_kind, json_object, replacing
 
 FILE = "metrics.jsonl"
 
@@ -65,9 +65,9 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
     except ValueError as error:  # UnicodeDecodeError, too
         raise RunError(f"run: {path} is damaged ({error})") from error
     for number, line in enumerate(lines, 1):
-        if isinstance(step := line.get("step"), bool) or not isinstance(step, int):
+        if not is_kind(line.get("step"), int):
             raise RunError(f"run: {path} is damaged (line {number:,} has no step)")
         for name, value in line.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if not is_kind(value, float) or not math.isfinite(value):
                 raise RunError(f"run: {path} is damaged (line {number:,}: {name} is {str(value)[:60]} and no number)")
     return lines

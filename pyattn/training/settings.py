@@ -13,25 +13,15 @@ import torch
 from torch import nn
 
 from pyattn.check import RangeError
+from pyattn.files import KINDS, is_kind
 from pyattn.training.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from pyattn.training.task import Task
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# What a value may be, by the type of its setting, and how an error calls that.
-KINDS: dict[type, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    str: ((str,), "a string"),
-}
+_MOST = 10**12  # of whatever is counted: no run comes so far, and floats hold such numbers exactly
 _EVALUATIONS = 10  # over a whole run, where `evaluate_every` does not say otherwise
-
-
-def is_kind(value: Any, kind: type) -> bool:
-    """Whether a setting of type `kind` may have this value. True is no number, though Python thinks so."""
-    return isinstance(value, KINDS[kind][0]) and (kind is bool or not isinstance(value, bool))
 
 
 def optional_kind(annotation: Any) -> Any:
@@ -47,7 +37,7 @@ class Limit(NamedTuple):
 
 
 def at_least(least: int) -> Limit:
-    return Limit(f"at least {least}", lambda value: value >= least)
+    return Limit(f"at least {least} and at most {_MOST:,}", lambda value: least <= value <= _MOST)
 
 
 def between(least: int, most: int) -> Limit:
