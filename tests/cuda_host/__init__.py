@@ -1,0 +1,113 @@
+"""Runs the CUDA kernels of csrc/cuda on the CPU: the unchanged text, with another hw.cuh, compiled by g++.
+
+Each instantiation becomes a library of its own when it is first launched. Libraries are kept under build/, in a folder
+for the hash of all sources, so that a second run compiles nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from pyattn import cuda_kernels
+from pyattn.backends.cuda import CudaBackend, Gpu
+from pyattn.backends.cuda_config import Row
+
+HERE = Path(__file__).parent
+BUILD = HERE.parent.parent / "build" / "cuda_host"
+# Not contracted, so that products with either operand first round alike, as one instruction does on a GPU.
+FLAGS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-march=native", "-ffp-contract=off", "-w")
+ENTRY = """
+#include "kernels.cuh"
+using Kernel = {instantiation};
+extern "C" const char* launch(const void* args, int bytes, int blocks, int threads, int shared_bytes, unsigned seed) {{
+    if (bytes != sizeof(Args)) return "the arguments have another size than Args";
+    if (threads != Kernel::THREADS) return "the kernel has another number of threads";
+    const auto run = [](const void* a) {{ Kernel::run(*static_cast<const Args*>(a)); }};
+    return machine_run(run, args, blocks, threads, shared_bytes, seed);
+}}
+"""
+
+
+class EmulatedCuda(CudaBackend):
+    """The whole backend on CPU tensors: what it would launch, the emulator runs.
+
+    Args:
+        capability: of the GPU that is pretended.
+        seed: draws the order in which warps run.
+        changes: texts to replace in the kernels' sources, each of which must occur once: {name: (old, new)}.
+    """
+
+    devices = frozenset({"cpu"})
+
+    def __init__(self, capability: int = 80, seed: int = 0, changes: Mapping[str, tuple[str, str]] | None = None) -> None:
+        super().__init__()
+        self.gpu = Gpu(0, capability, processors=16)
+        self.seed = seed
+        self.folder = _prepared(tuple((changes or {}).items()))
+        self.launched: set[str] = set()
+
+    def unavailable(self) -> None:
+        return None
+
+    def gpu_of(self, q: object) -> Gpu:
+        return self.gpu
+
+    def launch(self, gpu: Gpu, row: Row, blocks: int, arguments: bytes) -> None:
+        self.launched.add(row.instantiation)
+        kernel = _compiled(self.folder, row.instantiation)
+        failure = kernel(arguments, len(arguments), blocks, row.threads, row.shared_bytes, self.seed)
+        if failure is not None:
+            raise AssertionError(f"{row.instantiation}: {failure.decode()}")
+
+
+@cache
+def _prepared(changes: tuple[tuple[str, tuple[str, str]], ...]) -> Path:
+    """A folder with the sources, and with the library that runs threads."""
+    sources = dict(cuda_kernels.sources())
+    for name, (old, new) in changes:
+        assert sources[name].count(old) == 1, f"{name} has {old!r} {sources[name].count(old)} times"
+        sources[name] = sources[name].replace(old, new)
+    sources |= {name: (HERE / name).read_text("utf-8") for name in ("hw.cuh", "machine.h", "machine.cpp")}
+    digest = hashlib.sha256(repr((sorted(sources.items()), FLAGS, ENTRY)).encode()).hexdigest()[:16]
+    folder = BUILD / digest
+    if not (folder / "machine.so").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in sources.items():
+            _write(folder / name, text.encode())
+        _compile(folder, "machine.so", folder / "machine.cpp")
+    return folder
+
+
+@cache
+def _compiled(folder: Path, instantiation: str) -> ctypes._CFuncPtr:
+    name = hashlib.sha256(instantiation.encode()).hexdigest()[:16]
+    if not (folder / f"{name}.so").exists():
+        _write(folder / f"{name}.cpp", ENTRY.format(instantiation=instantiation).encode())
+        _compile(folder, f"{name}.so", folder / f"{name}.cpp", folder / "machine.so")
+    launch = ctypes.CDLL(str(folder / f"{name}.so")).launch
+    launch.restype = ctypes.c_char_p
+    launch.argtypes = [ctypes.c_char_p, *4 * [ctypes.c_int], ctypes.c_uint]
+    return launch
+
+
+def _compile(folder: Path, library: str, *inputs: Path) -> None:
+    """In one step, because several processes may want the same."""
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        made = Path(own, library)
+        command = ["g++", *FLAGS, f"-I{folder}", *map(str, inputs), "-o", str(made)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr[:4000]
+        os.replace(made, folder / library)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)
