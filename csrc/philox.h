@@ -1,5 +1,5 @@
-// Dropout bits: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3), one
-// counter at a time, on the host and on a GPU. cpu/dropout.h draws the same words for a vector of counters.
+// Dropout bits: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3),
+// one counter at a time, on the host and on a GPU. cpu/dropout.h draws the same words for a vector of counters.
 #pragma once
 
 #ifdef __CUDACC__

@@ -17,7 +17,8 @@ struct ScoreTensor {
 };
 
 struct Args {
-    Matrix q, k, v, out, d_out, d_q, d_k, d_v;  // k and v are pages [pages, hk, page, size] where there is a block table
+    // k and v are pages [pages, hk, page, size] where there is a block table.
+    Matrix q, k, v, out, d_out, d_q, d_k, d_v;
     ScoreTensor mask, bias, d_bias;
     // [b, h, m] in the accumulator's type. row_max and log_sum are what the backward knows weights by (softmax.cuh).
     void *lse, *row_max, *log_sum, *delta;
@@ -29,7 +30,8 @@ struct Args {
     const u64* seed;                      // []
     const int *cu_q, *cu_k;               // [sequences + 1]
     const int* block_table;               // [b, n / page]
-    void *part, *part_max, *part_sum;     // of decoding: [chunks, b, h, m, dv] and [chunks, b, h, m], accumulator's type
+    // Of decoding: [chunks, b, h, m, dv] and [chunks, b, h, m], in the accumulator's type.
+    void *part, *part_max, *part_sum;
 
     double scale;
     double magnitude;  // |scale|, over the softcap where there is one; positive also for scale 0

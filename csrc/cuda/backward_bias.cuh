@@ -54,8 +54,8 @@ template <class F, int FLAGS> struct backward_bias {
     }
 
     // Adds the ds of a block of queries and of the blocks of keys that are given.
-    static DEVICE void add_rows(const Args& a, const F& products, Queries& q, Queries& d_out, Keys& k, Keys& v, int batch,
-                                int head, int first, Range blocks, Acc (&total)[TILES][4]) {
+    static DEVICE void add_rows(const Args& a, const F& products, Queries& q, Queries& d_out, Keys& k, Keys& v,
+                                int batch, int head, int first, Range blocks, Acc (&total)[TILES][4]) {
         Limits limits = {a.m, a.n, a.offset, a.left, a.right};
         if (a.key_lengths) limits.keys = min(max(a.key_lengths[batch], 0), a.n);
         const int last = min(first + F::OWNED, a.m), kv_head = head / (a.h / a.hk);
@@ -99,8 +99,8 @@ template <class F, int FLAGS> struct backward_bias {
         }
     }
 
-    static DEVICE void read_statistics(const Args& a, const Limits& limits, int batch, int head, const Patch<false>& patch,
-                                       RowStatistics<Acc> (&row)[2]) {
+    static DEVICE void read_statistics(const Args& a, const Limits& limits, int batch, int head,
+                                       const Patch<false>& patch, RowStatistics<Acc> (&row)[2]) {
         const i64 at = (static_cast<i64>(batch) * a.h + head) * a.m;
         for (int r = 0; r < 2; ++r) {
             const bool inside = patch.row[r] < limits.queries;

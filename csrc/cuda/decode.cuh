@@ -1,8 +1,8 @@
 // Attention of few queries over many keys, and over caches of keys, paged ones too.
 // The query heads of a group share tiles of 16 rows, query after query, so that their keys and values are read once.
-// Keys are split: between the warps of a block, and into chunks for several blocks, so that a batch of one fills the GPU.
-// A second kernel joins the chunks of a row. Sources: Flash-Decoding (Dao, Haziza, Massa, Sizov 2023); pages, Kwon et al.
-// 2023, arXiv:2309.06180.
+// Keys are split: between the warps of a block, and into chunks for several blocks, so that a batch of one fills the
+// GPU. A second kernel joins the chunks of a row.
+// Sources: Flash-Decoding (Dao, Haziza, Massa, Sizov 2023); pages, Kwon et al. 2023, arXiv:2309.06180.
 #pragma once
 
 #include "plain.cuh"
@@ -114,8 +114,8 @@ template <class F, int FLAGS> struct decode {
         return patch;
     }
 
-    // Adds up what the warps have accumulated of the same rows, one after the other. Leaves each row's largest score and
-    // sum in the first 16 of `tops` and `sums`, and the rows themselves in `joined` [16, SLICE].
+    // Adds up what the warps have accumulated of the same rows, one after the other. Leaves each row's largest score
+    // and sum in the first 16 of `tops` and `sums`, and the rows themselves in `joined` [16, SLICE].
     static DEVICE void join_warps(const OnlineSoftmax<Acc>& softmax, Acc (&out)[OUT_TILES][4], Acc unit, Acc* tops,
                                   Acc* sums, Acc* joined) {
         const int g = lane_index() / 4, t = lane_index() % 4;

@@ -1,5 +1,5 @@
-// Which weights dropout keeps: Philox on the absolute position, one call for each lane and tile. Four keys in a row share
-// a call, so lanes draw for one another.
+// Which weights dropout keeps: Philox on the absolute position, one call for each lane and tile. Four keys in a row
+// share a call, so lanes draw for one another.
 #pragma once
 
 #include "patch.cuh"
@@ -23,9 +23,10 @@ struct Dropout {
         // A lane's two keys are half of a call's; its neighbour has the other half, in the same two rows.
         const int odd = lane_index() % 2;
         u32 bits = 0;
-#pragma unroll
+#pragma unroll 2
         for (int j = 0; j < TILES; ++j) {
-            const u32 mine = draw(patch.key(j, 0), patch.row[odd], patch.head[0]), other = shuffle_xor(mine, 1);
+            const u32 mine = draw(patch.key(j, 0), odd ? patch.row[1] : patch.row[0], patch.head[0]);
+            const u32 other = shuffle_xor(mine, 1);
             const u32 of_rows[2] = {odd ? other : mine, odd ? mine : other};
             for (int r = 0; r < 2; ++r) bits |= (of_rows[r] >> (2 * odd) & 3) << (4 * j + 2 * r);
         }
@@ -36,9 +37,10 @@ struct Dropout {
         // Four lanes have a call's keys, in four elements each: every one of them draws for one of these.
         const int share = lane_index() / 4 % 4;
         u32 bits = 0;
-#pragma unroll
+#pragma unroll 2
         for (int j = 0; j < TILES; ++j) {
-            const u32 mine = draw(patch.row[share / 2], patch.query(j, share % 2), patch.head[0]);
+            const int key = share / 2 ? patch.row[1] : patch.row[0];
+            const u32 mine = draw(key, patch.query(j, share % 2), patch.head[0]);
             for (int e = 0; e < 4; ++e) {
                 const u32 drawn = shuffle(mine, (lane_index() & ~12) | e << 2);
                 bits |= (drawn >> share & 1) << (4 * j + e);

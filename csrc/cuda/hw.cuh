@@ -117,8 +117,8 @@ DEVICE u32 shared_address(const void* at) {
     return address;
 }
 
-// Four 8 x 8 matrices of 16 bits. Lane 8 i + r says where row r of matrix i lies; matrix i ends up in x[i], of which lane
-// 4 g + t holds columns 2 t and 2 t + 1 of row g.
+// Four 8 x 8 matrices of 16 bits. Lane 8 i + r says where row r of matrix i lies; matrix i ends up in x[i], of which
+// lane 4 g + t holds columns 2 t and 2 t + 1 of row g.
 DEVICE void load_matrices(u32 (&x)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
@@ -139,9 +139,10 @@ template <class T> DEVICE void multiply(float (&c)[4], const u32 (&a)[4], u32 b0
 
 template <> DEVICE void multiply<half_t>(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else  // Turing's is half as deep: the same fragments, half by half
     const u32 b[2] = {b0, b1};
 #pragma unroll

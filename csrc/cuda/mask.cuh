@@ -25,8 +25,10 @@ template <bool RICH> DEVICE bool sees(const Args& a, const Limits& l, int batch,
 // Bits of the elements of a patch whose query sees their key.
 template <int TILES, bool RICH, bool KEYS_ARE_ROWS>
 DEVICE u32 visible(const Args& a, const Limits& l, int batch, const Patch<KEYS_ARE_ROWS>& patch) {
+    // What reads memory is not unrolled: its addresses would take registers.
+    constexpr int AT_ONCE = RICH ? 1 : TILES;
     u32 see = 0;
-#pragma unroll
+#pragma unroll AT_ONCE
     for (int j = 0; j < TILES; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -37,8 +39,8 @@ DEVICE u32 visible(const Args& a, const Limits& l, int batch, const Patch<KEYS_A
     return see;
 }
 
-// Whether keys may be hidden in the middle of what the band leaves: then tiles must be rid of what nobody sees, because a
-// NaN there survives multiplication by a weight of 0. What lies outside the band is not even loaded.
+// Whether keys may be hidden in the middle of what the band leaves: then tiles must be rid of what nobody sees, because
+// a NaN there survives multiplication by a weight of 0. What lies outside the band is not even loaded.
 template <bool RICH> DEVICE bool hides(const Args& a) { return RICH && (a.mask.at || a.q_segments); }
 
 // Bits of the columns of a block's tiles that one of its rows sees, in four words of shared memory. Column x is in word

@@ -1,6 +1,6 @@
-// Products by plain multiply-adds, in any precision, on any GPU, for any head size; with the layout and the interface of
-// tensor.cuh. Operands pass through shared memory CHUNK columns at a time, as accumulators. A block has SLICE columns of
-// results, so that these fit registers; where there are more, other blocks compute the same scores again.
+// Products by plain multiply-adds, in any precision, on any GPU, for any head size; with the layout and the interface
+// of tensor.cuh. Operands pass through shared memory CHUNK columns at a time, as accumulators. A block has SLICE
+// columns of results, so that these fit registers; where there are more, other blocks compute the same scores again.
 #pragma once
 
 #include "mask.cuh"
@@ -11,7 +11,8 @@ template <class T_, int WARPS_, int STREAMED_, int SLICE_> struct Plain {
     using Acc = typename AccumulatorOf<T>::type;
     static constexpr int WARPS = WARPS_, THREADS = 32 * WARPS, STREAMED = STREAMED_, SLICE = SLICE_, AHEAD = 0;
     static constexpr int OWNED = 16 * WARPS;  // rows, at most
-    static constexpr int CHUNK = 32, PITCH = CHUNK + 1, WEIGHTS_PITCH = STREAMED + 1;  // odd: rows lie in different banks
+    static constexpr int CHUNK = 32;
+    static constexpr int PITCH = CHUNK + 1, WEIGHTS_PITCH = STREAMED + 1;  // odd: rows lie in different banks
 
     struct Tile {
         Rows<T> rows;
@@ -86,7 +87,8 @@ template <class T_, int WARPS_, int STREAMED_, int SLICE_> struct Plain {
 
     // The columns from `first_column` on.
     template <int TILES, int OUT_TILES>
-    DEVICE void weigh(Acc (&out)[OUT_TILES][4], const Acc (&w)[TILES][4], const Tile& b, int b_row, int first_column) const {
+    DEVICE void weigh(Acc (&out)[OUT_TILES][4], const Acc (&w)[TILES][4], const Tile& b, int b_row,
+                      int first_column) const {
         const int g = lane_index() / 4, t = lane_index() % 4;
         Acc* own = weights + warp_index() * 16 * WEIGHTS_PITCH;
         warp_barrier();  // the last weights have been read

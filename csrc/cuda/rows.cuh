@@ -16,8 +16,8 @@ class Arena {
     u8* next = shared_memory();
 };
 
-// Rows that lie a stride apart; or, where `each` is not 0, by that many in pages, which a table finds, or else which lie
-// a stride apart, too. Rows outside [first, last) are zeros and never read.
+// Rows that lie a stride apart; or, where `each` is not 0, that many in each of several pages, which a table finds or
+// which lie a stride apart, too. Rows outside [first, last) are zeros and never read.
 template <class T> struct Rows {
     const T* at;
     i64 stride;
@@ -67,8 +67,8 @@ DEVICE Rows<T> group_rows_of(const Args& a, const Matrix& x, int batch, int firs
     return rows;
 }
 
-// Writes a warp's rows of results [16, 8 * TILES], times a factor for each of a lane's two rows, to a matrix's columns from
-// `first_column` on.
+// Writes a warp's rows of results [16, 8 * TILES], times a factor for each of a lane's two rows, to a matrix's columns
+// from `first_column` on.
 template <class T, class Acc, int TILES>
 DEVICE void store_rows(const Matrix& x, int batch, int head, i64 start, const int (&row)[2], const bool (&wanted)[2],
                        const Acc (&results)[TILES][4], const Acc (&factor)[2], int first_column, int columns) {

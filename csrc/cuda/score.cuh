@@ -8,8 +8,8 @@ template <class Acc> struct Score {
     Acc slope;  // of the softcap: what a gradient is multiplied by on its way to scale * q.k
 };
 
-// A score stays q.k as long as nothing else is added to it, and its scale is left to the exponential, which takes it to a
-// difference: a difference of equal scores is 0 then, however large they are.
+// A score stays q.k as long as nothing else is added to it, and its scale is left to the exponential, which takes it to
+// a difference: a difference of equal scores is 0 then, however large they are.
 template <class T, bool RICH> struct ScoreRule {
     using Acc = typename AccumulatorOf<T>::type;
     const Args& a;

@@ -96,8 +96,8 @@ template <class Acc> DEVICE RowStatistics<Acc> statistics_of(const Args& a, i64 
     return row;
 }
 
-// p (dp - delta + d_lse), the gradient of a logit. d_lse joins last: where a row has all its weight on one key dp - delta
-// is exactly 0; dp - (delta - d_lse) is not.
+// p (dp - delta + d_lse), the gradient of a logit. d_lse joins last: where a row has all its weight on one key
+// dp - delta is exactly 0; dp - (delta - d_lse) is not.
 template <class Acc> DEVICE Acc score_gradient(Acc p, Acc dp, const RowStatistics<Acc>& row) {
     return p * (dp - row.delta + row.d_lse);
 }

@@ -82,9 +82,9 @@ template <class T_, int HEAD, int WARPS_, int STREAMED_, int STAGES> struct Tens
         }
     }
 
-    // The dot products of this lane's two rows of `a` and of `b`. By the matrix product, which sums in the order of `dot`:
-    // where a row has nearly all its weight on one key, dp - delta is a difference of equals, and another order would leave
-    // its rounding in the gradient.
+    // The dot products of this lane's two rows of `a` and of `b`. By the matrix product, which sums in the order of
+    // `dot`: where a row has nearly all its weight on one key, dp - delta is a difference of equals, and another order
+    // would leave its rounding in the gradient.
     template <int ROWS>
     DEVICE void row_dots(float (&sums)[2], const Owned<ROWS>& a, const Owned<ROWS>& b, int row) const {
         float products[2][4] = {};
@@ -98,13 +98,14 @@ template <class T_, int HEAD, int WARPS_, int STREAMED_, int STAGES> struct Tens
 
     // out += weights times the rows of `b`, from b_row on; all columns.
     template <int TILES, int OUT_TILES>
-    DEVICE void weigh(float (&out)[OUT_TILES][4], const float (&w)[TILES][4], Tile b, int b_row, int /*first_column*/) const {
+    DEVICE void weigh(float (&out)[OUT_TILES][4], const float (&w)[TILES][4], Tile b, int b_row,
+                      int /*first_column*/) const {
         const int lane = lane_index();
 #pragma unroll
         for (int j = 0; j < TILES; j += 2) {
             // Two tiles of accumulators are, rounded, an operand's fragments.
-            const u32 of_w[4] = {pack<T>(w[j][0], w[j][1]), pack<T>(w[j][2], w[j][3]), pack<T>(w[j + 1][0], w[j + 1][1]),
-                                 pack<T>(w[j + 1][2], w[j + 1][3])};
+            const u32 of_w[4] = {pack<T>(w[j][0], w[j][1]), pack<T>(w[j][2], w[j][3]),
+                                 pack<T>(w[j + 1][0], w[j + 1][1]), pack<T>(w[j + 1][2], w[j + 1][3])};
 #pragma unroll
             for (int i = 0; i < OUT_TILES; i += 2) {
                 u32 of_b[4];

@@ -196,9 +196,10 @@ def pack(
         spec.b, spec.h, spec.hk, spec.m, spec.n, spec.d, spec.dv, spec.sequences or 0, x.k.shape[0] if page else 0,
         page, spec.offset or 0, reach if spec.left is None else min(spec.left, reach),
         reach if spec.right is None else min(spec.right, reach), spec.offset is None,
-        (spec.scale > 0) - (spec.scale < 0), _is_aligned(inputs, spec), bias is not None and bias.dtype is torch.float32,
-        x.q_segments is not None and x.q_segments.dtype is torch.int64, bias_sums, parts.row_max.shape[0] if parts else 0,
-        int(spec.dropout_p * 2**32), 0,
+        (spec.scale > 0) - (spec.scale < 0), _is_aligned(inputs, spec),
+        bias is not None and bias.dtype is torch.float32,
+        x.q_segments is not None and x.q_segments.dtype is torch.int64, bias_sums,
+        parts.row_max.shape[0] if parts else 0, int(spec.dropout_p * 2**32), 0,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Which CUDA kernels there are: template arguments, threads and shared memory, by kernel, GPU, dtype and head size.
 
-Nothing has been measured on a GPU. Tiles are the largest whose accumulators fit the registers and whose operands fit the
-chip's shared memory; `tests/test_cuda_compile.py` compiles every row and holds it to that.
+Nothing has been measured on a GPU. Tiles are the largest whose accumulators fit the registers and whose operands fit
+the chip's shared memory; `tests/test_cuda_compile.py` compiles every row and holds it to that.
 """
 
 from __future__ import annotations

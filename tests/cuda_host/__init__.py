@@ -11,9 +11,9 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from pyattn import cuda_kernels
 from pyattn.backends.cuda import CudaBackend, Gpu
@@ -35,22 +35,31 @@ extern "C" const char* launch(const void* args, int bytes, int blocks, int threa
 """
 
 
+class Change(NamedTuple):
+    """Another text in the place of one that occurs once, in one kernel's sources."""
+
+    kernel: str
+    file: str
+    old: str
+    new: str
+
+
 class EmulatedCuda(CudaBackend):
     """The whole backend on CPU tensors: what it would launch, the emulator runs.
 
     Args:
         capability: of the GPU that is pretended.
         seed: draws the order in which warps run.
-        changes: texts to replace in the kernels' sources, each of which must occur once: {name: (old, new)}.
+        change: a mistake to make in one kernel.
     """
 
     devices = frozenset({"cpu"})
 
-    def __init__(self, capability: int = 80, seed: int = 0, changes: Mapping[str, tuple[str, str]] | None = None) -> None:
+    def __init__(self, capability: int = 80, seed: int = 0, change: Change | None = None) -> None:
         super().__init__()
         self.gpu = Gpu(0, capability, processors=16)
         self.seed = seed
-        self.folder = _prepared(tuple((changes or {}).items()))
+        self.change = change
         self.launched: set[str] = set()
 
     def unavailable(self) -> None:
@@ -61,19 +70,23 @@ class EmulatedCuda(CudaBackend):
 
     def launch(self, gpu: Gpu, row: Row, blocks: int, arguments: bytes) -> None:
         self.launched.add(row.instantiation)
-        kernel = _compiled(self.folder, row.instantiation)
+        change = self.change
+        if change is not None and not row.instantiation.startswith(f"{change.kernel}<"):
+            change = None
+        kernel = _compiled(_prepared(change), row.instantiation)
         failure = kernel(arguments, len(arguments), blocks, row.threads, row.shared_bytes, self.seed)
         if failure is not None:
             raise AssertionError(f"{row.instantiation}: {failure.decode()}")
 
 
 @cache
-def _prepared(changes: tuple[tuple[str, tuple[str, str]], ...]) -> Path:
+def _prepared(change: Change | None) -> Path:
     """A folder with the sources, and with the library that runs threads."""
     sources = dict(cuda_kernels.sources())
-    for name, (old, new) in changes:
-        assert sources[name].count(old) == 1, f"{name} has {old!r} {sources[name].count(old)} times"
-        sources[name] = sources[name].replace(old, new)
+    if change is not None:
+        text = sources[change.file]
+        assert text.count(change.old) == 1, f"{change.file} has {change.old!r} {text.count(change.old)} times"
+        sources[change.file] = text.replace(change.old, change.new)
     sources |= {name: (HERE / name).read_text("utf-8") for name in ("hw.cuh", "machine.h", "machine.cpp")}
     digest = hashlib.sha256(repr((sorted(sources.items()), FLAGS, ENTRY)).encode()).hexdigest()[:16]
     folder = BUILD / digest

@@ -1,5 +1,5 @@
-// What kernels ask of a GPU, on the host: in the place of csrc/cuda/hw.cuh, function for function. Threads and copies are
-// machine.cpp's; here are number formats, and what the matrix instructions compute.
+// What kernels ask of a GPU, on the host: in the place of csrc/cuda/hw.cuh, function for function. Threads and copies
+// are machine.cpp's; here are number formats, and what the matrix instructions compute.
 #pragma once
 
 #include <cmath>
