@@ -12,8 +12,9 @@ import torch
 
 import pyattn
 from pyattn import core, registry
-from pyattn.backends import KernelError
+from pyattn.backends import KernelError, kernel_cache, nvrtc
 from pyattn.backends.cpu import isas
+from pyattn.backends.nvrtc_compiler import dotted
 from pyattn.spec import AttentionSpec
 
 # The vector instructions that CPU kernels are chosen by, as Linux names them.
@@ -31,6 +32,8 @@ def describe() -> dict[str, str]:
         "CPU": _cpu(),
         "CPU kernels": ", ".join(isas()) or "none",
         "GPU": _gpu(),
+        "NVRTC": _nvrtc(),
+        "CUDA kernels": _kernel_cache(),
     }
 
 
@@ -85,3 +88,21 @@ def _gpu() -> str:
         memory = device.total_memory / 2**30
         found.append(f"{device.name}, sm_{device.major}{device.minor}, {memory:.0f} GiB")
     return "; ".join(found)
+
+
+def _nvrtc() -> str:
+    try:
+        found = nvrtc.compiler()
+    except nvrtc.NvrtcError as error:
+        return str(error)
+    return f"{dotted(found.version)} at {found.path}, for compute capabilities {found.capabilities}"
+
+
+def _kernel_cache() -> str:
+    folder = kernel_cache.folder()
+    if folder is None:
+        return "not kept, the user's home folder is not known"
+    try:
+        return f"{kernel_cache.size()} in {folder}"
+    except OSError as error:
+        return f"{folder} cannot be read: {error.strerror}"
