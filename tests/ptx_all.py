@@ -15,7 +15,6 @@ from ptx.cases import CHOSEN, DTYPES, Row, whole
 from ptx.contract import excesses, paged_excesses
 from ptx.launch import pyattn_on
 from ptx.program import Landing, Schedule
-from test_fuzz import fuller_rounding
 from test_kvcache import OPTIONS
 
 from pyattn import testing
@@ -86,8 +85,7 @@ def instance(case: Case, r: random.Random) -> Case:
 
 
 @pytest.mark.parametrize("chip", CHOSEN)
-def test_random_calls_under_random_schedules(chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(testing, "rounding", fuller_rounding)
+def test_random_calls_under_random_schedules(chip: str) -> None:
     backend, r = CHOSEN[chip][0], random.Random(0)
     of = kinds(backend, r, 8)
     for _ in range(RANDOM_CALLS):

@@ -11,7 +11,8 @@ from torch import Tensor
 import pyattn
 from pyattn import core, registry, testing
 from pyattn.backends.cpu import CpuBackend, isas
-from pyattn.backends.reference import cast, definition, rounding
+from pyattn.backends.reference import cast, definition
+from pyattn.rounding import expected_errors
 from pyattn.spec import AttentionSpec, Inputs, Numbers, dtype_name
 
 H, HK, D, DV = 6, 2, 40, 24
@@ -81,7 +82,7 @@ def held_against_definition(runner: Any, x: Inputs, numbers: Numbers) -> list[te
     spec = AttentionSpec.of(x, numbers)
     exact, plain = (definition(spec, cast(x, dtype)) for dtype in (torch.float64, x.q.dtype))
     d_out, d_lse = torch.zeros_like(exact[0]), torch.zeros_like(exact[1])
-    floor = rounding(spec, cast(x, torch.float64), d_out, d_lse)
+    floor = expected_errors(spec, cast(x, torch.float64), d_out, d_lse)
     eps = torch.finfo(spec.accumulator).eps
     found = runner.forward(spec, x)[:2]
     return [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyattn import dropout
-from pyattn.backends import Backend
+from pyattn.backends import Backend, Proof
 from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, Results
 
 
@@ -22,6 +22,7 @@ class ReferenceBackend(Backend):
     dtypes = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
     features = frozenset(FEATURES)
     max_head_dim = 1 << 30
+    proof = Proof(source="is the definition", compiled="", hardware="")
 
     def unavailable(self) -> str | None:
         return None
@@ -51,8 +52,8 @@ class ReferenceBackend(Backend):
 
 def definition(spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
     """out [b, h, m, dv] and lse [b, h, m], each operation in the dtype of x.q."""
-    see, x = visible(spec, x), _in_a_row(x)  # [b, h, m, n]
-    k, v = (_over_heads(_drop_unseen(t, see), spec) for t in (x.k, x.v))
+    see = visible(spec, x)  # [b, h, m, n]
+    k, v = keys_and_values(spec, x, see)
     p, lse = weights(spec, x, scores(spec, x, k).masked_fill(~see, -torch.inf))
     if spec.dropout_p > 0:
         p = p * dropout_keep(spec, x) / (1 - spec.dropout_p)
@@ -81,47 +82,6 @@ def gradients(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor | Non
             loss = loss + (torch.where(lse == -torch.inf, 0.0, lse) * d_lse.to(lse.dtype)).sum()
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return Grads(**{name: g.to(getattr(like, name).dtype) for name, g in zip(names, found, strict=True)})
-
-
-def rounding(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor) -> dict[str, Tensor]:
-    """The error that no algorithm avoids in out, lse and every gradient, in units of the accumulator's eps.
-
-    Each term of each sum is rounded once; independent roundings add up by their squares, which is what is summed here
-    in place of the terms. A weight carries the roundings of its row's scores by the softmax's derivative: a score of
-    its own by 1 - p, which leaves nothing of it where the weight is 1, and the others by theirs.
-    """
-    see, x = visible(spec, x), _in_a_row(x)
-    k, v = (_over_heads(_drop_unseen(t, see), spec) for t in (x.k, x.v))
-    s = scores(spec, x, k).masked_fill(~see, -torch.inf)
-    p, lse = weights(spec, x, s)
-    p_sink = None if x.sinks is None else (x.sinks[:, None] - lse).exp()
-    s, lse = (torch.where(t == -torch.inf, 0.0, t).abs() for t in (s, lse))
-    ps2 = (p * s).square()
-    p2 = p.square() * (1 + ((1 - p) * s).square() + ps2.sum(-1, keepdim=True) - ps2)
-    kept2 = p2 * dropout_keep(spec, x) / (1 - spec.dropout_p) ** 2 if spec.dropout_p > 0 else p2
-    d_p2 = d_out.square() @ v.square().transpose(-1, -2) * kept2
-    delta2 = d_p2.sum(-1, keepdim=True) + d_lse.square()[..., None]
-    d_s2 = d_p2 + p2 * delta2
-    d_q2, d_k2 = d_s2 @ k.square(), d_s2.transpose(-1, -2) @ x.q.square()
-    if x.weight is not None:
-        t = hidden(x, k)
-        terms2 = d_s2[..., None] * ((1 - t.square()) * x.weight[:, None, None]).square()
-        d_q2, d_k2 = terms2.sum(3), terms2.sum(2)
-    per_head = {"d_k": spec.scale**2 * d_k2, "d_v": kept2.transpose(-1, -2) @ d_out.square()}
-    found = {
-        "out": kept2 @ v.square(),
-        "lse": lse.square() + ps2.sum(-1),
-        "d_q": spec.scale**2 * d_q2,
-        **{name: t.unflatten(1, (spec.hk, spec.h // spec.hk)).sum(2) for name, t in per_head.items()},
-    }
-    if x.bias is not None:
-        found["d_bias"] = d_s2.sum_to_size(x.bias.shape)
-    if x.sinks is not None and p_sink is not None:
-        p_sink2 = (p_sink * (1 + x.sinks.abs()[:, None] + lse)).square()
-        found["d_sinks"] = (p_sink2 * delta2.squeeze(-1)).sum((0, 2))
-    if x.weight is not None:
-        found["d_weight"] = spec.scale**2 * (d_s2[..., None] * t.square()).sum((0, 2, 3))
-    return {name: t.sqrt() for name, t in found.items()}
 
 
 def visible(spec: AttentionSpec, x: Inputs) -> Tensor:
@@ -202,27 +162,23 @@ def cast(x: Inputs, dtype: torch.dtype) -> Inputs:
     return Inputs._make(t.to(dtype) if t is not None and t.is_floating_point() else t for t in x)
 
 
-def _in_a_row(x: Inputs) -> Inputs:
-    """x with the pages of k and v in a row, [b, hk, n, *].
+def keys_and_values(spec: AttentionSpec, x: Inputs, see: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v, [b, h, n, *]: out of their pages, one for each query head, and 0 where nobody sees them."""
+    k, v = _in_a_row(x)
+    group = spec.h // spec.hk
+    seen = see.unflatten(1, (spec.hk, group)).any((2, 3))[..., None]  # a NaN that is not seen goes nowhere
+    return torch.where(seen, k, 0.0).repeat_interleave(group, 1), torch.where(seen, v, 0.0).repeat_interleave(group, 1)
+
+
+def _in_a_row(x: Inputs) -> tuple[Tensor, Tensor]:
+    """k and v with their pages in a row, [b, hk, n, *].
 
     What the table says behind a batch element's length is without meaning.
     """
     if x.block_table is None:
-        return x
+        return x.k, x.v
     k, v = x.k, x.v
     if len(k) == 0:  # then no batch element has a key
         k, v = (t.new_zeros(1, *t.shape[1:]) for t in (k, v))
     pages = x.block_table.long().clamp(0, len(k) - 1)
-    return x._replace(k=k[pages].transpose(1, 2).flatten(2, 3), v=v[pages].transpose(1, 2).flatten(2, 3))
-
-
-def _over_heads(t: Tensor, spec: AttentionSpec) -> Tensor:
-    """Keys or values [b, hk, n, *] repeated to one per query head [b, h, n, *]."""
-    return t.repeat_interleave(spec.h // spec.hk, 1)
-
-
-def _drop_unseen(t: Tensor, see: Tensor) -> Tensor:
-    """Zeroes the keys or values [b, hk, n, *] that no query of their group sees, so that a NaN there goes nowhere."""
-    hk = t.shape[1]
-    seen = see.unflatten(1, (hk, see.shape[1] // hk)).any((2, 3))
-    return torch.where(seen[..., None], t, 0.0)
+    return k[pages].transpose(1, 2).flatten(2, 3), v[pages].transpose(1, 2).flatten(2, 3)
