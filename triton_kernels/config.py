@@ -96,16 +96,15 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
     ("additive decode", "any", 16): {256: Config(16, 16, 4, 2)},
     ("additive decode", "any", 32): {256: Config(16, 16, 4, 2)},
     # Additive scores, by the size of the values alone. A thread's share of a tile stays small: two columns at a time,
-    # each pair of a query and a key has a numerator and a denominator of either.
-    ("additive forward", "hopper", 16): {256: Config(64, 32, 8, 1)},
+    # each pair of a query and a key has a numerator and a denominator of either. A warp takes at least 16 rows of a
+    # product, so that more warps than that many rows would compute the same scores twice.
     ("additive forward", "cdna", 16): {256: Config(64, 32, 4, 1)},
     ("additive forward", "any", 16): {256: Config(32, 32, 4, 1)},
     ("additive dq", "hopper", 16): {256: Config(64, 16, 4, 1)},
     ("additive dq", "cdna", 16): {256: Config(64, 32, 4, 1)},
     ("additive dq", "any", 16): {128: Config(64, 16, 4, 1), 256: Config(64, 16, 8, 1)},
-    ("additive dkdv", "hopper", 16): {64: Config(32, 64, 8, 1), 256: Config(64, 32, 8, 1)},
     ("additive dkdv", "cdna", 16): {256: Config(32, 64, 4, 1)},
-    ("additive dkdv", "any", 16): {256: Config(32, 32, 8, 1)},
+    ("additive dkdv", "any", 16): {256: Config(64, 32, 8, 1)},
     ("additive forward", "any", 32): {64: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)},
     ("additive dq", "any", 32): {64: Config(16, 32, 4, 1), 256: Config(16, 16, 4, 1)},
     ("additive dkdv", "any", 32): {64: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1)},
@@ -137,7 +136,6 @@ RELEASES: dict[str, dict[tuple[str, str, int], dict[int, Config]]] = {
     "3.9": {
         ("dkdv", "hopper", 16): {128: Config(32, 128, 8, 2)},  # 64 queries spill 192 bytes on sm_90
         ("additive dq", "any", 16): {128: Config(64, 16, 8, 1)},  # 192 bytes on sm_80
-        ("additive dkdv", "hopper", 16): {64: Config(64, 32, 8, 1)},  # 96 bytes on sm_90 with mask, bias and dropout
         ("additive dq", "any", 32): {64: Config(16, 16, 4, 1)},  # 88 bytes on sm_80
         ("additive dkdv", "any", 32): {64: Config(16, 16, 8, 1)},  # 152 bytes on sm_80
     },
