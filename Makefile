@@ -2,7 +2,7 @@
 # make test-compile: the Triton kernels compiled by every Triton from 3.6 to 3.9.
 # make test-ptx: all that the PTX machine can run of the compiled kernels (tests/ptx); hours.
 # make test-torch: all tests with the oldest torch that pyproject.toml promises, and with the newest.
-# make sanitize: the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; needs GCC.
+# make sanitize: the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; needs GCC.
 # make wheel: wheels for Linux, into dist/, one for each interpreter of PYTHONS.
 # All set themselves up in .venv inside this folder and touch nothing outside it.
 
@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: run test test-compile test-ptx test-torch sanitize wheel one-wheel clean
+.PHONY: run test test-compile test-ptx test-torch sanitize sanitize-memory sanitize-threads wheel one-wheel clean
 
 run: .venv/tools
 	$(BIN)/pyattn info
@@ -30,22 +30,30 @@ test: .venv/test
 # A copy of the package with a _C of its own, found by PYTHONPATH from a folder where no other pyattn is in the way.
 # LD_PRELOAD, because Python itself is not sanitized; libstdc++ with it, so that exceptions are found, too. Reports go to
 # files, because pytest would keep the output of a process that ends.
-SANITIZE := $(CURDIR)/build/sanitize
-SANITIZED := cd $(SANITIZE) && PYTHONPATH=package ASAN_OPTIONS=detect_leaks=0:log_path=report \
-  UBSAN_OPTIONS=print_stacktrace=1:log_path=report \
-  LD_PRELOAD="$(foreach name,asan ubsan stdc++,$$($(CXX) -print-file-name=lib$(name).so))" $(CURDIR)/$(BIN)/python
-SANITIZED_TESTS := $(foreach name,cpu_border cpu_threads cpu linear contract additive fuzz,$(CURDIR)/tests/test_$(name).py)
+SANITIZE = $(CURDIR)/build/$@
+SANITIZED = cd $(SANITIZE) && PYTHONPATH=package ASAN_OPTIONS=detect_leaks=0:log_path=report \
+  UBSAN_OPTIONS=print_stacktrace=1:log_path=report TSAN_OPTIONS=log_path=report \
+  LD_PRELOAD="$(foreach name,$(RUNTIMES) stdc++,$$($(CXX) -print-file-name=lib$(name).so))" $(CURDIR)/$(BIN)/python
 
-sanitize: .venv/sanitize
+sanitize: sanitize-memory sanitize-threads
+
+sanitize-memory: SANITIZERS := address,undefined
+sanitize-memory: RUNTIMES := asan ubsan
+sanitize-memory: SANITIZED_TESTS := cpu_border cpu_threads cpu linear contract additive fuzz
+sanitize-threads: SANITIZERS := thread
+sanitize-threads: RUNTIMES := tsan
+sanitize-threads: SANITIZED_TESTS := cpu_threads
+
+sanitize-memory sanitize-threads: .venv/sanitize
 	rm -rf $(SANITIZE)/package $(SANITIZE)/report.*
 	$(BIN)/python setup.py --quiet build_py --build-lib $(SANITIZE)/package
-	PATH="$(CURDIR)/$(BIN):$$PATH" CXX=$(CXX) cmake -G Ninja -S csrc -B $(SANITIZE)/cmake -DPYATTN_SANITIZE=ON \
-	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	PATH="$(CURDIR)/$(BIN):$$PATH" CXX=$(CXX) cmake -G Ninja -S csrc -B $(SANITIZE)/cmake \
+	  -DPYATTN_SANITIZE=$(SANITIZERS) -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZE)/cmake
 	cp $(SANITIZE)/cmake/_C*.so $(SANITIZE)/package/pyattn/
-	$(SANITIZED) -c 'import torch, pyattn._C as c; assert "/sanitize/" in c.__file__, c.__file__; print(c.isas())'
-	$(SANITIZED) -m pytest $(SANITIZED_TESTS) -k 'not reference and not memory and not median' --numprocesses 2 \
+	$(SANITIZED) -c 'import torch, pyattn._C as c; assert "/$@/" in c.__file__, c.__file__; print(c.isas())'
+	$(SANITIZED) -m pytest $(SANITIZED_TESTS:%=$(CURDIR)/tests/test_%.py) -k 'not reference and not memory and not median' --numprocesses 2 \
 	  || { cat $(SANITIZE)/report.*; exit 1; }
 
 # Each in a folder of its own.

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from pyattn import testing
+from pyattn import interrupt, testing  # noqa: F401 (interrupt comes before torch)
 from pyattn.api import additive_attention, attention, attention_kvcache, attention_varlen, explain
 from pyattn.check import DeviceError, DtypeError, PyattnError, RangeError, ShapeError, UnsupportedError
 from pyattn.compat.patch import patch

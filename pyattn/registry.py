@@ -27,6 +27,13 @@ HOPPER_ALLOWED_BY: str | None = None
 # `auto` tries these in order.
 AUTOMATIC = FUSED if HOPPER_ALLOWED_BY else ("triton", "cpu")
 
+# How a backend may have been held against the definition, by the fields of `Proof`.
+PROOFS = {
+    "source": "source run in Triton's interpreter",
+    "compiled": "compiled PTX run on a CPU (`tests/ptx`)",
+    "hardware": "run on hardware",
+}
+
 # A plain global, because torch.compile neither traces a ContextVar nor guards a threading.local.
 _default = "auto"
 
@@ -93,6 +100,8 @@ def feature_table() -> str:
     rows.append(("head sizes", *(backend.head_sizes for backend in columns)))
     for feature, words in FEATURES.items():
         rows.append((words, *("yes" if feature in backend.features else "no" for backend in columns)))
+    for way, words in PROOFS.items():
+        rows.append((words, *(getattr(backend.proof, way) for backend in columns)))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 import pyattn
 from pyattn import testing, verification
+from pyattn.backends import kernel_cache, nvrtc
 from pyattn.cli import app
 from pyattn.training import checkpoint, metrics
 
@@ -414,3 +415,44 @@ def test_import_pyattn_brings_none_of_the_command_s_libraries() -> None:
     code = "import sys, pyattn; print({'typer', 'rich', 'matplotlib', 'tokenizers', 'safetensors'} & set(sys.modules))"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout.strip() == "set()"
+
+
+def test_ctrl_c_while_torch_is_imported_prints_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    script = tmp_path / "pyattn"
+    script.write_text("from pyattn.cli import main\nmain()\n")
+    found = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode == -signal.SIGINT
+    assert (found.stdout, found.stderr) == ("", "Aborted.\n")
+
+
+def test_info_shows_the_compiled_kernels_on_the_disk_and_removes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / ".cache" / "pyattn" / "kernels"
+    kernel_cache.store("a", bytes(2**20))
+    assert f"CUDA kernels  1 kernel, 1.0 MiB in {folder}" in _run("info").output
+    removed = _run("info", "--clear-cache")
+    assert removed.output == f"removed 1 kernel, 1.0 MiB from {folder}\n"
+    assert list(folder.iterdir()) == []
+    assert "CUDA kernels  0 kernels, 0.0 MiB in" in _run("info").output
+
+
+def test_info_names_the_compiler_of_cuda_kernels_or_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    nvrtc.compiler.cache_clear()
+    assert re.search(r"NVRTC +torch \S+ is built without CUDA", _run("info").output)
+    found = SimpleNamespace(version=(12, 8), path=Path("/opt/libnvrtc.so.12"), capabilities="7.0, 7.5")
+    monkeypatch.setattr(nvrtc, "compiler", lambda: found)
+    assert re.search(r"NVRTC +12\.8 at /opt/libnvrtc\.so\.12, for compute capabilities 7\.0, 7\.5", _run("info").output)
+
+
+def test_info_clears_no_cache_that_the_system_forbids_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/home/other/a.cubin")
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kernel_cache.store("a", b"code")
+    monkeypatch.setattr(Path, "unlink", forbidden)
+    _assert_refused(_run("info", "--clear-cache"), "/home/other/a.cubin: Permission denied")

@@ -26,14 +26,14 @@ LEVELS = (
     ("pyattn.models", "pyattn.decoding", "pyattn.training"),
     ("pyattn.nn",),
     ("pyattn.verification", "pyattn.machine"),
-    ("pyattn.testing",),
+    ("pyattn.testing", "pyattn.rounding"),
     ("pyattn.api",),
     ("pyattn.core",),
     ("pyattn.registry", "pyattn.autograd", "pyattn.transforms", "pyattn.ops"),
     ("pyattn.check", "pyattn.files", "pyattn.tokens"),
     ("pyattn.backends",),
     ("triton_kernels", "pyattn.triton_kernels", "pyattn._C"),
-    ("pyattn.spec", "pyattn.dropout", "pyattn.flops", "pyattn.face"),
+    ("pyattn.spec", "pyattn.dropout", "pyattn.flops", "pyattn.face", "pyattn.interrupt"),
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,14 @@ from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, Results, dtype_n
 
 class KernelError(Exception):
     """A kernel could not be compiled or launched for a call. Its backend refuses calls of that kind from then on."""
+
+
+class Proof(NamedTuple):
+    """In which ways a backend's contract suite has been run, and where; words for a table."""
+
+    source: str  # interpreted, operation by operation
+    compiled: str  # PTX, executed on a CPU instruction by instruction
+    hardware: str  # the date of the last run, and the devices
 
 
 class Backend(ABC):
@@ -29,6 +37,7 @@ class Backend(ABC):
     features: ClassVar[frozenset[str]]
     max_head_dim: ClassVar[int]  # of queries and keys, and of values where these have no limit of their own
     max_value_dim: ClassVar[int | None] = None
+    proof: ClassVar[Proof]
 
     @property
     def head_sizes(self) -> str:

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch  # before pyattn._C, so that both share torch's OpenMP runtime
 from torch import Tensor
 
-from pyattn.backends import Backend
+from pyattn.backends import Backend, Proof
 from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, Results, empty_gradients, empty_results, unit_stride
 
 _DTYPE_NAMES = {
@@ -35,6 +35,7 @@ class CpuBackend(Backend):
     dtypes = frozenset(_DTYPE_NAMES)
     features = frozenset(FEATURES)
     max_head_dim = 4096  # as in csrc/attention_args.h
+    proof = Proof("is compiled", "is no PTX", "AVX2 2026-11-30, AVX-512 2026-11-21, AMX not yet")
 
     def __init__(self, isa: str | None = None) -> None:
         """isa: one of `isas()`; None is the best of them."""

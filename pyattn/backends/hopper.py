@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from pyattn.backends import Backend
+from pyattn.backends import Backend, Proof
 from pyattn.backends.triton import TritonBackend, call_of, release_shortcoming
 from pyattn.spec import AttentionSpec, Grads, Inputs, Results, empty_gradients, empty_results, unit_stride
 
@@ -25,6 +25,7 @@ class HopperBackend(TritonBackend):
     dtypes = frozenset({torch.float16, torch.bfloat16})
     features = frozenset({"causal", "window", "key_lengths", "gqa", "dv", "packed"})
     max_head_dim = 256
+    proof = Proof(source="no", compiled="sm_90a", hardware="not yet")
 
     @property
     def head_sizes(self) -> str:

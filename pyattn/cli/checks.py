@@ -18,18 +18,26 @@ if TYPE_CHECKING:
     from pyattn.verification import Verdict
 
 
-def info() -> None:
+def info(
+    clear_cache: Annotated[
+        bool, typer.Option("--clear-cache", help="Remove the compiled CUDA kernels from the disk, and show no more.")
+    ] = False,
+) -> None:
     """Show this machine as pyattn sees it, and which backends can run on it."""
-    from pyattn import machine
+    from pyattn import machine, registry
+    from pyattn.backends import kernel_cache
 
+    if clear_cache:
+        console.print(f"removed {kernel_cache.clear()} from {kernel_cache.folder()}", soft_wrap=True)
+        return
     facts = Table.grid(padding=(0, 2))
     for name, value in machine.describe().items():
         facts.add_row(Text(name, "bold"), value)
     console.print(facts)
     console.print()
-    states = Table("backend", "state")
+    states = Table("backend", "state", *(words.replace("`", "") for words in registry.PROOFS.values()))
     for name, state in machine.backends().items():
-        states.add_row(name, Text(state, "green" if state == "ready" else ""))
+        states.add_row(name, Text(state, "green" if state == "ready" else ""), *registry.BACKENDS[name].proof)
     console.print(states)
 
 
