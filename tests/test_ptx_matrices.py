@@ -75,6 +75,23 @@ def test_product_of_half_precision(name):
     np.testing.assert_array_equal(out, fragments(a @ b + c, c_place, 4))
 
 
+def test_product_of_half_depth():
+    """9.7.14.5.7 "Matrix Fragments for mma.m16n8k8", of .f16: two registers of A, one of B"""
+    a, b, c = integers(16, 8, seed=0), integers(8, 8, seed=1), integers(16, 8, seed=2)
+
+    def halves(matrix: np.ndarray, place, number: int) -> np.ndarray:
+        return fragments(matrix, place, number).astype(np.float16).view(np.uint32)
+
+    body = MULTIPLY.replace("{{%r4, %r5, %r6, %r7}}, {{%r8, %r9}}, {{%r10", "{{%r4, %r5}}, {{%r8}}, {{%r10")
+    body = body.replace("16, %a0;  ld.global.v4.b32 {{%r4, %r5, %r6, %r7}}", "8, %a0;  ld.global.v2.b32 {{%r4, %r5}}")
+    body = body.replace("8, %a1;   ld.global.v2.b32 {{%r8, %r9}}", "4, %a1;  ld.global.b32 %r8")
+    out = np.zeros((32, 4), np.float32)
+    opcode = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
+    given = halves(a, a_place, 4), halves(b, b_place, 2), fragments(c, c_place, 4)
+    run(body.format(opcode=opcode), *given, out)
+    np.testing.assert_array_equal(out, fragments(a @ b + c, c_place, 4))
+
+
 def test_product_of_tf32_ignores_the_low_bits():
     """9.7.14.5.7 and 5.2.3: .tf32 has 10 bits of mantissa; those below are not looked at."""
     a, b, c = integers(16, 8, seed=0), integers(8, 8, seed=1), integers(16, 8, seed=2)

@@ -1,9 +1,10 @@
 """A machine that executes compiled PTX on the CPU, and with it pyattn's GPU kernels where there is no GPU.
 
-Triton and Gluon compile the kernels for sm_80, sm_90, sm_90a and sm_100 as for a launch. The machine runs what they
-made, instruction by instruction, on the memory of CPU tensors, and the results are held against float64 by the rule of
-`pyattn.testing`. So what is tested is what the compiler produced: layouts, swizzles, fragments, descriptors, copies,
-barriers; not the kernels' source, which Triton's interpreter runs. It needs g++, an x86-64 CPU with F16C, and Triton.
+Triton and Gluon compile the kernels for sm_80, sm_90, sm_90a and sm_100 as for a launch, and NVRTC those in CUDA C++.
+The machine runs what they made, instruction by instruction, on the memory of CPU tensors, and the results are held
+against float64 by the rule of `pyattn.testing`. So what is tested is what the compiler produced: layouts, swizzles,
+fragments, descriptors, copies, barriers; not the kernels' source, which Triton's interpreter and tests/cuda_host run. It
+needs g++, an x86-64 CPU with F16C, and Triton.
 
     text.py         PTX text to statements
     assembler.py    statements to bytecode: registers, constants, labels, the registry of instructions
@@ -13,6 +14,7 @@ barriers; not the kernels' source, which Triton's interpreter runs. It needs g++
     program.py      a kernel, its run and its faults
     tensor_map.py   what tensor copies are described by
     launch.py       Triton's launches, and pyattn's GPU backends, in the machine
+    nvrtc.py        kernels in CUDA C++, and pyattn's cuda backend, in the machine
     small.py        kernels written by hand, for the tests of single instructions
     cases.py, contract.py, branches.py
                     which calls of pyattn run, how they are judged, which branches of the kernels they entered

@@ -57,6 +57,17 @@ def _floats() -> None:
     rule("div.(full|approx|rn).f32", "DIVF", "=f32 f32 f32")
     rule("neg.f32", "NEGF", "=f32 f32")
     rule("abs.f32", "ABSF", "=f32 f32")
+    for op in ("add", "sub", "mul"):
+        rule(f"{op}[.rn].f64", f"{op.upper()}D", "=f64 f64 f64")
+    rule("fma.rn.f64", "FMAD", "=f64 f64 f64 f64")
+    rule("div.rn.f64", "DIVD", "=f64 f64 f64")
+    rule("rcp.approx.ftz.f64", "RCPD", "=f64 f64")
+    for op in ("neg", "abs"):
+        rule(f"{op}.f64", f"{op.upper()}D", "=f64 f64")
+    for op in ("min", "max"):
+        rule(f"{op}.f64", f"{op.upper()}D", "=f64 f64 f64")
+    rule("copysign.f32", "COPYSIGNF", "=f32 f32 f32")
+    rule("copysign.f64", "COPYSIGND", "=f64 f64 f64")
     # Two floats in a register of 64 bits.
     for op in ("add", "sub", "mul"):
         rule(f"{op}[.rn].f32x2", f"{op.upper()}F2", "=64 64 64")
@@ -100,6 +111,7 @@ def _comparisons() -> None:
         _setp(f"u{bits}", f"SETP_U{bits}", bits, unsigned)
         rule(f"selp.(b|s|u){bits}", f"SELP{max(bits, 32)}", f"={bits} {bits} {bits} p")
     _setp("f32", "SETP_F32", "f32", floats)
+    _setp("f64", "SETP_F64", "f64", floats)
     rule("selp.f32", "SELP32", "=f32 f32 f32 p")
     rule("selp.f64", "SELP64", "=f64 f64 f64 p")
 

@@ -8,6 +8,7 @@ from ptx.text import Name, PtxError, Vector
 rule("mov.pred", "MOVP", "=p p")
 rule("prmt.b32", "PRMT", "=32 32 32 32")
 rule("cvta[.to].global.u64", "MOV64", "=64 64")  # the generic addresses of global memory are its own
+rule("cvta[.to].shared.u64", "MOV64", "=64 64")  # and back: no load or store here takes those of shared memory
 rule("cvta.param.u64", "MOV64", "=64 64")  # of what a mov gave, which is the generic address already
 
 
@@ -58,6 +59,10 @@ rule("cvt.rn.f16x2.f32", "CVT_F16X2_F32", "=32 f32 f32")
 rule("cvt.rn.f32.s32", "CVT_F32_S32", "=f32 32")
 rule("cvt.rn.f32.u32", "CVT_F32_U32", "=f32 32")
 rule("cvt.rzi.s32.f32", "CVT_S32_F32_RZ", "=32 f32")
+rule("cvt.rni.f32.f32", "RINTF", "=f32 f32")  # to a whole number
+rule("cvt.rn.f32.f64", "CVT_F32_F64", "=f32 f64")
+rule("cvt.f64.f32", "CVT_F64_F32", "=f64 f32")
+rule("cvt.rn.f64.s32", "CVT_F64_S32", "=f64 32")
 rule("cvt.u32.u64", "CVT_U32_U64", "=32 64")
 rule("cvt.u16.u32", "CVT_U16_U32", "=16 32")
 rule("cvt.u64.u16", "CVT_U64_U32", "=64 16")

@@ -30,7 +30,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from ptx.program import Buffer, Counts, Fault, Program, Schedule, cache_folder
 from ptx.tensor_map import encode
 
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # that one CTA may have, by compute capability
+# That one CTA may have, by compute capability.
+SHARED_BYTES = {75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,16 @@ def _given(compiled: Any, bound: dict[str, Any], signature: dict[str, Any]) -> t
             continue
         if isinstance(kind, str) and kind.startswith("tensordesc"):
             values += [_tensor_map(value, next(maps)), *value.shape, *value.strides]
-            buffers += _buffer(value.base)
+            buffers += tensor_buffers(value.base)
         elif isinstance(value, torch.Tensor):
             values.append(value.data_ptr())
-            buffers += _buffer(value)
+            buffers += tensor_buffers(value)
         else:
             values.append(value)
     return values, buffers
 
 
-def _buffer(t: torch.Tensor) -> list[Buffer]:
+def tensor_buffers(t: torch.Tensor) -> list[Buffer]:
     storage = t.untyped_storage()
     if not storage.nbytes():
         return []

@@ -6,12 +6,22 @@ mma.sync, ldmatrix and stmatrix, where each lane holds a fragment.
 from __future__ import annotations
 
 from ptx.assembler import Argument, Instruction, instruction
-from ptx.text import Operand
+from ptx.text import Number, Operand
 
 
 @instruction("mma.sync.aligned.m16n8k16.row.col.f32.(bf16.bf16|f16.f16).f32")
 def _mma(x: Instruction) -> None:
     x.emit("MMA", _fragments(x), sub=int(x.modifiers[6] == "f16"))
+
+
+@instruction("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32")
+def _mma_of_half_depth(x: Instruction) -> None:
+    """The fragments of the first 8 columns of A, and rows of B, lie as those of m16n8k16 do; the others are 0 here."""
+    d, a, b, c = x.take(4)
+    zero = Number(0)
+    sources = [*x.vector(a, 2), zero, zero, *x.vector(b, 1), zero, *x.vector(c, 4)]
+    registers = [*(x.destination(register, 32) for register in x.vector(d, 4)), *(x.source(s, 32) for s in sources)]
+    x.emit("MMA", registers, sub=1)
 
 
 @instruction("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")

@@ -19,12 +19,15 @@ def _load(x: Instruction) -> None:
     bits, signed = int(kind[1:]), kind[0] == "s"
     values = _values(x, to, count)
     register = _register_bits(x, values, bits)
-    if signed and register == 64 != bits:
-        raise PtxError("a sign that fills 64 bits")
+    fills = signed and register == 64 != bits
+    if fills and bits != 32:
+        raise PtxError(f"a sign of {bits} bits that fills 64")
     address, wide = x.address(place, space)
     destinations = [x.destination(value, register) for value in values]
-    sub = _sub(space, bits, count, wide) | signed << 8 | (register == 64 != bits) << 10
+    sub = _sub(space, bits, count, wide) | (signed and not fills) << 8 | (register == 64 != bits) << 10
     x.emit("LD", [*address, *destinations], sub)
+    for register_ in destinations if fills else ():
+        x.emit("SEXT64", [register_, register_])
     if signed and bits < register == 16:  # the core's sign fills the word
         for register_ in destinations:
             x.emit("CVT_U16_U32", [register_, register_])

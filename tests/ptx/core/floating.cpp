@@ -146,6 +146,28 @@ void execute_FMAF2(Step& s) {
     packed(s, [](float x, float y, float z) { return std::fma(x, y, z); });
 }
 
+PTX_BINARY(ADDD, double, double, double, x + y)
+PTX_BINARY(SUBD, double, double, double, x - y)
+PTX_BINARY(MULD, double, double, double, x* y)
+PTX_BINARY(DIVD, double, double, double, x / y)
+PTX_BINARY(MIND, double, double, double, minimum(x, y, false))
+PTX_BINARY(MAXD, double, double, double, maximum(x, y, false))
+PTX_TERNARY(FMAD, double, double, double, std::fma(x, y, z))
+PTX_UNARY(NEGD, double, double, -x)
+PTX_UNARY(ABSD, double, double, std::fabs(x))
+PTX_BINARY(COPYSIGNF, float, float, float, std::copysign(y, x))  // the first source has the sign
+PTX_BINARY(COPYSIGND, double, double, double, std::copysign(y, x))
+
+// .approx.ftz: the chip looks at 20 bits of mantissa and gives as many; subnormal numbers are zeros.
+void execute_RCPD(Step& s) {
+    const auto high = [](double x) {
+        const double flushed = std::fabs(x) < 0x1p-1022 ? std::copysign(0.0, x) : x;
+        return bit_cast<double>(bit_cast<uint64_t>(flushed) & ~uint64_t{0xffffffff});
+    };
+    const double* a = s.of<double>(1);
+    s.each(s.of<double>(0), [=](int l) { return high(1.0 / high(a[l])); });
+}
+
 // sub: bits 0-3 a HalfOperation, 4: f16 instead of bf16, 5: two of them (.x2). Rounded once.
 void execute_HALF(Step& s) {
     uint32_t* d = s.u32(0);

@@ -55,9 +55,12 @@ void store_values(Step& s, const Elements& e, int lane, uint8_t* to) {
         memcpy(to, e.bytes == 8 ? static_cast<void*>(&s.u64(2 + k)[lane]) : &s.u32(2 + k)[lane], e.bytes);
 }
 
-const uint8_t* parameter(Step& s, uint64_t at, uint32_t bytes) {
-    if (static_cast<uint32_t>(at) + bytes > s.machine.parameter_bytes) fail("parameter out of bounds");
-    return s.machine.parameters + static_cast<uint32_t>(at);
+// At an offset in parameter space or, out of a register that a mov filled, at a generic address (see conversions.py).
+const uint8_t* parameter(Step& s, uint64_t at, uint32_t bytes, bool in_register) {
+    const uint64_t offset = in_register ? at - reinterpret_cast<uint64_t>(s.machine.parameters) : at;
+    if (offset > s.machine.parameter_bytes || offset + bytes > s.machine.parameter_bytes)
+        fail("parameter out of bounds");
+    return s.machine.parameters + offset;
 }
 
 // Local memory is the lane's own: the frame of its kernel, from address 0 on.
@@ -91,7 +94,7 @@ void execute_LD(Step& s) {
         } else if (e.space == kLocal) {
             from = local(s, at, e.all(), lane, "read");
         } else {
-            from = parameter(s, at, e.all());
+            from = parameter(s, at, e.all(), e.wide_address);
         }
         load_values(s, e, lane, from);
     });

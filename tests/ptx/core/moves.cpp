@@ -96,6 +96,10 @@ PTX_BINARY(CVT_F16X2_F32, uint32_t, float, float, to_f16(x) << 16 | to_f16(y))
 PTX_UNARY(CVT_F32_S32, float, int32_t, static_cast<float>(x))
 PTX_UNARY(CVT_F32_U32, float, uint32_t, static_cast<float>(x))
 PTX_UNARY(CVT_S32_F32_RZ, uint32_t, float, saturated(x))
+PTX_UNARY(CVT_F32_F64, float, double, static_cast<float>(x))
+PTX_UNARY(CVT_F64_F32, double, float, x)
+PTX_UNARY(CVT_F64_S32, double, int32_t, x)
+PTX_UNARY(RINTF, float, float, std::nearbyint(x))
 PTX_UNARY(CVT_S64_S32, int64_t, int32_t, x)
 PTX_UNARY(CVT_U64_U32, uint64_t, uint32_t, x)
 PTX_UNARY(CVT_U32_U64, uint32_t, uint64_t, static_cast<uint32_t>(x))
@@ -110,6 +114,7 @@ void execute_SETP_U32(Step& s) { setp<uint32_t>(s); }
 void execute_SETP_S64(Step& s) { setp<int64_t>(s); }
 void execute_SETP_U64(Step& s) { setp<uint64_t>(s); }
 void execute_SETP_F32(Step& s) { setp<float>(s); }
+void execute_SETP_F64(Step& s) { setp<double>(s); }
 void execute_SETP_U16(Step& s) { setp16<uint16_t>(s); }
 void execute_SETP_S16(Step& s) { setp16<int16_t>(s); }
 void execute_SELP32(Step& s) { selp<uint32_t>(s); }
