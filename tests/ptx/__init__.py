@@ -3,8 +3,8 @@
 Triton and Gluon compile the kernels for sm_80, sm_90, sm_90a and sm_100 as for a launch, and NVRTC those in CUDA C++.
 The machine runs what they made, instruction by instruction, on the memory of CPU tensors, and the results are held
 against float64 by the rule of `pyattn.testing`. So what is tested is what the compiler produced: layouts, swizzles,
-fragments, descriptors, copies, barriers; not the kernels' source, which Triton's interpreter and tests/cuda_host run. It
-needs g++, an x86-64 CPU with F16C, and Triton.
+fragments, descriptors, copies, barriers; not the kernels' source, which Triton's interpreter and tests/cuda_host run.
+It needs g++, an x86-64 CPU with F16C, and Triton.
 
     text.py         PTX text to statements
     assembler.py    statements to bytecode: registers, constants, labels, the registry of instructions
