@@ -9,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/cpu/*)
 
 .PHONY: run test test-compile test-ptx test-torch sanitize sanitize-memory sanitize-threads wheel one-wheel clean
 

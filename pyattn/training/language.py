@@ -146,7 +146,7 @@ def _bpe(documents: list[str], vocab: int) -> tuple[Tokenizer, dict[str, Tensor]
     for document in shuffled:
         tokens.append(end)
         tokens.extend(encode_document(tokenizer, document))
-    return tokenizer, {"tokens": torch.tensor(tokens, dtype=torch.int32)}
+    return tokenizer, {"tokens": torch.from_numpy(numpy.array(tokens))}
 
 
 def _characters(documents: list[str], vocab: int) -> tuple[Tokenizer, dict[str, Tensor]]:

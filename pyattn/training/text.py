@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -50,7 +51,7 @@ class Sentences:
         for row in rows:
             tokens.extend(row)
             ends.append(len(tokens))
-        return cls(torch.tensor(tokens, dtype=torch.int32), torch.tensor(ends, dtype=torch.int64))
+        return cls(torch.from_numpy(numpy.array(tokens)), torch.from_numpy(numpy.array(ends)))
 
 
 def standard_library() -> list[str]:
