@@ -40,6 +40,7 @@ ADDED = (
     Case("unseen-behind-the-band", window=(20, 5), top_left=True, m=40, n=170, unseen_nan=True),
     Case("unseen-segments", segments=4, m=2, n=90, unseen_nan=True),
     Case("unseen-gqa-mask", mask="1h1n", h=4, hk=2, unseen_nan=True, n=90),
+    Case("decode-scores", h=4, hk=2, m=2, n=150, mask="1hmn", bias="1h1n", alibi=True),
     Case("wide", b=1, m=20, n=40, d=300, dv=270, causal=True),
 )
 CASES = {case.id: case for case in (*testing.CASES, *ADDED)}
@@ -101,7 +102,7 @@ def test_cuda_cache_agrees_with_definition(m, page_size, dtype):
         results = held_against_definition(runner, x, numbers)
         assert [r for r in results if not r.excess <= 1] == [], name
         by_decoding = any(name.startswith("decode<") for name in runner.launched)
-        assert by_decoding == (m > 0 and (page_size is not None or m == 1)), runner.launched
+        assert by_decoding == (m > 0 and (page_size is not None or m <= 5)), runner.launched
 
 
 @pytest.mark.parametrize(("dtype", "family"), [(torch.float16, "Tensor"), (torch.float32, "Plain")])
@@ -111,9 +112,8 @@ def test_cuda_cases_launch_every_kernel_with_every_flag(dtype, family, emulated,
     monkeypatch.setattr(backend, "launch", lambda gpu, row, *_: launched.add(_kernel_and_flags(row.instantiation)))
     for case, _ in RUNS[:: len(DTYPES)]:
         testing.evaluate_backend(testing.make_inputs(case, dtype), "emulated")
-    in_cache_tests = {("decode", 1)}
     rows = [row.instantiation for row in cuda_config.all_rows(80) if f"<{family}<" in row.instantiation]
-    assert launched | in_cache_tests >= {_kernel_and_flags(name) for name in rows}
+    assert launched >= {_kernel_and_flags(name) for name in rows}
 
 
 def _kernel_and_flags(instantiation: str) -> tuple[str, int]:
@@ -174,7 +174,7 @@ def test_cuda_mutant_is_caught(mutant, emulated):
     [
         ({"additive": True}, "does not do additive scores with gradient"),
         ({"dv": 513}, "head size is at most 512, got d=32, dv=513"),
-        ({"m": 2**29, "n": 2**29 + 1}, "counts queries and keys to 2^30 together, got 1,073,741,825"),
+        ({"m": 2**28, "n": 2**28 + 1}, "counts queries and keys to 2^29 together, got 536,870,913"),
         ({"b": 2**20, "h": 2**10, "m": 2**10}, "launches at most 2,147,483,647 blocks"),
         ({"dtype": torch.int32}, "accepts bfloat16, float16, float32, float64, got int32"),
     ],
@@ -202,5 +202,5 @@ def test_cuda_every_row_fits_its_gpu(capability):
     assert all(row.shared_bytes <= cuda_config.shared_limit(capability) for row in rows)
     dtypes = {torch.float16: 75, torch.bfloat16: 80}
     for dtype, first in dtypes.items():
-        found = cuda_config.rows("forward", capability, dtype, 256, 8, 0)
+        found = cuda_config.rows("forward", capability, dtype, 192, 8, 0)
         assert found[0].instantiation.startswith("forward<Tensor<" if capability >= first else "forward<Plain<")

@@ -65,7 +65,7 @@ template <class F, int FLAGS> struct backward_bias {
         if (a.sign != 1) q.multiply_by(a.sign);
         const Rows<T> k_rows = rows_of<T>(a, a.k, batch, kv_head, 0, range, a.d);
         const Rows<T> v_rows = rows_of<T>(a, a.v, batch, kv_head, 0, range, a.dv);
-        const auto fetch = [&](int step) {
+        const auto fetch = [&](int step) INLINE {
             if (step < blocks.last - blocks.first) {
                 k.fetch(step, k_rows, (blocks.first + step) * F::STREAMED);
                 v.fetch(step, v_rows, (blocks.first + step) * F::STREAMED);
@@ -89,9 +89,9 @@ template <class F, int FLAGS> struct backward_bias {
             const u32 see = visible<TILES, true>(a, limits, batch, patch);
             if constexpr (FLAGS & DROPOUT) {
                 const u32 kept = dropout.template kept<TILES>(patch);
-                for_each(dp, [&](Acc& x, int j, int e) { x = has_bit(kept, j, e) ? x * keep_scale : Acc(0); });
+                for_each(dp, [&](Acc& x, int j, int e) INLINE { x = has_bit(kept, j, e) ? x * keep_scale : Acc(0); });
             }
-            for_each(total, [&](Acc& sum, int j, int e) {
+            for_each(total, [&](Acc& sum, int j, int e) INLINE {
                 if (!has_bit(see, j, e)) return;
                 const Acc p_ij = exp_score(score(s[j][e], patch, j, e).value, row[e / 2].top, unit, row[e / 2].log_sum);
                 sum += score_gradient(p_ij, dp[j][e], row[e / 2]);
@@ -113,25 +113,25 @@ template <class F, int FLAGS> struct backward_bias {
     static DEVICE void sum_keys(Acc (&total)[TILES][4]) {
         for (int r = 0; r < 2; ++r) {
             Acc sum = 0;
-            for_each(total, [&](Acc& x, int, int e) { sum += e / 2 == r ? x : Acc(0); });
+            for_each(total, [&](Acc& x, int, int e) INLINE { sum += e / 2 == r ? x : Acc(0); });
             total[0][2 * r] = row_sum(sum);
         }
     }
 
     // Leaves the sum over a column in the block's first row.
     static DEVICE void sum_queries(Acc (&total)[TILES][4], Acc* of_warps) {
-        for_each(total, [&](Acc& x, int j, int e) {
+        for_each(total, [&](Acc& x, int j, int e) INLINE {
             if (e >= 2) return;
             x += total[j][e + 2];
             for (int by = 4; by < 32; by *= 2) x += shuffle_xor(x, by);
         });
         const int first = lane_index() % 4 * 2;
         barrier();
-        for_each(total, [&](Acc& x, int j, int e) {
+        for_each(total, [&](Acc& x, int j, int e) INLINE {
             if (e < 2 && lane_index() < 4) of_warps[warp_index() * F::STREAMED + first + 8 * j + e] = x;
         });
         barrier();
-        for_each(total, [&](Acc& x, int j, int e) {
+        for_each(total, [&](Acc& x, int j, int e) INLINE {
             if (e >= 2) return;
             x = 0;
             for (int w = 0; w < F::WARPS; ++w) x += of_warps[w * F::STREAMED + first + 8 * j + e];
@@ -141,7 +141,7 @@ template <class F, int FLAGS> struct backward_bias {
     static DEVICE void store(const Args& a, int batch, int head, const Patch<false>& patch, Acc (&total)[TILES][4]) {
         const ScoreTensor& x = a.d_bias;
         const int rows = a.bias_sums & SUM_QUERY ? 1 : a.m, columns = a.bias_sums & SUM_KEY ? 1 : a.n;
-        for_each(total, [&](Acc& sum, int j, int e) {
+        for_each(total, [&](Acc& sum, int j, int e) INLINE {
             const int i = patch.query(j, e), key = patch.key(j, e);
             if (i >= rows || key >= columns) return;
             const i64 at = batch * x.batch + head * x.head + i * x.query + key * x.key;

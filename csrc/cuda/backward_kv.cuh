@@ -36,7 +36,7 @@ template <class F, int FLAGS, int PARTS> struct backward_kv {
         if (OF_K) v.load(rows_of<T>(a, a.v, p.batch, p.head, p.k_start, own, a.dv), p.first);
         if (a.sign != 1) k.multiply_by(a.sign);
         // The query heads of the group follow one another in one loop.
-        const auto fetch = [&](int step) {
+        const auto fetch = [&](int step) INLINE {
             if (step < steps) {
                 const int head = p.head * group + step / of_head, first = start + step % of_head * F::STREAMED;
                 q.fetch(step, rows_of<T>(a, a.q, p.batch, head, p.q_start, range, a.d), first);
@@ -71,7 +71,7 @@ template <class F, int FLAGS, int PARTS> struct backward_kv {
             if constexpr (FLAGS & DROPOUT) kept = dropout.template kept<TILES>(patch);
             RowStatistics<Acc> query[TILES][2];
             read_statistics(a, p, head, patch, query);
-            for_each(s, [&](Acc& x, int j, int e) {
+            for_each(s, [&](Acc& x, int j, int e) INLINE {
                 const Score<Acc> of_pair = score(x, patch, j, e);
                 const RowStatistics<Acc>& row = query[j][e % 2];
                 const Acc p_ij = has_bit(see, j, e) ? exp_score(of_pair.value, row.top, unit, row.log_sum) : Acc(0);

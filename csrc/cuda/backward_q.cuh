@@ -45,7 +45,7 @@ template <class F, int FLAGS> struct backward_q {
 
         const Rows<T> k_rows = rows_of<T>(a, a.k, p.batch, kv_head, p.k_start, range, a.d);
         const Rows<T> v_rows = rows_of<T>(a, a.v, p.batch, kv_head, p.k_start, range, a.dv);
-        const auto fetch = [&](int step) {
+        const auto fetch = [&](int step) INLINE {
             if (step < steps) {
                 k.fetch(step, k_rows, start + step * F::STREAMED);
                 v.fetch(step, v_rows, start + step * F::STREAMED);
@@ -76,9 +76,9 @@ template <class F, int FLAGS> struct backward_q {
             }
             if constexpr (FLAGS & DROPOUT) {
                 const u32 kept = dropout.template kept<TILES>(patch);
-                for_each(dp, [&](Acc& x, int j, int e) { x = has_bit(kept, j, e) ? x * keep_scale : Acc(0); });
+                for_each(dp, [&](Acc& x, int j, int e) INLINE { x = has_bit(kept, j, e) ? x * keep_scale : Acc(0); });
             }
-            for_each(s, [&](Acc& x, int j, int e) {
+            for_each(s, [&](Acc& x, int j, int e) INLINE {
                 const Score<Acc> of_pair = score(x, patch, j, e);
                 const Acc p_ij = exp_score(of_pair.value, row[e / 2].top, unit, row[e / 2].log_sum);
                 const Acc ds = has_bit(see, j, e) ? score_gradient(p_ij, dp[j][e], row[e / 2]) : Acc(0);

@@ -39,7 +39,7 @@ template <class F, int FLAGS> struct decode {
         const int start = start_of<F::STREAMED>(c.keys), steps = steps_of<F::STREAMED>(c.keys);
         const Rows<T> k_rows = cache_rows_of<T>(a, a.k, c.batch, c.kv_head, c.keys, a.d);
         const Rows<T> v_rows = cache_rows_of<T>(a, a.v, c.batch, c.kv_head, c.keys, a.dv);
-        const auto fetch = [&](int step) {
+        const auto fetch = [&](int step) INLINE {
             if (step < steps) {
                 k.fetch(step, k_rows, start + step * F::STREAMED);
                 v.fetch(step, v_rows, start + step * F::STREAMED);
@@ -61,9 +61,9 @@ template <class F, int FLAGS> struct decode {
             auto v_tile = v.tile(step);
             Acc s[TILES][4] = {};
             products.dot(s, q, 0, k.tile(step), own);
-            for_each(s, [&](Acc& x, int j, int e) { x = score(x, patch, j, e).value; });
+            for_each(s, [&](Acc& x, int j, int e) INLINE { x = score(x, patch, j, e).value; });
             u32 see = visible<TILES, RICH>(a, c.limits, c.batch, patch);
-            for_each(s, [&](Acc& x, int j, int e) {
+            for_each(s, [&](Acc& x, int j, int e) INLINE {
                 const bool in_chunk = patch.key(j, e) >= c.keys.first && patch.key(j, e) < c.keys.last;
                 x = in_chunk && has_bit(see, j, e) ? x : -infinity<Acc>();
             });
@@ -73,7 +73,7 @@ template <class F, int FLAGS> struct decode {
             }
             Acc rescale[2];
             softmax.step(s, unit, rescale);
-            for_each(out, [&](Acc& x, int, int e) { x *= rescale[e / 2]; });
+            for_each(out, [&](Acc& x, int, int e) INLINE { x *= rescale[e / 2]; });
             products.weigh(out, s, v_tile, own, c.slice * F::SLICE);
         }
         join_warps(softmax, out, unit, tops, sums, joined);
@@ -131,11 +131,11 @@ template <class F, int FLAGS> struct decode {
             rescale[r] = exp_score(softmax.largest[r], subtracted(top[r]), unit);
             if (t == 0) sums[16 * warp_index() + g + 8 * r] = sum[r] * rescale[r];
         }
-        for_each(out, [&](Acc& x, int, int e) { x *= rescale[e / 2]; });
+        for_each(out, [&](Acc& x, int, int e) INLINE { x *= rescale[e / 2]; });
         for (int w = 0; w < F::WARPS; ++w) {
             barrier();
             if (w != warp_index()) continue;
-            for_each(out, [&](Acc& x, int j, int e) {
+            for_each(out, [&](Acc& x, int j, int e) INLINE {
                 Acc& total = joined[(g + e / 2 * 8) * F::SLICE + 8 * j + 2 * t + e % 2];
                 total = w == 0 ? x : total + x;
             });
@@ -154,7 +154,7 @@ template <class F, int FLAGS> struct decode {
 
     static DEVICE void store(const Args& a, const Chunk& c, const Acc* tops, const Acc* sums, const Acc* joined) {
         const int rows = min(16, c.group * a.m - c.first_row), first_column = c.slice * F::SLICE;
-        const auto at = [&](int row) {
+        const auto at = [&](int row) INLINE {
             const int head = c.kv_head * c.group + (c.first_row + row) % c.group;
             return ((static_cast<i64>(c.number) * a.b + c.batch) * a.h + head) * a.m + (c.first_row + row) / c.group;
         };
@@ -183,7 +183,9 @@ template <class T> struct decode_join {
         const Acc unit = a.unit;
         Acc largest = -infinity<Acc>(), sum = 0;
         for (int c = 0; c < a.chunks; ++c) largest = larger(largest, part_max[c * rows + row]);
-        const auto weight = [&](int c) { return exp_score(part_max[c * rows + row], subtracted(largest), unit); };
+        const auto weight = [&](int c) INLINE {
+            return exp_score(part_max[c * rows + row], subtracted(largest), unit);
+        };
         for (int c = 0; c < a.chunks; ++c) sum += weight(c) * part_sum[c * rows + row];
         const Acc* sink = a.sinks ? static_cast<const Acc*>(a.sinks) + head : nullptr;
         const FinishedRow<Acc> end = finish_row<Acc>(largest, sum, sink, a.factor);

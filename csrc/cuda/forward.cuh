@@ -31,7 +31,7 @@ template <class F, int FLAGS> struct forward {
         const int start = start_of<F::STREAMED>(range), steps = steps_of<F::STREAMED>(range);
         const Rows<T> k_rows = rows_of<T>(a, a.k, p.batch, kv_head, p.k_start, range, a.d);
         const Rows<T> v_rows = rows_of<T>(a, a.v, p.batch, kv_head, p.k_start, range, a.dv);
-        const auto fetch = [&](int step) {
+        const auto fetch = [&](int step) INLINE {
             if (step < steps) {
                 k.fetch(step, k_rows, start + step * F::STREAMED);
                 v.fetch(step, v_rows, start + step * F::STREAMED);
@@ -55,11 +55,11 @@ template <class F, int FLAGS> struct forward {
             auto v_tile = v.tile(step);
             Acc s[TILES][4] = {};
             products.dot(s, q, 16 * warp_index(), k.tile(step), 0);
-            for_each(s, [&](Acc& x, int j, int e) { x = score(x, patch, j, e).value; });
+            for_each(s, [&](Acc& x, int j, int e) INLINE { x = score(x, patch, j, e).value; });
             const bool full = all_see_all(p.limits, p.first, last, first_key, first_key + F::STREAMED);
             if (!full || hides<RICH>(a)) {
                 const u32 see = visible<TILES, RICH>(a, p.limits, p.batch, patch);
-                for_each(s, [&](Acc& x, int j, int e) { x = has_bit(see, j, e) ? x : -infinity<Acc>(); });
+                for_each(s, [&](Acc& x, int j, int e) INLINE { x = has_bit(see, j, e) ? x : -infinity<Acc>(); });
                 if (hides<RICH>(a)) {
                     seen.template collect<TILES>(see, 0);
                     F::drop_unseen(v_tile, seen);
@@ -67,10 +67,10 @@ template <class F, int FLAGS> struct forward {
             }
             Acc rescale[2];
             softmax.step(s, unit, rescale);
-            for_each(out, [&](Acc& x, int, int e) { x *= rescale[e / 2]; });
+            for_each(out, [&](Acc& x, int, int e) INLINE { x *= rescale[e / 2]; });
             if constexpr (FLAGS & DROPOUT) {
                 const u32 kept = dropout.template kept<TILES>(patch);
-                for_each(s, [&](Acc& x, int j, int e) { x = has_bit(kept, j, e) ? x : Acc(0); });
+                for_each(s, [&](Acc& x, int j, int e) INLINE { x = has_bit(kept, j, e) ? x : Acc(0); });
             }
             products.weigh(out, s, v_tile, 0, p.slice * F::SLICE);
         }

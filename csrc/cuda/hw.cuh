@@ -10,13 +10,13 @@ typedef unsigned long long u64;
 typedef long long i64;
 
 #define DEVICE __device__ __forceinline__
+#define INLINE __attribute__((always_inline))  // behind a lambda's parameters: called, it would keep arrays in memory
 
 // --- Threads, and what they exchange.
 
 DEVICE int thread_index() { return threadIdx.x; }
 DEVICE int block_index() { return blockIdx.x; }
 DEVICE void barrier() { __syncthreads(); }
-DEVICE void warp_barrier() { __syncwarp(); }
 
 // `x` of the lane `from`. Every lane of a warp takes part.
 template <class X> DEVICE X shuffle(X x, int from) { return __shfl_sync(~0u, x, from); }
@@ -118,19 +118,20 @@ DEVICE u32 shared_address(const void* at) {
 }
 
 // Four 8 x 8 matrices of 16 bits. Lane 8 i + r says where row r of matrix i lies; matrix i ends up in x[i], of which
-// lane 4 g + t holds columns 2 t and 2 t + 1 of row g.
-DEVICE void load_matrices(u32 (&x)[4], const void* row) {
+// lane 4 g + t holds columns 2 t and 2 t + 1 of row g. `bytes` are added to `row`: a constant becomes part of the
+// instruction, where sums of generic addresses would each take registers.
+DEVICE void load_matrices(u32 (&x)[4], const void* row, int bytes = 0) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(shared_address(row))
+                 : "r"(shared_address(row) + bytes)
                  : "memory");
 }
 
 // The same, transposed: rows 2 t and 2 t + 1 of column g.
-DEVICE void load_transposed(u32 (&x)[4], const void* row) {
+DEVICE void load_transposed(u32 (&x)[4], const void* row, int bytes = 0) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(shared_address(row))
+                 : "r"(shared_address(row) + bytes)
                  : "memory");
 }
 

@@ -40,11 +40,11 @@ template <bool KEYS_ARE_ROWS> DEVICE Patch<KEYS_ARE_ROWS> patch_at(int row, int 
 
 DEVICE bool has_bit(u32 bits, int j, int e) { return bits >> (4 * j + e) & 1; }
 
-// change(x, j, e) for every element x of the tiles.
-template <class Acc, int TILES, class Change> DEVICE void for_each(Acc (&tiles)[TILES][4], const Change& change) {
+// use(x, j, e) for every element x of the tiles, which it may change where they are not constant.
+template <class X, int TILES, class Use> DEVICE void for_each(X (&tiles)[TILES][4], const Use& use) {
 #pragma unroll
     for (int j = 0; j < TILES; ++j) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) change(tiles[j][e], j, e);
+        for (int e = 0; e < 4; ++e) use(tiles[j][e], j, e);
     }
 }

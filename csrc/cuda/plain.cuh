@@ -91,15 +91,14 @@ template <class T_, int WARPS_, int STREAMED_, int SLICE_> struct Plain {
                       int first_column) const {
         const int g = lane_index() / 4, t = lane_index() % 4;
         Acc* own = weights + warp_index() * 16 * WEIGHTS_PITCH;
-        warp_barrier();  // the last weights have been read
-#pragma unroll
-        for (int j = 0; j < TILES; ++j) {
-            for (int e = 0; e < 4; ++e) own[(g + e / 2 * 8) * WEIGHTS_PITCH + 8 * j + 2 * t + e % 2] = w[j][e];
-        }
-        warp_barrier();
 #pragma unroll
         for (int i = 0; i < OUT_TILES; i += CHUNK / 8) {
             barrier();
+            if (i == 0) {
+                for_each(w, [&](Acc x, int j, int e) INLINE {
+                    own[(g + e / 2 * 8) * WEIGHTS_PITCH + 8 * j + 2 * t + e % 2] = x;
+                });
+            }
             copy_tile(b, first_column + 8 * i);
             barrier();
             for (int row = 0; row < 8 * TILES; ++row) {
@@ -118,6 +117,7 @@ template <class T_, int WARPS_, int STREAMED_, int SLICE_> struct Plain {
 
    private:
     template <int ROWS> static DEVICE void copy(Acc* to, const Rows<T>& rows, int start, int first_column, int sign) {
+#pragma unroll 4
         for (int x = thread_index(); x < ROWS * CHUNK; x += THREADS) {
             const int row = x / CHUNK, column = first_column + x % CHUNK;
             const bool has = rows.has(start + row, column);
@@ -125,6 +125,7 @@ template <class T_, int WARPS_, int STREAMED_, int SLICE_> struct Plain {
         }
     }
     DEVICE void copy_tile(const Tile& tile, int first_column) const {
+#pragma unroll 4
         for (int x = thread_index(); x < STREAMED * CHUNK; x += THREADS) {
             const int row = x / CHUNK, column = first_column + x % CHUNK;
             const bool has = tile.rows.has(tile.start + row, column) && (!tile.seen || SeenColumns{tile.seen}[row]);

@@ -67,15 +67,16 @@ template <class T_, int HEAD, int WARPS_, int STREAMED_, int STAGES> struct Tens
     template <int TILES, int ROWS>
     DEVICE void dot(float (&s)[TILES][4], const Owned<ROWS>& a, int a_row, Tile b, int b_row) const {
         const int lane = lane_index();
+        const T* const row_of_a = a.tile + (a_row + lane % 16) * PITCH + lane / 16 * 8;
+        const T* const row_of_b = b + (b_row + lane % 8 + lane / 16 * 8) * PITCH + lane / 8 % 2 * 8;
 #pragma unroll
         for (int column = 0; column < HEAD; column += 16) {
             u32 of_a[4];
-            load_matrices(of_a, a.tile + (a_row + lane % 16) * PITCH + column + lane / 16 * 8);
+            load_matrices(of_a, row_of_a, column * sizeof(T));
 #pragma unroll
             for (int j = 0; j < TILES; j += 2) {
                 u32 of_b[4];
-                const int row = b_row + 8 * j + lane % 8 + lane / 16 * 8;
-                load_matrices(of_b, b + row * PITCH + column + lane / 8 % 2 * 8);
+                load_matrices(of_b, row_of_b, (8 * j * PITCH + column) * sizeof(T));
                 multiply<T>(s[j], of_a, of_b[0], of_b[1]);
                 multiply<T>(s[j + 1], of_a, of_b[2], of_b[3]);
             }
@@ -101,6 +102,7 @@ template <class T_, int HEAD, int WARPS_, int STREAMED_, int STAGES> struct Tens
     DEVICE void weigh(float (&out)[OUT_TILES][4], const float (&w)[TILES][4], Tile b, int b_row,
                       int /*first_column*/) const {
         const int lane = lane_index();
+        const T* const row = b + (b_row + lane % 16) * PITCH + lane / 16 * 8;
 #pragma unroll
         for (int j = 0; j < TILES; j += 2) {
             // Two tiles of accumulators are, rounded, an operand's fragments.
@@ -109,7 +111,7 @@ template <class T_, int HEAD, int WARPS_, int STREAMED_, int STAGES> struct Tens
 #pragma unroll
             for (int i = 0; i < OUT_TILES; i += 2) {
                 u32 of_b[4];
-                load_transposed(of_b, b + (b_row + 8 * j + lane % 16) * PITCH + 8 * i + lane / 16 * 8);
+                load_transposed(of_b, row, 8 * (j * PITCH + i) * sizeof(T));
                 multiply<T>(out[i], of_w, of_b[0], of_b[1]);
                 multiply<T>(out[i + 1], of_w, of_b[2], of_b[3]);
             }

@@ -22,13 +22,14 @@ _TYPES = {torch.float16: "half_t", torch.bfloat16: "bf16_t", torch.float32: "flo
 # From which compute capability on a dtype has matrix units that the kernels use.
 _TENSOR_FROM = {torch.float16: 75, torch.bfloat16: 80}
 _TENSOR_HEADS = range(32, 257, 32)
+_LARGEST_HEAD_WITHOUT_COPIES = 192  # above it kernels for Turing spill up to 224 bytes (NVRTC 13.0)
 # Shared memory that a block may have, in KiB, by compute capability; of others, the least.
 _SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 _COPIES_FROM = 80  # asynchronous copies; without them one step's rows are held, and none in advance
 _SEEN_BYTES = 16  # of SeenColumns in csrc/cuda/mask.cuh
 
 # (warps, streamed rows, stages), the first of which that fits is taken.
-_TILES = ((4, 64, 2), (4, 64, 1), (4, 32, 2), (4, 32, 1), (4, 16, 1), (2, 32, 1), (2, 16, 1))
+_TILES = ((4, 64, 2), (4, 64, 1), (4, 32, 2), (4, 32, 1), (4, 16, 2), (4, 16, 1))
 _DECODE_TILES = ((4, 64, 2), (4, 64, 1), (2, 32, 1))  # 16 keys for each warp
 
 
@@ -55,7 +56,8 @@ def rows(kernel: str, capability: int, dtype: torch.dtype, d: int, dv: int, flag
 
 
 def takes_matrix_units(capability: int, dtype: torch.dtype, head_dim: int) -> bool:
-    return capability >= _TENSOR_FROM.get(dtype, 1 << 30) and head_dim <= _TENSOR_HEADS[-1]
+    largest = _TENSOR_HEADS[-1] if capability >= _COPIES_FROM else _LARGEST_HEAD_WITHOUT_COPIES
+    return capability >= _TENSOR_FROM.get(dtype, 1 << 30) and head_dim <= largest
 
 
 @cache
@@ -104,11 +106,13 @@ def _tensor_rows(kernel: str, capability: int, dtype: torch.dtype, head: int, fl
 
 def _most_streamed(kernel: str, head: int) -> int:
     """The rows whose products fit the registers beside the accumulators of results."""
+    if kernel == "decode":
+        return 64
     if kernel == "forward":
         return 64 if head <= 128 else 32
-    if kernel == "backward_q":
-        return 64 if head <= 64 else 32
-    return 64 if kernel == "decode" else 32
+    if head > 224:
+        return 16
+    return 64 if kernel == "backward_q" and head <= 64 else 32
 
 
 def _tensor_bytes(kernel: str, head: int, warps: int, streamed: int, stages: int) -> int:
@@ -134,7 +138,7 @@ def _plain_rows(kernel: str, dtype: torch.dtype, flags: int) -> list[Row]:
     chunks = (16 * warps + streamed) * pitch + warps * 16 * (streamed + 1)
     shared = chunks * accumulator + _beside_tiles(kernel, warps, streamed, columns, accumulator)
     family = f"Plain<{_TYPES[dtype]}, {warps}, {streamed}, {columns}>"
-    parts = (PART_K | PART_V,) if kernel == "backward_kv" else ()
+    parts = (PART_K, PART_V) if kernel == "backward_kv" else ()
     return _instances(kernel, family, flags, parts, 32 * warps, shared, 16 * warps, streamed, columns)
 
 

@@ -80,21 +80,34 @@ class EmulatedCuda(CudaBackend):
 
 
 @cache
+def _machine() -> Path:
+    """The library that runs threads."""
+    texts = {name: (HERE / name).read_text("utf-8") for name in ("machine.h", "machine.cpp")}
+    folder = _folder(texts)
+    if not (folder / "machine.so").exists():
+        _compile(folder, "machine.so", folder / "machine.cpp")
+    return folder / "machine.so"
+
+
+@cache
 def _prepared(change: Change | None) -> Path:
-    """A folder with the sources, and with the library that runs threads."""
+    """A folder with the kernels' sources."""
     sources = dict(cuda_kernels.sources())
     if change is not None:
         text = sources[change.file]
         assert text.count(change.old) == 1, f"{change.file} has {change.old!r} {text.count(change.old)} times"
         sources[change.file] = text.replace(change.old, change.new)
-    sources |= {name: (HERE / name).read_text("utf-8") for name in ("hw.cuh", "machine.h", "machine.cpp")}
-    digest = hashlib.sha256(repr((sorted(sources.items()), FLAGS, ENTRY)).encode()).hexdigest()[:16]
+    return _folder(sources | {name: (HERE / name).read_text("utf-8") for name in ("hw.cuh", "machine.h")})
+
+
+def _folder(texts: dict[str, str]) -> Path:
+    """One that holds these files, and what is compiled of them."""
+    digest = hashlib.sha256(repr((sorted(texts.items()), FLAGS, ENTRY)).encode()).hexdigest()[:16]
     folder = BUILD / digest
-    if not (folder / "machine.so").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in sources.items():
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        if not (folder / name).exists():
             _write(folder / name, text.encode())
-        _compile(folder, "machine.so", folder / "machine.cpp")
     return folder
 
 
@@ -103,7 +116,7 @@ def _compiled(folder: Path, instantiation: str) -> ctypes._CFuncPtr:
     name = hashlib.sha256(instantiation.encode()).hexdigest()[:16]
     if not (folder / f"{name}.so").exists():
         _write(folder / f"{name}.cpp", ENTRY.format(instantiation=instantiation).encode())
-        _compile(folder, f"{name}.so", folder / f"{name}.cpp", folder / "machine.so")
+        _compile(folder, f"{name}.so", folder / f"{name}.cpp", _machine())
     launch = ctypes.CDLL(str(folder / f"{name}.so")).launch
     launch.restype = ctypes.c_char_p
     launch.argtypes = [ctypes.c_char_p, *4 * [ctypes.c_int], ctypes.c_uint]

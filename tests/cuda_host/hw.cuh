@@ -15,20 +15,18 @@ typedef unsigned long long u64;
 typedef long long i64;
 
 #define DEVICE inline
+#define INLINE
 
 inline int min(int x, int y) { return x < y ? x : y; }
 inline int max(int x, int y) { return x > y ? x : y; }
 
 // --- Threads, and what they exchange.
 
-enum { WARP_BARRIER = 1, SHUFFLE, LOAD_MATRICES, LOAD_TRANSPOSED, MULTIPLY };
+enum { SHUFFLE = 1, LOAD_MATRICES, LOAD_TRANSPOSED, MULTIPLY };
 
 inline int thread_index() { return machine_thread; }
 inline int block_index() { return machine_block; }
 inline void barrier() { machine_barrier(); }
-inline void warp_barrier() {
-    machine_together(WARP_BARRIER, nullptr, [](void**) {});
-}
 
 template <class X> struct Shuffled {
     X given, taken;
@@ -122,12 +120,12 @@ template <bool TRANSPOSED> void load_matrices_together(void** lanes) {
         }
     }
 }
-inline void load_matrices(u32 (&x)[4], const void* row) {
-    LoadedMatrices lane = {x, row};
+inline void load_matrices(u32 (&x)[4], const void* row, int bytes = 0) {
+    LoadedMatrices lane = {x, static_cast<const u8*>(row) + bytes};
     machine_together(LOAD_MATRICES, &lane, load_matrices_together<false>);
 }
-inline void load_transposed(u32 (&x)[4], const void* row) {
-    LoadedMatrices lane = {x, row};
+inline void load_transposed(u32 (&x)[4], const void* row, int bytes = 0) {
+    LoadedMatrices lane = {x, static_cast<const u8*>(row) + bytes};
     machine_together(LOAD_TRANSPOSED, &lane, load_matrices_together<true>);
 }
 
