@@ -1,7 +1,7 @@
 """Every CUDA kernel compiles for every chip, without spilling registers, within the chip's shared memory.
 
-Here are the kernels that take the most registers, and more head sizes on one chip; what was read of them is kept until
-the sources change. `pytest tests/cuda_compile_all.py` compiles every row of the table for every chip.
+Here are the kernels that take the most registers; what was read of them is kept until the sources change.
+`pytest tests/cuda_compile_all.py` compiles every row of the table for every chip.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ from pyattn.backends import cuda_config
 if (sys.platform, platform.machine()) != ("linux", "x86_64"):
     pytest.skip("NVRTC, a test dependency, is installed on Linux on x86-64 only", allow_module_level=True)
 
-CHIPS = (70, 75, 80, 86, 90, 100, 120)
-LARGE = (128, 256)  # head sizes whose accumulators fill the registers; above 128, kernels have other tiles
-OTHERS = {80: (64, 192)}  # more of them, by chip
-PLAIN = (70, 120)  # the chips whose kernels without matrix units are compiled
+# By compute capability, the head sizes that are compiled here: those that fill the registers, and above 128 have other
+# tiles. A chip that has the tiles of another one has one of them.
+SIZES = {70: (), 75: (128, 256), 80: (128, 256), 86: (256,), 90: (128, 256), 100: (128,), 120: (128, 256)}
+PLAIN = {70: torch.float32, 120: torch.float64}  # of the kernels without matrix units, the dtype
 
 
 def every_job() -> Iterator[Job]:
-    for capability in CHIPS:
+    for capability in SIZES:
         yield from (Job(capability, row) for row in dict.fromkeys(cuda_config.all_rows(capability)))
 
 
 def chosen_jobs() -> Iterator[Job]:
     """With every feature, which takes the most registers; float16 and bfloat16 differ in single instructions."""
-    for capability in CHIPS:
+    for capability, sizes in SIZES.items():
         half = torch.bfloat16 if capability >= 80 else torch.float16
-        calls = [(half, size) for size in (*LARGE, *OTHERS.get(capability, ())) if capability >= 75]
-        calls += [(dtype, 64) for dtype in (torch.float32, torch.float64) if capability in PLAIN]
+        calls = [(half, size) for size in sizes]
+        if capability in PLAIN:
+            calls.append((PLAIN[capability], 64))
         for kernel in cuda_config.KERNELS:
             flags = cuda_config.RICH | (cuda_config.DROPOUT if kernel != "decode" else 0)
             for dtype, size in calls:
@@ -77,7 +78,7 @@ def test_every_kernel_of_the_sources_is_among_those_compiled() -> None:
     assert {job.row.instantiation.partition("<")[0] for job in every_job()} == kernels
 
 
-@pytest.mark.parametrize("capability", CHIPS)
+@pytest.mark.parametrize("capability", SIZES)
 def test_kernels_of_one_dtype_and_size_are_few(capability: int) -> None:
     """A program waits for the compiler with each of them."""
     names = {row.instantiation for row in cuda_config.all_rows(capability)}

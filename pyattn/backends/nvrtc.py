@@ -83,10 +83,11 @@ def machine_code(instantiation: str, capability: tuple[int, int]) -> bytes:
 
 def entry(instantiation: str) -> str:
     """The translation unit that makes one kernel of one instantiation."""
+    # One block of it is to fit a multiprocessor. Unless told so, ptxas spills registers in order that several do.
     return (
         '#include "kernels.cuh"\n'
         f"using Instance = {instantiation};\n"
-        f'extern "C" __global__ void __launch_bounds__(Instance::THREADS) {ENTRY.decode()}'
+        f'extern "C" __global__ void __launch_bounds__(Instance::THREADS, 1) {ENTRY.decode()}'
         "(const __grid_constant__ Args a) { Instance::run(a); }\n"
     )
 
