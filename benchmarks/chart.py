@@ -58,7 +58,7 @@ def draw_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
     """Writes a PNG of any panels, two in a row, each with its own legend unless all have the same."""
     figure, axes = _figure((len(panels) + 1) // 2, min(len(panels), 2), title)
     places = [axis for line in axes for axis in line]
-    alike = len({tuple(panel.series) for panel in panels}) == 1
+    alike = len({(*panel.series, panel.line and panel.line[0]) for panel in panels}) == 1
     for axis, panel in zip(places, panels, strict=False):
         _bars(axis, panel)
         if not alike and (len(panel.series) > 1 or panel.line):

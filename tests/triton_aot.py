@@ -36,8 +36,8 @@ class Chip:
 
 
 CHIPS = {
-    # An A100 has 163 KB, but the same launch sizes serve its smaller relatives (8.6, 8.9), which have 99.
-    "sm_80": Chip(GPUTarget("cuda", 80, 32), "ampere", 99 * 1024),
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), "ampere", 163 * 1024),
+    "sm_89": Chip(GPUTarget("cuda", 89, 32), "ada", 99 * 1024),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), "hopper", 227 * 1024),
     "sm_100": Chip(GPUTarget("cuda", 100, 32), "hopper", 227 * 1024),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), "cdna", 64 * 1024),

@@ -236,7 +236,7 @@ def common_arguments(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, call: laun
         "EVEN": even,
         "Q_TILES": q_reach.shape[2] // MOST_ROWS.value,
         "K_TILES": k_reach.shape[2] // MOST_ROWS.value,
-        "NATIVE": config.architecture_of(q.device) in ("ampere", "hopper"),
+        "NATIVE": config.architecture_of(q.device) in ("ampere", "ada", "hopper"),
     }
 
 

@@ -53,19 +53,26 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
         128: Config(32, 128, 8, 2),  # 64 queries would spill up to 240 bytes with a softcap
         256: Config(32, 32, 8, 1),
     },
-    # 99 KB of shared memory, so that one row serves compute capability 8.0 to 8.9 and 12.0.
+    # mma.sync reads its operands from shared memory, which bounds these kernels (benchmarks/model.py): 32 rows of tiles
+    # to a warp, or products whose result is the next one's operand as it lies, read less. What fits into 99 KB of it
+    # serves "ada" as well: compute capability 8.6, 8.9 and 12.0. 8.0 and 8.7 have 163 KB.
     ("forward", "ampere", 16): {
         64: Config(128, 64, 4, 3),  # FlexAttention's
         128: Config(128, 64, 8, 3),  # FlexAttention's
         256: Config(64, 32, 8, 2),  # 128 queries would spill
     },
     ("dq", "ampere", 16): {
-        64: Config(64, 64, 4, 2),  # FlexAttention's
+        64: Config(128, 32, 4, 2),
         128: Config(64, 64, 4, 2),  # FlexAttention's
         256: Config(64, 32, 8, 1),  # 4 warps would spill
     },
     ("dkdv", "ampere", 16): {
-        64: Config(64, 64, 4, 2),  # FlexAttention's
+        64: Config(32, 128, 4, 2),
+        128: Config(128, 64, 8, 2),  # 114 KB
+        256: Config(32, 32, 8, 1),
+    },
+    ("dkdv", "ada", 16): {
+        64: Config(32, 128, 4, 2),
         128: Config(64, 64, 8, 2),  # FlexAttention's with 8 warps: 4 would spill
         256: Config(32, 32, 8, 1),  # 64 keys would exceed the shared memory
     },
@@ -151,15 +158,9 @@ def choose(kernel: str, architecture: str, bits: int, head_dim: int, load: str) 
     load: "heavy" for a call with dropout, a bias, a boolean mask or segment ids; "crowded" for one with another feature
     that takes registers, or a padded head size; else "light".
     """
-    if bits == 32 and (kernel, architecture, bits) not in TABLE:
-        architecture = "any"
-    elif (kernel, f"{architecture} {load}", bits) in TABLE:
-        architecture = f"{architecture} {load}"
-    elif architecture != "interpreter" and (kernel, load, bits) in TABLE:
-        architecture = "heavy"
-    elif (kernel, architecture, bits) not in TABLE:
-        architecture = "any"
-    rows = TABLE[kernel, architecture, bits]
+    own = [architecture, "ampere"] if architecture == "ada" else [architecture]
+    names = [*(f"{name} {load}" for name in own), *([] if architecture == "interpreter" else [load]), *own, "any"]
+    rows = next(TABLE[kernel, name, bits] for name in names if (kernel, name, bits) in TABLE)
     return rows[min(size for size in rows if size >= head_dim)]
 
 
@@ -177,4 +178,7 @@ def processors(device: torch.device) -> int:
 def _gpu_architecture(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "cdna"
-    return "hopper" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "ampere"
+    capability = torch.cuda.get_device_capability(device)
+    if capability in ((8, 0), (8, 7)):
+        return "ampere"
+    return "hopper" if capability[0] in (9, 10) else "ada"
