@@ -4,7 +4,8 @@ compute capability 7.0 on, every dtype, and no compiler needed. The fallback whe
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache, reduce
+from operator import or_
 from struct import Struct
 from typing import NamedTuple
 
@@ -25,8 +26,9 @@ _SUM_BATCH, _SUM_HEAD, _SUM_QUERY, _SUM_KEY = 1, 2, 4, 8  # BiasSums of csrc/cud
 
 _VECTORS = ("key_lengths", "q_segments", "k_segments", "alibi_slopes", "sinks")
 
-# The struct Args of csrc/cuda/args.cuh.
-_ARGS = Struct("<" + 8 * "Q3q" + 3 * "Q4q" + 17 * "Q" + "6d" + "20i2I")
+# The struct Args of csrc/cuda/args.cuh, in two parts.
+_TENSORS = Struct("<" + 8 * "Q3q" + 3 * "Q4q" + 17 * "Q")
+_NUMBERS = Struct("<6d20i2I")
 _NO_MATRIX = 4 * (0,)
 _NO_SCORES = 5 * (0,)
 
@@ -172,39 +174,51 @@ def pack(
     d_bias: Tensor | None = None,
     bias_sums: int = 0,
 ) -> bytes:
-    """One call as the struct Args. x is what `_contiguous` gives."""
-    matrices = [x.q, x.k, x.v, y.out]
-    d_lse = delta = d_matrices = None
-    if backward is not None:
+    """One call as the struct Args. x is what `_contiguous` gives.
+
+    What follows from the spec alone is packed once: a call's tensors are all that is left to be looked at.
+    """
+    read = _matrix(x.q) + _matrix(x.k) + _matrix(x.v) + _matrix(y.out)
+    d_lse = delta = None
+    if backward is None:
+        matrices = read + 4 * _NO_MATRIX
+    else:
         grads, d_out, d_lse, delta = backward
-        d_matrices = (*_matrix(grads.q), *_matrix(grads.k), *_matrix(grads.v))
-        matrices.append(d_out)
-    inputs = [_matrix(t) for t in matrices]
+        read += _matrix(d_out)
+        matrices = read + _matrix(grads.q) + _matrix(grads.k) + _matrix(grads.v)
     mask = None if x.mask is None else x.mask.expand(spec.b, spec.h, spec.m, spec.n)
     bias = None if x.bias is None else x.bias.expand(spec.b, spec.h, spec.m, spec.n)
-    reach = spec.m + spec.n  # a window wider than this hides nothing
-    page = spec.page_size or 0
-    return _ARGS.pack(
-        *(value for matrix in inputs for value in matrix), *(_NO_MATRIX if backward is None else ()),
-        *(d_matrices or 3 * _NO_MATRIX), *_scores(mask), *_scores(bias), *_scores(d_bias),
+    tensors = _TENSORS.pack(
+        *matrices, *_scores(mask), *_scores(bias), *_scores(d_bias),
         _at(y.lse), _at(y.row_max), _at(y.row_sum), _at(delta), _at(d_lse),
         _at(x.key_lengths), _at(x.q_segments), _at(x.k_segments), _at(x.alibi_slopes), _at(x.sinks),
         _at(x.seed if spec.dropout_p > 0 else None), _at(x.cu_seqlens_q), _at(x.cu_seqlens_k), _at(x.block_table),
         *(map(_at, parts) if parts else (0, 0, 0)),
-        *_numbers(spec.scale, spec.softcap, spec.bias or spec.alibi, spec.accumulator),
-        1 / (1 - spec.dropout_p),
-        spec.b, spec.h, spec.hk, spec.m, spec.n, spec.d, spec.dv, spec.sequences or 0, x.k.shape[0] if page else 0,
-        page, spec.offset or 0, reach if spec.left is None else min(spec.left, reach),
+    )  # fmt: skip
+    bias_is_float = bias is not None and bias.dtype is torch.float32
+    wide_ids = x.q_segments is not None and x.q_segments.dtype is torch.int64
+    pages = 0 if x.block_table is None else x.k.shape[0]
+    chunks = 0 if parts is None else parts.row_max.shape[0]
+    return tensors + _numbers(spec, pages, _is_aligned(read, spec), bias_is_float, wide_ids, bias_sums, chunks)
+
+
+@lru_cache(maxsize=4096)
+def _numbers(
+    spec: AttentionSpec, pages: int, aligned: bool, bias_is_float: bool, wide_ids: bool, bias_sums: int, chunks: int
+) -> bytes:
+    """What of the struct is no tensor."""
+    reach = spec.m + spec.n  # a window wider than this hides nothing
+    return _NUMBERS.pack(
+        *_scaling(spec.scale, spec.softcap, spec.bias or spec.alibi, spec.accumulator), 1 / (1 - spec.dropout_p),
+        spec.b, spec.h, spec.hk, spec.m, spec.n, spec.d, spec.dv, spec.sequences or 0, pages, spec.page_size or 0,
+        spec.offset or 0, reach if spec.left is None else min(spec.left, reach),
         reach if spec.right is None else min(spec.right, reach), spec.offset is None,
-        (spec.scale > 0) - (spec.scale < 0), _is_aligned(inputs, spec),
-        bias is not None and bias.dtype is torch.float32,
-        x.q_segments is not None and x.q_segments.dtype is torch.int64, bias_sums,
-        parts.row_max.shape[0] if parts else 0, int(spec.dropout_p * 2**32), 0,
+        (spec.scale > 0) - (spec.scale < 0), aligned, bias_is_float, wide_ids, bias_sums, chunks,
+        int(spec.dropout_p * 2**32), 0,
     )  # fmt: skip
 
 
-@cache
-def _numbers(
+def _scaling(
     scale: float, softcap: float | None, adds: bool, accumulator: torch.dtype
 ) -> tuple[float, float, float, float, float]:
     """scale, magnitude, factor, unit and softcap of the struct.
@@ -241,17 +255,13 @@ def _scores(t: Tensor | None) -> tuple[int, ...]:
     return _NO_SCORES if t is None else (t.data_ptr(), *t.stride())
 
 
-def _is_aligned(matrices: list[tuple[int, ...]], spec: AttentionSpec) -> bool:
+def _is_aligned(matrices: tuple[int, ...], spec: AttentionSpec) -> bool:
     """Whether all rows begin at multiples of 16 bytes and consist of such."""
-    size = spec.dtype.itemsize
-    bits = (spec.d | spec.dv) * size
-    for at, *strides in matrices:
-        bits |= at
-        for stride in strides:
-            bits |= stride * size
-    return bits % 16 == 0
+    strides = reduce(or_, matrices[1::4] + matrices[2::4] + matrices[3::4], spec.d | spec.dv)
+    return (reduce(or_, matrices[::4]) | strides * spec.dtype.itemsize) % 16 == 0
 
 
+@lru_cache(maxsize=4096)
 def _rows(kernel: str, spec: AttentionSpec, gpu: Gpu) -> list[Row]:
     is_rich = spec.mask or spec.bias or spec.segment_ids or spec.alibi or spec.softcap is not None
     flags = (RICH if is_rich else 0) | (DROPOUT if spec.dropout_p > 0 else 0)
