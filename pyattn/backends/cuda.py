@@ -36,7 +36,7 @@ _NO_SCORES = 5 * (0,)
 class Gpu(NamedTuple):
     """What of a GPU decides which kernels run, and how a call is split."""
 
-    index: int
+    device: int
     capability: int  # 86 for 8.6
     processors: int
 
@@ -140,11 +140,11 @@ class CudaBackend(Backend):
         """Queues one kernel on the GPU's current stream."""
         from pyattn.backends import nvrtc
 
-        if gpu.index != torch.cuda.current_device():
-            with torch.cuda.device(gpu.index):
+        if gpu.device != torch.cuda.current_device():
+            with torch.cuda.device(gpu.device):
                 return self.launch(gpu, row, blocks, arguments)
-        kernel = nvrtc.kernel(gpu.index, row.instantiation, row.shared_bytes)
-        kernel.launch(blocks, row.threads, arguments, torch._C._cuda_getCurrentRawStream(gpu.index))
+        kernel = nvrtc.kernel(gpu.device, row.instantiation, row.shared_bytes)
+        kernel.launch(blocks, row.threads, arguments, torch._C._cuda_getCurrentRawStream(gpu.device))
 
     def _launch(self, spec: AttentionSpec, gpu: Gpu, row: Row, blocks: int, arguments: bytes) -> None:
         try:

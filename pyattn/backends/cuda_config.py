@@ -22,7 +22,7 @@ _TYPES = {torch.float16: "half_t", torch.bfloat16: "bf16_t", torch.float32: "flo
 # From which compute capability on a dtype has matrix units that the kernels use.
 _TENSOR_FROM = {torch.float16: 75, torch.bfloat16: 80}
 _TENSOR_HEADS = range(32, 257, 32)
-_LARGEST_HEAD_WITHOUT_COPIES = 192  # above it kernels for Turing spill up to 224 bytes (NVRTC 13.0)
+_LARGEST_HEAD_WITHOUT_COPIES = 192  # above it kernels for Turing spilled 4 to 488 bytes (NVRTC 13.0)
 # Shared memory that a block may have, in KiB, by compute capability; of others, the least.
 _SHARED = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 _COPIES_FROM = 80  # asynchronous copies; without them one step's rows are held, and none in advance
