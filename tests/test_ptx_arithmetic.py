@@ -122,30 +122,30 @@ def test_integers_of_one_operand():
     np.testing.assert_array_equal(found, wrapped([~v for v in a], np.uint16))
 
 
-def fields() -> list[tuple[int, int, int]]:
+def fields(bits: int = 32) -> list[tuple[int, int, int]]:
     """(value, first bit, length), to beyond the end of a word; only the low 8 bits of the latter two count."""
-    values = [0, 1, 0x80000000, 0xFFFFFFFF, 0x12345678, 0xDEADBEEF]
-    places = [0, 1, 7, 15, 30, 31, 32, 33, 63, 255, 256]
+    values = [0, 1, 1 << bits - 1, (1 << bits) - 1, 0x12345678, 0xDEADBEEF << bits - 32]
+    places = [0, 1, 7, 15, 30, 31, 32, 33, 62, 63, 64, 255, 256]
     return list(itertools.product(values, places, [0, 1, 5, 16, 31, 32, 33, 64, 255, 257]))
 
 
-def extracted(a: int, first: int, length: int, signed: bool) -> int:
+def extracted(a: int, first: int, length: int, signed: bool, msb: int) -> int:
     """The manual's own loop."""
-    first, length, msb = first & 255, length & 255, 31
+    first, length = first & 255, length & 255
     sign = 0 if not signed or length == 0 else a >> min(first + length - 1, msb) & 1
     bits = [a >> first + i & 1 if i < length and first + i <= msb else sign for i in range(msb + 1)]
     return sum(bit << i for i, bit in enumerate(bits))
 
 
+@pytest.mark.parametrize(("bits", "word"), [(32, np.uint32), (64, np.uint64)])
 @pytest.mark.parametrize("letter", ["s", "u"])
-def test_bit_field_extract(letter):
+def test_bit_field_extract(letter, bits, word):
     """9.7.1.19 bfe"""
-    a, b, c = (list(column) for column in zip(*fields(), strict=True))
-    found = evaluate(
-        f"bfe.{letter}32 {{d}}, {{a}}, {{b}}, {{c}};", np.uint32, *(np.array(x, np.uint32) for x in (a, b, c))
-    )
-    expected = [extracted(*given, signed=letter == "s") for given in fields()]
-    np.testing.assert_array_equal(found, np.array(expected, np.uint32))
+    a, b, c = zip(*fields(bits), strict=True)
+    given = np.array(a, word), np.array(b, np.uint32), np.array(c, np.uint32)
+    found = evaluate(f"bfe.{letter}{bits} {{d}}, {{a}}, {{b}}, {{c}};", word, *given)
+    expected = [extracted(*field, signed=letter == "s", msb=bits - 1) for field in fields(bits)]
+    np.testing.assert_array_equal(found, np.array(expected, word))
 
 
 def test_bit_field_insert():

@@ -29,6 +29,7 @@ def _integers() -> None:
         rule(f"mul.wide.{lower}32", f"MULWIDE_{kind}32", "=64 32 32")
         rule(f"mad.wide.{lower}32", f"MADWIDE_{kind}32", "=64 32 32 64")
         rule(f"bfe.{lower}32", f"BFE_{kind}32", "=32 32 32 32")
+        rule(f"bfe.{lower}64", f"BFE_{kind}64", "=64 64 32 32")
         for op in ("div", "rem", "min", "max"):
             rule(f"{op}.{lower}32", f"{op.upper()}_{kind}32", "=32 32 32")
             rule(f"{op}.{lower}64", f"{op.upper()}_{kind}64", "=64 64 64")

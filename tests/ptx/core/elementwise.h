@@ -21,13 +21,15 @@
             return EXPRESSION;                  \
         });                                     \
     }
-#define PTX_TERNARY(NAME, D, A, C, EXPRESSION)    \
+#define PTX_TERNARY(NAME, D, A, B, C, EXPRESSION) \
     void execute_##NAME(Step& s) {                \
-        const A *a = s.of<A>(1), *b = s.of<A>(2); \
+        const A* a = s.of<A>(1);                  \
+        const B* b = s.of<B>(2);                  \
         const C* c = s.of<C>(3);                  \
         [[maybe_unused]] const int sub = s.i.sub; \
         s.each(s.of<D>(0), [=](int lane) -> D {   \
-            const A x = a[lane], y = b[lane];     \
+            const A x = a[lane];                  \
+            const B y = b[lane];                  \
             const C z = c[lane];                  \
             return EXPRESSION;                    \
         });                                       \

@@ -152,7 +152,7 @@ PTX_BINARY(MULD, double, double, double, x* y)
 PTX_BINARY(DIVD, double, double, double, x / y)
 PTX_BINARY(MIND, double, double, double, minimum(x, y, false))
 PTX_BINARY(MAXD, double, double, double, maximum(x, y, false))
-PTX_TERNARY(FMAD, double, double, double, std::fma(x, y, z))
+PTX_TERNARY(FMAD, double, double, double, double, std::fma(x, y, z))
 PTX_UNARY(NEGD, double, double, -x)
 PTX_UNARY(ABSD, double, double, std::fabs(x))
 PTX_BINARY(COPYSIGNF, float, float, float, std::copysign(y, x))  // the first source has the sign

@@ -28,20 +28,25 @@ T remainder(T x, T y) {
     return x % y;
 }
 
-u32 mask_of(u32 bits) { return bits >= 32 ? ~0u : (1u << bits) - 1; }
+template <class Word>
+Word mask_of(u32 bits) {
+    return bits >= 8 * sizeof(Word) ? ~Word(0) : (Word(1) << bits) - 1;
+}
 
-u32 bit_field(u32 x, u32 position, u32 length, bool is_signed) {  // bfe
+template <class Word>
+Word bit_field(Word x, u32 position, u32 length, bool is_signed) {  // bfe
+    constexpr u32 last = 8 * sizeof(Word) - 1;
     position &= 255, length &= 255;
     if (!length) return 0;
-    const u32 top = std::min(position + length - 1, 31u);
-    const u32 kept = mask_of(length) & (position > 31 ? 0 : ~0u >> position);
-    const u32 sign = is_signed && (x >> top & 1) ? ~0u : 0;
-    return ((position > 31 ? 0 : x >> position) & kept) | (sign & ~kept);
+    const u32 top = std::min(position + length - 1, last);
+    const Word kept = mask_of<Word>(length) & (position > last ? 0 : ~Word(0) >> position);
+    const Word sign = is_signed && (x >> top & 1) ? ~Word(0) : 0;
+    return ((position > last ? 0 : x >> position) & kept) | (sign & ~kept);
 }
 u32 insert_field(u32 field, u32 into, u32 position, u32 length) {  // bfi
     position &= 255, length &= 255;
     if (position > 31) return into;
-    const u32 mask = mask_of(length) << position;
+    const u32 mask = mask_of<u32>(length) << position;
     return (into & ~mask) | (field << position & mask);
 }
 u32 permute_bytes(u32 x, u32 y, u32 selector) {  // prmt, its default mode
@@ -82,10 +87,10 @@ PTX_BINARY(MULWIDE_S16, s32, u32, u32, s32(int16_t(x)) * s32(int16_t(y)))
 PTX_BINARY(MULWIDE_U16, u32, u32, u32, (x & 0xffff) * (y & 0xffff))
 PTX_BINARY(MULWIDE_S32, s64, s32, s32, s64(x) * y)
 PTX_BINARY(MULWIDE_U32, u64, u32, u32, u64(x) * y)
-PTX_TERNARY(MADLO32, u32, u32, u32, x * y + z)
-PTX_TERNARY(MADLO64, u64, u64, u64, x * y + z)
-PTX_TERNARY(MADWIDE_S32, u64, s32, u64, static_cast<u64>(s64(x) * y) + z)
-PTX_TERNARY(MADWIDE_U32, u64, u32, u64, u64(x) * y + z)
+PTX_TERNARY(MADLO32, u32, u32, u32, u32, x * y + z)
+PTX_TERNARY(MADLO64, u64, u64, u64, u64, x * y + z)
+PTX_TERNARY(MADWIDE_S32, u64, s32, s32, u64, static_cast<u64>(s64(x) * y) + z)
+PTX_TERNARY(MADWIDE_U32, u64, u32, u32, u64, u64(x) * y + z)
 
 PTX_BINARY(DIV_S32, s32, s32, s32, quotient(x, y))
 PTX_BINARY(DIV_U32, u32, u32, u32, quotient(x, y))
@@ -129,15 +134,17 @@ PTX_BINARY(SHR_U64, u64, u64, u32, y > 63 ? 0 : x >> (y & 63))
 PTX_BINARY(SHR_S32, s32, s32, u32, x >> std::min(y, 31u))
 PTX_BINARY(SHR_S64, s64, s64, u32, x >> std::min(y, 63u))
 // sub: 1 clamps the count at 32 (.clamp), 0 takes it modulo 32 (.wrap).
-PTX_TERNARY(SHF_L, u32, u32, u32, sub && z >= 32 ? x : funnel_left(x, y, z & 31))
-PTX_TERNARY(SHF_R, u32, u32, u32, sub && z >= 32 ? y : funnel_right(x, y, z & 31))
+PTX_TERNARY(SHF_L, u32, u32, u32, u32, sub && z >= 32 ? x : funnel_left(x, y, z & 31))
+PTX_TERNARY(SHF_R, u32, u32, u32, u32, sub && z >= 32 ? y : funnel_right(x, y, z & 31))
 
 PTX_UNARY(POPC32, u32, u32, static_cast<u32>(__builtin_popcount(x)))
 PTX_UNARY(CLZ32, u32, u32, x ? static_cast<u32>(__builtin_clz(x)) : 32)
-PTX_TERNARY(BFE_U32, u32, u32, u32, bit_field(x, y, z, false))
-PTX_TERNARY(BFE_S32, u32, u32, u32, bit_field(x, y, z, true))
-PTX_TERNARY(PRMT, u32, u32, u32, permute_bytes(x, y, z))
-PTX_TERNARY(LOP3, u32, u32, u32, truth_table(x, y, z, sub))  // sub: the table
+PTX_TERNARY(BFE_U32, u32, u32, u32, u32, bit_field(x, y, z, false))
+PTX_TERNARY(BFE_S32, u32, u32, u32, u32, bit_field(x, y, z, true))
+PTX_TERNARY(BFE_U64, u64, u64, u32, u32, bit_field(x, y, z, false))
+PTX_TERNARY(BFE_S64, u64, u64, u32, u32, bit_field(x, y, z, true))
+PTX_TERNARY(PRMT, u32, u32, u32, u32, permute_bytes(x, y, z))
+PTX_TERNARY(LOP3, u32, u32, u32, u32, truth_table(x, y, z, sub))  // sub: the table
 
 void execute_BFI32(Step& s) {
     const u32 *field = s.u32(1), *into = s.u32(2), *position = s.u32(3), *length = s.u32(4);
