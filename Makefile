@@ -1,5 +1,5 @@
 # make run: everything a new user wants to see.  make test: everything that must hold.
-# make test-compile: the Triton kernels compiled by every Triton from 3.6 to 3.9.
+# make test-compile: the Triton kernels compiled by every Triton from 3.6 to 3.9, all CUDA kernels by NVRTC.
 # make test-ptx: all that the PTX machine can run of the compiled kernels (tests/ptx); hours.
 # make test-torch: all tests with the oldest torch that pyproject.toml promises, and with the newest.
 # make sanitize: the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; needs GCC.
@@ -61,7 +61,10 @@ sanitize-memory sanitize-threads: .venv/sanitize
 # Each in a folder of its own.
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 
-test-compile: $(TRITONS:%=test-compile-%)
+test-compile: $(TRITONS:%=test-compile-%) test-compile-cuda
+
+test-compile-cuda: .venv/test
+	$(BIN)/python -m pytest tests/cuda_compile_all.py --numprocesses 2
 
 test-compile-%: .venv/test
 	test -d build/triton-$*/triton || $(BIN)/python -m pip install --quiet --no-deps --target build/triton-$* triton==$*

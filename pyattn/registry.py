@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from pyattn.backends import Backend, KernelError
 from pyattn.backends.cpu import CpuBackend
+from pyattn.backends.cuda import CudaBackend
 from pyattn.backends.hopper import HopperBackend
 from pyattn.backends.reference import ReferenceBackend
 from pyattn.backends.triton import TritonBackend
@@ -17,19 +18,20 @@ from pyattn.spec import FEATURES, AttentionSpec, dtype_name
 Result = TypeVar("Result")
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (HopperBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
+    backend.name: backend
+    for backend in (HopperBackend(), TritonBackend(), CudaBackend(), CpuBackend(), ReferenceBackend())
 }
 # Those that are fused. The reference is not: it holds whole score matrices.
-FUSED = ("hopper", "triton", "cpu")
+FUSED = ("hopper", "triton", "cuda", "cpu")
 # The date and device of the run of the contract suite that allowed `auto` to take the Hopper kernels: none so far, so
 # they must be asked for, as must the reference.
 HOPPER_ALLOWED_BY: str | None = None
-# `auto` tries these in order.
-AUTOMATIC = FUSED if HOPPER_ALLOWED_BY else ("triton", "cpu")
+# `auto` tries these in order. No GPU has run the CUDA kernels yet either, but what comes after them is an error.
+AUTOMATIC = FUSED if HOPPER_ALLOWED_BY else ("triton", "cuda", "cpu")
 
 # How a backend may have been held against the definition, by the fields of `Proof`.
 PROOFS = {
-    "source": "source run in Triton's interpreter",
+    "source": "source run on a CPU, interpreted or emulated",
     "compiled": "compiled PTX run on a CPU (`tests/ptx`)",
     "hardware": "run on hardware",
 }

@@ -2,8 +2,10 @@
 
 Every operation rounds its result, by a random part of about one unit in the last place of the accumulator's dtype. Such
 errors are independent, so that their squares add up: a sum has one square of each of its terms, also where the terms
-cancel. A number that comes from another takes over its error times the derivative. The algorithm is that of the fused
-kernels, whose backward takes delta = d_out . out from an `out` in q's dtype.
+cancel, and a product of vectors two, of multiplications and of additions. A number that comes from another takes over
+its error times the derivative. Two roundings are known, and not only expected: fused kernels take delta = d_out . out
+from an `out` in q's dtype, and torch takes the derivative of lse from exp(score - lse), where a large lse has lost the
+end of its logarithm.
 
 The square of an error of x is called `of_x2`, in units of the accumulator's eps. Shapes are the definition's.
 """
@@ -49,7 +51,8 @@ def expected_errors(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor
         distance = x.sinks[:, None] - f.lse  # [b, h, m]
         of_distance2 = 1 + x.sinks[:, None].square() + f.lse.square() + f.of_lse2
         of_terms2 = distance.exp().square() * (g.of_delta2 + of_distance2 * g.delta.square())
-        found["d_sinks"] = of_terms2.sum((0, 2))
+        sums = (distance.exp() * g.delta).transpose(0, 1).flatten(1).cumsum(1)  # [h, b * m], each of which is rounded
+        found["d_sinks"] = of_terms2.sum((0, 2)) + sums.square().sum(1)
     return {name: of_x2.sqrt() for name, of_x2 in found.items()}
 
 
@@ -66,6 +69,7 @@ class _Forward(NamedTuple):
     lse: Tensor  # [b, h, m], 0 of a row that sees nothing
     of_lse2: Tensor  # [b, h, m]
     of_log2: Tensor  # [b, h, m], of lse, the sum of the row's largest score and a logarithm, which may cancel
+    lost2: Tensor  # [b, h, m], by the rounding of that sum
 
 
 def _forward(spec: AttentionSpec, x: Inputs) -> _Forward:
@@ -79,11 +83,14 @@ def _forward(spec: AttentionSpec, x: Inputs) -> _Forward:
     else:
         hidden, weight = reference.hidden(x, k), x.weight[:, None, None]
         product, terms2 = (hidden * weight).sum(-1), (hidden * weight).square().sum(-1)
-    of_s2 = spec.scale**2 * terms2
+    of_s2 = 2 * spec.scale**2 * terms2
     sink = s.new_full((spec.h,), -torch.inf) if x.sinks is None else x.sinks
     largest = torch.maximum(s.amax(-1) if spec.n else torch.full_like(lse, -torch.inf), sink[:, None])
-    log_sum = torch.where(lse == -torch.inf, 0.0, lse - largest)
-    s, lse = (torch.where(t == -torch.inf, 0.0, t) for t in (s, lse))
+    largest = torch.where(lse == -torch.inf, 0.0, largest)
+    log_sum = torch.logaddexp((s - largest[..., None]).logsumexp(-1), sink[:, None] - largest)
+    s, lse, log_sum = (torch.where(t == -torch.inf, 0.0, t) for t in (s, lse, log_sum))
+    held = largest.to(spec.accumulator).double()
+    lost = (held - (held + log_sum).to(spec.accumulator) + log_sum) / torch.finfo(spec.accumulator).eps
     # By the softmax's derivative p takes over 1 - p of its own score's error and p of each other's, so that a weight of
     # 1 has nothing of either. The score itself is rounded, too, when its terms have been summed.
     own2 = s.square() + of_s2
@@ -92,7 +99,8 @@ def _forward(spec: AttentionSpec, x: Inputs) -> _Forward:
     keep = reference.dropout_keep(spec, x) / (1 - spec.dropout_p) if spec.dropout_p > 0 else torch.ones_like(p)
     of_log2 = log_sum.square() + (lse - log_sum).square() + lse.square()
     return _Forward(
-        k, v, hidden, product, of_s2, p, of_p2, keep, of_p2 * keep.square(), lse, of_lse2.squeeze(-1), of_log2
+        k, v, hidden, product, of_s2, p, of_p2, keep, of_p2 * keep.square(), lse, of_lse2.squeeze(-1), of_log2,
+        lost.square(),
     )  # fmt: skip
 
 
@@ -111,9 +119,9 @@ def _score_gradients(spec: AttentionSpec, f: _Forward, d_out: Tensor, d_lse: Ten
     of_out = (out.to(spec.dtype) - out) / torch.finfo(spec.accumulator).eps
     of_delta2 = (f.of_kept2 * products2).sum(-1) + d_lse.square()
     of_delta2 = of_delta2 + (d_out * out).square().sum(-1) + (d_out * of_out).sum(-1).square()
-    of_dp2 = products2 * f.keep.square()
+    of_dp2 = 2 * products2 * f.keep.square()
     away = d_p - delta[..., None]
-    of_ds2 = f.of_p2 * away.square() + f.p.square() * (of_dp2 + of_delta2[..., None])
+    of_ds2 = f.of_p2 * away.square() + f.p.square() * (of_dp2 + (of_delta2 + f.lost2 * d_lse.square())[..., None])
     return _ScoreGradients(f.p * away, of_ds2, delta, of_delta2)
 
 

@@ -32,7 +32,7 @@ LEVELS = (
     ("pyattn.registry", "pyattn.autograd", "pyattn.transforms", "pyattn.ops"),
     ("pyattn.check", "pyattn.files", "pyattn.tokens"),
     ("pyattn.backends",),
-    ("triton_kernels", "pyattn.triton_kernels", "pyattn._C"),
+    ("triton_kernels", "pyattn.triton_kernels", "pyattn.cuda_kernels", "pyattn._C"),
     ("pyattn.spec", "pyattn.dropout", "pyattn.flops", "pyattn.face", "pyattn.interrupt"),
 )
 

@@ -80,6 +80,19 @@ class Backend(ABC):
         """Peak scratch memory of (forward, backward) beyond inputs, results and the gradients themselves."""
 
 
+def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, d_lse: Tensor | None) -> Tensor:
+    """Of kernels that leave delta. A sink is one more key, with a value of 0: its ds is p (0 - delta + d_lse),
+    which sums over the head's rows.
+
+    Args:
+        sinks: [h]; lse, delta, d_lse: [b, h, m]
+    """
+    if d_lse is not None:
+        delta = delta - d_lse
+    p = torch.where(lse == -torch.inf, 0.0, (sinks[:, None] - lse).exp())
+    return -(p * delta).sum((0, 2))
+
+
 @lru_cache(maxsize=4096)  # a look-up takes 0.3 us, to go through the declaration 2 us
 def _undeclared(backend: Backend, spec: AttentionSpec) -> str | None:
     """What of `spec` the backend has not declared; None when there is nothing."""

@@ -12,12 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyattn.backends import Backend, KernelError, Proof, cuda_config
+from pyattn.backends import Backend, KernelError, Proof, cuda_config, sink_gradient
 from pyattn.backends.cuda_config import DECODE_ROWS, DROPOUT, RICH, Row
-from pyattn.backends.triton import _sink_gradient
 from pyattn.spec import AttentionSpec, Grads, Inputs, Results, empty_gradients, empty_results, unit_stride
 
-_OLDEST = 70
 _LOG2_E = math.log2(math.e)
 _MOST_CHUNKS = 64
 _MOST_ROWS = 2**29  # positions add up to thrice the queries and the keys, and are numbers of 32 bits
@@ -67,7 +65,7 @@ class CudaBackend(Backend):
         "dv", "packed", "cached", "paged",
     })  # fmt: skip
     max_head_dim = 512
-    proof = Proof(source="every case, emulated on a CPU", compiled="no", hardware="not yet")
+    proof = Proof(source="every case", compiled="sm_75, sm_80", hardware="not yet")
 
     def __init__(self) -> None:
         self._failures: dict[tuple[object, ...], str] = {}  # by kind of call
@@ -75,7 +73,7 @@ class CudaBackend(Backend):
     def unavailable(self) -> str | None:
         from pyattn.backends import nvrtc
 
-        return _shortcoming() or nvrtc.unavailable()
+        return nvrtc.unavailable()
 
     def refusal(self, spec: AttentionSpec) -> str | None:
         return super().refusal(spec) or _uncountable(spec) or self._failures.get(_kind(spec))
@@ -122,7 +120,7 @@ class CudaBackend(Backend):
             arguments = pack(spec, x, y, given, d_bias=grads.bias, bias_sums=sums)
             for row in _rows("backward_bias", spec, gpu):
                 self._launch(spec, gpu, row, _blocks_of_bias(spec, row, sums), arguments)
-        return grads if x.sinks is None else grads._replace(sinks=_sink_gradient(x.sinks, y.lse, given.delta, d_lse))
+        return grads if x.sinks is None else grads._replace(sinks=sink_gradient(x.sinks, y.lse, given.delta, d_lse))
 
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
         # Forward: the chunks of a decoding step. Backward: delta, one accumulator per query; and d_out once more where
@@ -337,16 +335,3 @@ def _kind(spec: AttentionSpec) -> tuple[object, ...]:
 def _gpu(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)
     return Gpu(index, 10 * properties.major + properties.minor, properties.multi_processor_count)
-
-
-@cache
-def _shortcoming() -> str | None:
-    """Why this machine cannot run the kernels, whatever NVRTC there is."""
-    if torch.version.hip is not None:
-        return "is for NVIDIA GPUs, and this build of torch is for AMD's"
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
-    if 10 * major + minor < _OLDEST:
-        return f"needs compute capability 7.0 or newer, {torch.cuda.get_device_name()} has {major}.{minor}"
-    return None

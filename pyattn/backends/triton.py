@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyattn.backends import Backend, KernelError, Proof
+from pyattn.backends import Backend, KernelError, Proof, sink_gradient
 from pyattn.spec import AttentionSpec, Grads, Inputs, Results, empty_gradients, empty_results, unit_stride
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class TritonBackend(Backend):
                 delta = _backward(x, y, d_out, d_lse, grads, call)
             else:
                 delta = _backward_of_parts(parts, x, y, d_out, d_lse, grads, call)
-        return grads if x.sinks is None else grads._replace(sinks=_sink_gradient(x.sinks, y.lse, delta, d_lse))
+        return grads if x.sinks is None else grads._replace(sinks=sink_gradient(x.sinks, y.lse, delta, d_lse))
 
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
         from pyattn.triton_kernels import config, decode
@@ -182,14 +182,6 @@ def _backward_of_parts(
     for name, g in shared.items():
         g.copy_(sums[name])
     return torch.stack(deltas).sum(0)
-
-
-def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, d_lse: Tensor | None) -> Tensor:
-    """A sink is one more key, with a value of 0: its ds is p (0 - delta + d_lse), which sums over the head's rows."""
-    if d_lse is not None:
-        delta = delta - d_lse
-    p = torch.where(lse == -torch.inf, 0.0, (sinks[:, None] - lse).exp())
-    return -(p * delta).sum((0, 2))
 
 
 def call_of(spec: AttentionSpec, x: Inputs) -> Call:
