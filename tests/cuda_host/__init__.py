@@ -23,6 +23,8 @@ HERE = Path(__file__).parent
 BUILD = HERE.parent.parent / "build" / "cuda_host"
 # Not contracted, so that products with either operand first round alike, as one instruction does on a GPU.
 FLAGS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-march=native", "-ffp-contract=off", "-w")
+if "asan" in os.environ.get("LD_PRELOAD", ""):  # as `make sanitize` starts Python
+    FLAGS += ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1")
 ENTRY = """
 #include "kernels.cuh"
 using Kernel = {instantiation};
