@@ -37,10 +37,10 @@ SANITIZED = cd $(SANITIZE) && PYTHONPATH=package ASAN_OPTIONS=detect_leaks=0:log
 
 sanitize: sanitize-memory sanitize-threads
 
-# The mistakes of mutants would end the process.
 sanitize-memory: SANITIZERS := address,undefined
 sanitize-memory: RUNTIMES := asan ubsan
 sanitize-memory: SANITIZED_TESTS := cpu_border cpu_threads cpu linear contract additive fuzz cuda
+# The mistakes of mutants would end the process.
 sanitize-memory: LEFT_OUT := or mutant
 sanitize-threads: SANITIZERS := thread
 sanitize-threads: RUNTIMES := tsan
