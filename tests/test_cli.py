@@ -347,21 +347,29 @@ def test_compare_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x.png").exists()
 
 
+def _heed_signals() -> None:
+    """Before a command: a shell ignores some for what it runs in the background, and so would the command."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_train_interrupted_leaves_a_checkpoint_that_resumes(tmp_path: Path, name: str) -> None:
     out = tmp_path / "run"
     main = [sys.executable, "-c", "from pyattn.cli import main; main()"]
-    process = subprocess.Popen(
-        [*main, *TINY, "--out", str(out), "--steps", "100000"], stdout=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text("utf-8").count("\n") < 3:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    for option in ("--overwrite", "--resume"):
-        _assert_refused(_run(*TINY, "--out", out, option), rf"{out} is in use by process {process.pid} on ")
-    process.send_signal(getattr(signal, name))
-    printed, _ = process.communicate(timeout=60)
+    command = [*main, *TINY, "--out", str(out), "--steps", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=_heed_signals)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text("utf-8").count("\n") < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        for option in ("--overwrite", "--resume"):
+            _assert_refused(_run(*TINY, "--out", out, option), rf"{out} is in use by process {process.pid} on ")
+        process.send_signal(getattr(signal, name))
+        printed, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 128 + getattr(signal, name)
     assert f"go on with: pyattn train gpt --out {out} --resume" in printed
     step = checkpoint.load(out / "checkpoint.safetensors").step
@@ -421,7 +429,9 @@ def test_ctrl_c_while_torch_is_imported_prints_no_traceback(tmp_path: Path) -> N
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
     script = tmp_path / "pyattn"
     script.write_text("from pyattn.cli import main\nmain()\n")
-    found = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
+    found = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=60, check=False, preexec_fn=_heed_signals
+    )
     assert found.returncode == -signal.SIGINT
     assert (found.stdout, found.stderr) == ("", "Aborted.\n")
 
