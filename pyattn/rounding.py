@@ -2,10 +2,10 @@
 
 Every operation rounds its result, by a random part of about one unit in the last place of the accumulator's dtype. Such
 errors are independent, so that their squares add up: a sum has one square of each of its terms, also where the terms
-cancel, and a product of vectors two, of multiplications and of additions. A number that comes from another takes over
-its error times the derivative. Two roundings are known, and not only expected: fused kernels take delta = d_out . out
-from an `out` in q's dtype, and torch takes the derivative of lse from exp(score - lse), where a large lse has lost the
-end of its logarithm.
+cancel; q . k and d_out . v have two, one for multiplications and one for additions. A number that comes from another
+takes over its error times the derivative. Two roundings are not random, and are taken as they are: fused kernels take
+delta = d_out . out from an `out` in q's dtype, and torch takes the derivative of lse from exp(score - lse), in which a
+large lse has lost the end of its logarithm.
 
 The square of an error of x is called `of_x2`, in units of the accumulator's eps. Shapes are the definition's.
 """
@@ -22,7 +22,9 @@ from pyattn.spec import AttentionSpec, Inputs
 
 
 def expected_errors(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor) -> dict[str, Tensor]:
-    """Of out, lse, d_q, d_k, d_v, and where x has them d_bias, d_sinks and d_weight, in units of the accumulator's eps.
+    """The errors of out, lse, d_q, d_k and d_v, and where x has them of d_bias, d_sinks and d_weight.
+
+    They are in units of the accumulator's eps, and not finite where their squares are too large for float64.
 
     Args:
         x: float64 tensors.
@@ -39,8 +41,10 @@ def expected_errors(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor
     if x.weight is None or f.hidden is None:
         of_q2, of_k2 = of_product2 @ f.k.square(), of_product2.transpose(-1, -2) @ x.q.square()
     else:
-        slopes2 = (1 - f.hidden.square()).square()
-        terms2 = (of_product2[..., None] * slopes2 + d_product.square()[..., None]) * x.weight[:, None, None].square()
+        slope = 1 - f.hidden.square()  # of a tanh, whose own error it doubles where that is near 1
+        of_slope2 = 5 * f.hidden**4 + slope.square()
+        terms2 = of_product2[..., None] * slope.square() + d_product.square()[..., None] * of_slope2
+        terms2 = terms2 * x.weight[:, None, None].square()
         of_q2, of_k2 = terms2.sum(3), terms2.sum(2)
         of_terms2 = (of_product2 + d_product.square())[..., None] * f.hidden.square()
         found["d_weight"] = spec.scale**2 * of_terms2.sum((0, 2, 3))
@@ -48,11 +52,11 @@ def expected_errors(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor
     if x.bias is not None:
         found["d_bias"] = g.of_ds2.sum_to_size(x.bias.shape)
     if x.sinks is not None:
-        distance = x.sinks[:, None] - f.lse  # [b, h, m]
-        of_distance2 = 1 + x.sinks[:, None].square() + f.lse.square() + f.of_lse2
-        of_terms2 = distance.exp().square() * (g.of_delta2 + of_distance2 * g.delta.square())
-        sums = (distance.exp() * g.delta).transpose(0, 1).flatten(1).cumsum(1)  # [h, b * m], each of which is rounded
-        found["d_sinks"] = of_terms2.sum((0, 2)) + sums.square().sum(1)
+        sinks = torch.where(x.sinks == -torch.inf, 0.0, x.sinks)[:, None]
+        p = torch.where(x.sinks[:, None] == -torch.inf, 0.0, (sinks - f.lse).exp())  # [b, h, m]
+        of_p2 = p.square() * (1 + sinks.square() + f.lse.square() + f.of_lse2)
+        of_terms2 = p.square() * g.of_delta2 + of_p2 * g.delta.square()
+        found["d_sinks"] = of_terms2.sum((0, 2)) + _of_additions2((p * g.delta).transpose(0, 1).flatten(1))
     return {name: of_x2.sqrt() for name, of_x2 in found.items()}
 
 
@@ -69,7 +73,7 @@ class _Forward(NamedTuple):
     lse: Tensor  # [b, h, m], 0 of a row that sees nothing
     of_lse2: Tensor  # [b, h, m]
     of_log2: Tensor  # [b, h, m], of lse, the sum of the row's largest score and a logarithm, which may cancel
-    lost2: Tensor  # [b, h, m], by the rounding of that sum
+    lost2: Tensor  # [b, h, m], the square of what lse has lost when that sum was rounded
 
 
 def _forward(spec: AttentionSpec, x: Inputs) -> _Forward:
@@ -126,13 +130,22 @@ def _score_gradients(spec: AttentionSpec, f: _Forward, d_out: Tensor, d_lse: Ten
 
 
 def _through_softcap(spec: AttentionSpec, f: _Forward, g: _ScoreGradients) -> tuple[Tensor, Tensor]:
-    """The gradient of scale * product, and its error. Where the cap is steep, a rounded score has another slope."""
+    """The gradient of scale * product, and the square of its error. A rounded score has another slope of the cap."""
     if spec.softcap is None:
         return g.d_s, g.of_ds2
     t = torch.tanh(spec.scale / spec.softcap * f.product)
     slope = 1 - t.square()
     of_slope2 = 1 + (2 / spec.softcap * t * slope).square() * f.of_s2
     return slope * g.d_s, slope.square() * g.of_ds2 + of_slope2 * g.d_s.square()
+
+
+def _of_additions2(terms: Tensor) -> Tensor:
+    """The roundings of a sum over the last dimension that adds neighbours, then their sums, and so on."""
+    of_sum2 = terms.new_zeros(terms.shape[:-1])
+    while terms.shape[-1] > 1:
+        terms = torch.nn.functional.pad(terms, (0, terms.shape[-1] % 2)).unflatten(-1, (-1, 2)).sum(-1)
+        of_sum2 = of_sum2 + terms.square().sum(-1)
+    return of_sum2
 
 
 def _over_groups(spec: AttentionSpec, t: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,3 +40,11 @@ def attention(request: pytest.FixtureRequest) -> Iterator[str]:
     name, _, backend = request.param.partition("-")
     with pyattn.use_backend(backend) if backend else nullcontext():
         yield name
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty home folder; returns where compiled kernels are kept in it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    return tmp_path / ".cache" / "pyattn" / "kernels"

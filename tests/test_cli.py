@@ -436,16 +436,12 @@ def test_ctrl_c_while_torch_is_imported_prints_no_traceback(tmp_path: Path) -> N
     assert (found.stdout, found.stderr) == ("", "Aborted.\n")
 
 
-def test_info_shows_the_compiled_kernels_on_the_disk_and_removes_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    folder = tmp_path / ".cache" / "pyattn" / "kernels"
+def test_info_shows_the_compiled_kernels_on_the_disk_and_removes_them(home: Path) -> None:
     kernel_cache.store("a", bytes(2**20))
-    assert f"CUDA kernels  1 kernel, 1.0 MiB in {folder}" in _run("info").output
+    assert f"CUDA kernels  1 kernel, 1.0 MiB in {home}\n" in _run("info").output
     removed = _run("info", "--clear-cache")
-    assert removed.output == f"removed 1 kernel, 1.0 MiB from {folder}\n"
-    assert list(folder.iterdir()) == []
+    assert removed.output == f"removed 1 kernel, 1.0 MiB from {home}\n"
+    assert list(home.iterdir()) == []
     assert "CUDA kernels  0 kernels, 0.0 MiB in" in _run("info").output
 
 
@@ -458,11 +454,11 @@ def test_info_names_the_compiler_of_cuda_kernels_or_why_there_is_none(monkeypatc
     assert re.search(r"NVRTC +12\.8 at /opt/libnvrtc\.so\.12, for compute capabilities 7\.0, 7\.5", _run("info").output)
 
 
-def test_info_clears_no_cache_that_the_system_forbids_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("home")
+def test_info_clears_no_cache_that_the_system_forbids_to(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "/home/other/a.cubin")
 
-    monkeypatch.setenv("HOME", str(tmp_path))
     kernel_cache.store("a", b"code")
     monkeypatch.setattr(Path, "unlink", forbidden)
     _assert_refused(_run("info", "--clear-cache"), "/home/other/a.cubin: Permission denied")

@@ -46,7 +46,7 @@ def patterns() -> st.SearchStrategy[str]:
 
 @st.composite
 def cases(draw: st.DrawFn, dtype: torch.dtype) -> Case:
-    # In float64, whose floor is all that is allowed: equal weights round alike, and the floor counts independent ones.
+    # In float64 equal weights round alike, and the rule counts independent roundings.
     zero = () if dtype is torch.float64 else (0.0,)
     hk = draw(st.integers(1, 3))
     options: dict[str, Any] = {

@@ -10,11 +10,12 @@ import pytest
 from pyattn.backends import kernel_cache
 
 
-@pytest.fixture
-def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty home folder; returns where kernels are kept."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path / ".cache" / "pyattn" / "kernels"
+def test_cache_is_where_the_user_keeps_caches(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert kernel_cache.folder() == home
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert kernel_cache.folder() == home
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    assert kernel_cache.folder() == tmp_path / "caches" / "pyattn" / "kernels"
 
 
 def test_cache_keeps_a_kernel(home: Path) -> None:

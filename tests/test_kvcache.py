@@ -82,11 +82,11 @@ def held_against_definition(runner: Any, x: Inputs, numbers: Numbers) -> list[te
     spec = AttentionSpec.of(x, numbers)
     exact, plain = (definition(spec, cast(x, dtype)) for dtype in (torch.float64, x.q.dtype))
     d_out, d_lse = torch.zeros_like(exact[0]), torch.zeros_like(exact[1])
-    floor = expected_errors(spec, cast(x, torch.float64), d_out, d_lse)
+    expected = expected_errors(spec, cast(x, torch.float64), d_out, d_lse)
     eps = torch.finfo(spec.accumulator).eps
     found = runner.forward(spec, x)[:2]
     return [
-        testing.compare(name, got, want, baseline, eps * floor[name])
+        testing.compare(name, got, want, baseline, eps * expected[name])
         for name, got, want, baseline in zip(("out", "lse"), found, exact, plain, strict=True)
     ]
 

@@ -89,13 +89,6 @@ def compiler() -> nvrtc_compiler.Compiler:
 
 
 @pytest.fixture
-def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty home folder; returns where kernels are kept."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path / ".cache" / "pyattn" / "kernels"
-
-
-@pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, home: Path, stub_library: Stub) -> Iterator[Stub]:
     """A process that has not compiled anything yet, on a machine with GPUs of compute capability 8.0."""
     monkeypatch.setattr(torch.version, "cuda", RELEASE)

@@ -100,3 +100,14 @@ def test_tolerance_small_error_everywhere_fails_by_root_mean_square():
     baseline[0] += 1e-4
     with pytest.raises(AssertionError):
         testing.assert_as_accurate(torch.full((1000,), 1.0 + 1e-4), expected, baseline)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, 1000.0])
+@pytest.mark.parametrize("baseline", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rounding", [0.0, torch.nan, torch.inf])
+def test_tolerance_without_a_measure_allows_nothing(wrong, baseline, rounding):
+    """Plain PyTorch may overflow in half precision, and the expected error in its squares."""
+    expected = torch.ones(4, dtype=torch.float64)
+    given = expected, torch.full((4,), baseline), torch.full((4,), rounding, dtype=torch.float64)
+    assert not testing.compare("out", torch.full((4,), wrong), *given).excess <= 1
+    assert testing.compare("out", expected.float(), *given).excess <= 1

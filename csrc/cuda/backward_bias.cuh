@@ -77,8 +77,7 @@ template <class F, int FLAGS> struct backward_bias {
         Patch<false> patch = patch_at<false>(first + 16 * warp_index(), blocks.first * F::STREAMED, head);
         const ScoreRule<T, true> score(a, limits, batch, batch, patch.head);
         const Acc unit = a.unit, keep_scale = a.keep_scale;
-        Dropout dropout = {0, a.threshold, static_cast<u32>(batch)};
-        if constexpr (FLAGS & DROPOUT) dropout.seed = *a.seed;
+        const Dropout dropout = dropout_of<FLAGS>(a, batch);
         RowStatistics<Acc> row[2];
         read_statistics(a, limits, batch, head, patch, row);
         for (int step = 0; step < blocks.last - blocks.first; ++step, patch.column += F::STREAMED) {

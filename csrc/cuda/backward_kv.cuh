@@ -47,8 +47,7 @@ template <class F, int FLAGS, int PARTS> struct backward_kv {
         for (int step = 0; step < F::AHEAD; ++step) fetch(step);
 
         const Acc unit = a.unit, keep_scale = a.keep_scale;
-        Dropout dropout = {0, a.threshold, static_cast<u32>(p.sequence)};
-        if constexpr (FLAGS & DROPOUT) dropout.seed = *a.seed;
+        const Dropout dropout = dropout_of<FLAGS>(a, p.sequence);
         Acc d_k[OUT_TILES][4] = {}, d_v[OUT_TILES][4] = {};
         for (int step = 0; step < steps; ++step) {
             F::advance(step, fetch);

@@ -56,8 +56,7 @@ template <class F, int FLAGS> struct backward_q {
 
         const ScoreRule<T, RICH> score(a, p.limits, p.batch, p.sequence, patch.head);
         const Acc unit = a.unit, keep_scale = a.keep_scale;
-        Dropout dropout = {0, a.threshold, static_cast<u32>(p.sequence)};
-        if constexpr (FLAGS & DROPOUT) dropout.seed = *a.seed;
+        const Dropout dropout = dropout_of<FLAGS>(a, p.sequence);
         Acc d_q[OUT_TILES][4] = {};
         for (int step = 0; step < steps; ++step, patch.column += F::STREAMED) {
             F::advance(step, fetch);

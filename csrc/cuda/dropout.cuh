@@ -2,6 +2,7 @@
 // share a call, so lanes draw for one another.
 #pragma once
 
+#include "args.cuh"
 #include "patch.cuh"
 #include "philox.h"
 
@@ -49,3 +50,10 @@ struct Dropout {
         return bits;
     }
 };
+
+// Of a kernel with these flags; without the one of dropout nothing is read of it.
+template <int FLAGS> DEVICE Dropout dropout_of(const Args& a, int sequence) {
+    Dropout dropout = {0, a.threshold, static_cast<u32>(sequence)};
+    if constexpr (FLAGS & Flags::DROPOUT) dropout.seed = *a.seed;
+    return dropout;
+}

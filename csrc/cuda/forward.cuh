@@ -45,8 +45,7 @@ template <class F, int FLAGS> struct forward {
         Patch<false> patch = patch_at<false>(p.first + 16 * warp_index(), start, p.head);
         const ScoreRule<T, RICH> score(a, p.limits, p.batch, p.sequence, patch.head);
         const Acc unit = a.unit;
-        Dropout dropout = {0, a.threshold, static_cast<u32>(p.sequence)};
-        if constexpr (FLAGS & DROPOUT) dropout.seed = *a.seed;
+        const Dropout dropout = dropout_of<FLAGS>(a, p.sequence);
         OnlineSoftmax<Acc> softmax;
         Acc out[OUT_TILES][4] = {};
         for (int step = 0; step < steps; ++step, patch.column += F::STREAMED) {

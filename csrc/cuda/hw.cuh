@@ -12,6 +12,8 @@ typedef long long i64;
 #define DEVICE __device__ __forceinline__
 #define INLINE __attribute__((always_inline))  // behind a lambda's parameters: called, it would keep arrays in memory
 
+#include "number.cuh"
+
 // --- Threads, and what they exchange.
 
 DEVICE int thread_index() { return threadIdx.x; }
@@ -50,21 +52,7 @@ DEVICE double larger(double x, double y) { return fmax(x, y); }
 DEVICE float smaller(float x, float y) { return fminf(x, y); }
 DEVICE double smaller(double x, double y) { return fmin(x, y); }
 
-// --- Number formats. Sums are kept in float, those of double in double.
-
-struct half_t {
-    u16 bits;
-};
-struct bf16_t {
-    u16 bits;
-};
-
-template <class T> struct AccumulatorOf {
-    using type = float;
-};
-template <> struct AccumulatorOf<double> {
-    using type = double;
-};
+// --- Numbers of 16 bits.
 
 DEVICE float widen(half_t x) {
     float y;
@@ -72,8 +60,6 @@ DEVICE float widen(half_t x) {
     return y;
 }
 DEVICE float widen(bf16_t x) { return __uint_as_float(static_cast<u32>(x.bits) << 16); }
-DEVICE float widen(float x) { return x; }
-DEVICE double widen(double x) { return x; }
 
 DEVICE void round_to(half_t& y, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 DEVICE void round_to(bf16_t& y, float x) {
@@ -85,9 +71,6 @@ DEVICE void round_to(bf16_t& y, float x) {
     y.bits = is_nan ? 0x7fff : static_cast<u16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to even
 #endif
 }
-DEVICE void round_to(float& y, float x) { y = x; }
-DEVICE void round_to(float& y, double x) { y = static_cast<float>(x); }
-DEVICE void round_to(double& y, double x) { y = x; }
 
 // Two numbers in one register, as matrix units take them.
 template <class T> DEVICE u32 pack(float low, float high) {

@@ -93,6 +93,11 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, d_lse: Tensor | Non
     return -(p * delta).sum((0, 2))
 
 
+def kind_of(spec: AttentionSpec) -> tuple[object, ...]:
+    """What a kernel is compiled for. A kind whose kernel could not be compiled is refused from then on."""
+    return spec.dtype, spec.d, spec.dv, spec.features
+
+
 @lru_cache(maxsize=4096)  # a look-up takes 0.3 us, to go through the declaration 2 us
 def _undeclared(backend: Backend, spec: AttentionSpec) -> str | None:
     """What of `spec` the backend has not declared; None when there is nothing."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyattn.backends import Backend, KernelError, Proof, cuda_config, sink_gradient
+from pyattn.backends import Backend, KernelError, Proof, cuda_config, kind_of, sink_gradient
 from pyattn.backends.cuda_config import DECODE_ROWS, DROPOUT, RICH, Row
 from pyattn.spec import AttentionSpec, Grads, Inputs, Results, empty_gradients, empty_results, unit_stride
 
@@ -76,7 +76,7 @@ class CudaBackend(Backend):
         return nvrtc.unavailable()
 
     def refusal(self, spec: AttentionSpec) -> str | None:
-        return super().refusal(spec) or _uncountable(spec) or self._failures.get(_kind(spec))
+        return super().refusal(spec) or _uncountable(spec) or self._failures.get(kind_of(spec))
 
     def forward(self, spec: AttentionSpec, x: Inputs) -> Results:
         y = empty_results(x.q, spec.dv)
@@ -148,7 +148,7 @@ class CudaBackend(Backend):
         try:
             self.launch(gpu, row, blocks, arguments)
         except KernelError as error:
-            self._failures[_kind(spec)] = str(error)
+            self._failures[kind_of(spec)] = str(error)
             raise
 
     def _decode(self, spec: AttentionSpec, x: Inputs, y: Results, gpu: Gpu, group_rows: int) -> None:
@@ -324,11 +324,6 @@ def _uncountable(spec: AttentionSpec) -> str | None:
     if blocks > _MOST_BLOCKS:
         return f"launches at most {_MOST_BLOCKS:,} blocks, got b={spec.b}, h={spec.h}, m={spec.m}, n={spec.n}"
     return None
-
-
-def _kind(spec: AttentionSpec) -> tuple[object, ...]:
-    """What a kernel is compiled for."""
-    return spec.dtype, spec.d, spec.dv, spec.features
 
 
 @cache

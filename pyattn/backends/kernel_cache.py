@@ -32,7 +32,13 @@ class Size(NamedTuple):
 
 
 def folder() -> Path | None:
-    """Where this user's kernels are kept; None where the system knows no home for him."""
+    """Where this user's kernels are kept; None where the system knows no home for him.
+
+    On Linux that is where XDG_CACHE_HOME says, as in the XDG Base Directory Specification.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if sys.platform not in _FOLDERS and os.path.isabs(given):  # the specification has relative ones ignored
+        return Path(given, "pyattn", "kernels")
     try:
         return Path.home() / _FOLDERS.get(sys.platform, ".cache") / "pyattn" / "kernels"
     except RuntimeError:

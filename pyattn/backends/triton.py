@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyattn.backends import Backend, KernelError, Proof, sink_gradient
+from pyattn.backends import Backend, KernelError, Proof, kind_of, sink_gradient
 from pyattn.spec import AttentionSpec, Grads, Inputs, Results, empty_gradients, empty_results, unit_stride
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class TritonBackend(Backend):
 
     def failure(self, spec: AttentionSpec) -> str | None:
         """What went wrong when a kernel for a call of this kind was to be compiled."""
-        return self._failures.get(_kind(spec)) if self._failures else None
+        return self._failures.get(kind_of(spec)) if self._failures else None
 
     @contextmanager
     def compiling(self, spec: AttentionSpec) -> Iterator[None]:
@@ -71,7 +71,7 @@ class TritonBackend(Backend):
             if isinstance(error, RuntimeError) and ("CUDA" in said or "HIP" in said):
                 raise
             reason = f"its kernel cannot be compiled here: {said[:_LONGEST_REASON]}"
-            self._failures[_kind(spec)] = reason
+            self._failures[kind_of(spec)] = reason
             raise KernelError(reason) from error
 
     def forward(self, spec: AttentionSpec, x: Inputs) -> Results:
@@ -207,11 +207,6 @@ def _uncountable(spec: AttentionSpec) -> str | None:
     if rows <= _MOST_ROWS:
         return None
     return f"counts the queries of a group of heads and their keys to 2^30, got {rows:,} in whole blocks"
-
-
-def _kind(spec: AttentionSpec) -> tuple[object, ...]:
-    """What a kernel is compiled for."""
-    return spec.dtype, spec.d, spec.dv, spec.features
 
 
 @cache

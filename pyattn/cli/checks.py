@@ -30,10 +30,10 @@ def info(
     if clear_cache:
         console.print(f"removed {kernel_cache.clear()} from {kernel_cache.folder()}", soft_wrap=True)
         return
-    facts = Table.grid(padding=(0, 2))
-    for name, value in machine.describe().items():
-        facts.add_row(Text(name, "bold"), value)
-    console.print(facts)
+    facts = machine.describe()
+    width = max(map(len, facts)) + 2
+    for name, value in facts.items():
+        console.print(Text.assemble((f"{name:{width}}", "bold"), value), soft_wrap=True)  # a path stays whole
     console.print()
     states = Table("backend", "state", *(words.replace("`", "") for words in registry.PROOFS.values()))
     for name, state in machine.backends().items():

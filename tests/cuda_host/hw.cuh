@@ -20,6 +20,8 @@ typedef long long i64;
 inline int min(int x, int y) { return x < y ? x : y; }
 inline int max(int x, int y) { return x > y ? x : y; }
 
+#include "number.cuh"
+
 // --- Threads, and what they exchange.
 
 enum { SHUFFLE = 1, LOAD_MATRICES, LOAD_TRANSPOSED, MULTIPLY };
@@ -57,21 +59,7 @@ template <class X> X tanh_(X x) { return std::tanh(x); }
 template <class X> X larger(X x, X y) { return std::fmax(x, y); }
 template <class X> X smaller(X x, X y) { return std::fmin(x, y); }
 
-// --- Number formats.
-
-struct half_t {
-    u16 bits;
-};
-struct bf16_t {
-    u16 bits;
-};
-
-template <class T> struct AccumulatorOf {
-    using type = float;
-};
-template <> struct AccumulatorOf<double> {
-    using type = double;
-};
+// --- Numbers of 16 bits.
 
 template <class To, class From> To bits_of(From x) {
     static_assert(sizeof(To) == sizeof(From), "a number's bits");
@@ -82,16 +70,12 @@ template <class To, class From> To bits_of(From x) {
 
 inline float widen(half_t x) { return bits_of<_Float16>(x.bits); }
 inline float widen(bf16_t x) { return bits_of<float>(static_cast<u32>(x.bits) << 16); }
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
 
 inline void round_to(half_t& y, float x) { y.bits = bits_of<u16>(static_cast<_Float16>(x)); }
 inline void round_to(bf16_t& y, float x) {
     const u32 bits = bits_of<u32>(x);
     y.bits = std::isnan(x) ? 0x7fff : static_cast<u16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-inline void round_to(float& y, double x) { y = static_cast<float>(x); }
-inline void round_to(double& y, double x) { y = x; }
 
 template <class T> u32 pack(float low, float high) {
     T x, y;
