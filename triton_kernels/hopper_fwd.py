@@ -82,6 +82,15 @@ def _softmax_step(s, row_max, row_sum, unit, MASKED: gl.constexpr):
 
 
 @gluon.jit
+def _in_pairs(p):
+    """The same numbers of 16 bits, two to a register.
+
+    Where they are carried from block to block, LLVM would hold each by itself, and ptxas pack them for every product.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], dtype=p.dtype, is_pure=True, pack=2)
+
+
+@gluon.jit
 def _products(q_tile, ring, count, LAYOUT: gl.constexpr):
     """Begins q.k of a block."""
     k_tile = tile(ring, count)
@@ -114,7 +123,7 @@ def _step(state, start_n, rings, limits, unit, WARPGROUP: gl.constexpr, MASKED: 
     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
     leave(v_ring, count)
     acc = acc * gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout)), 1)
-    p = gl.convert_layout(weights.to(p.dtype), p.type.layout)
+    p = _in_pairs(gl.convert_layout(weights.to(p.dtype), p.type.layout))
     return count + 1, p, acc, row_max, row_sum
 
 
