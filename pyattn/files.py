@@ -86,11 +86,12 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: the system refused to write.
     """
-    temporary = _beside(path)
+    folder = _beside(path)  # of its own, because a writer may put files of its own beside the one it is given
+    temporary = folder / path.name
     with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.touch(exist_ok=False)
+            folder.mkdir(parents=True)
+            temporary.touch()
             mode = temporary.stat().st_mode  # by the user's umask; safetensors' own files only their owner can read
             yield temporary
             temporary.chmod(mode)
@@ -98,7 +99,7 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
             os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -114,14 +115,17 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             before.rename(folder)
         try:
             temporary.mkdir(parents=True)
-            yield temporary
+            try:
+                yield temporary
+            except WriteError as error:
+                raise WriteError(str(error).replace(str(temporary), str(folder))) from error
             if not _exchanged(temporary, folder):
                 if folder.exists():
                     folder.rename(before)
                 temporary.rename(folder)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
+            remove(temporary)  # which now is the old one
+        remove(before)
 
 
 @contextmanager
@@ -156,7 +160,13 @@ def sweep(folder: Path, seconds: float = 0.0) -> None:
     for path in folder.glob(f".*{_PARTIAL}"):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime >= seconds:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a folder and what is in it, as far as the system lets it."""
+    with suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _beside(path: Path) -> Path:
@@ -198,10 +208,20 @@ def _locked(lock: Path) -> int:
         # Whoever held it before removed the file: this lock is then of a file that nobody else will find.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), lock.stat()):
-                os.truncate(file, 0)
-                os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                _sign(file, lock)
                 return file
         os.close(file)
+
+
+def _sign(file: int, lock: Path) -> None:
+    """Writes into the lock's file who holds it."""
+    try:
+        os.truncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except OSError:
+        remove(lock)
+        os.close(file)
+        raise
 
 
 def _exchanged(one: Path, other: Path) -> bool:

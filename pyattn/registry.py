@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TypeVar
 
 from pyattn.backends import Backend, KernelError
@@ -59,8 +60,10 @@ def requested(name: str) -> str:
     return _default if name == "auto" else _known(name)
 
 
-def choose(spec: AttentionSpec, name: str) -> Backend:
+def choose(spec: AttentionSpec, name: str, failed: Mapping[Backend, str] = MappingProxyType({})) -> Backend:
     """The first backend that takes `spec`; with a name other than "auto", that one or none.
+
+    failed: backends that could not run the call, with their reasons.
 
     Raises:
         UnsupportedError: one line per backend with its reason.
@@ -68,9 +71,10 @@ def choose(spec: AttentionSpec, name: str) -> Backend:
     candidates = AUTOMATIC if name == "auto" else (name,)
     reasons = {}
     for candidate in candidates:
-        reason = BACKENDS[candidate].refusal(spec)
+        backend = BACKENDS[candidate]
+        reason = failed.get(backend) or backend.refusal(spec)
         if reason is None:
-            return BACKENDS[candidate]
+            return backend
         reasons[candidate] = reason
     lines = "\n".join(f"  {candidate}: {reason}" for candidate, reason in reasons.items())
     hint = '\nbackend="reference" runs everything, in float64 and in O(m * n) memory' if name != "reference" else ""
@@ -79,12 +83,13 @@ def choose(spec: AttentionSpec, name: str) -> Backend:
 
 def run(spec: AttentionSpec, name: str, call: Callable[[Backend], Result]) -> Result:
     """`call` of the backend that `choose` finds; of the next one, where that cannot compile its kernel."""
+    failed: dict[Backend, str] = {}
     while True:
-        backend = choose(spec, name)
+        backend = choose(spec, name, failed)
         try:
             return call(backend)
-        except KernelError:
-            continue  # the backend refuses `spec` now
+        except KernelError as error:
+            failed[backend] = str(error)
 
 
 def list_backends() -> dict[str, str]:

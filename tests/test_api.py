@@ -29,6 +29,19 @@ def test_backends_are_ready_or_say_why():
         assert "CUDA" in states["triton"]
 
 
+def test_tensors_of_the_cpu_ask_for_no_gpu(monkeypatch):
+    """In a forked process torch raises when it is asked for one."""
+
+    def unavailable(self: object) -> str:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    for name in ("hopper", "triton", "cuda"):
+        monkeypatch.setattr(type(pyattn.registry.BACKENDS[name]), "unavailable", unavailable)
+    q = torch.randn(1, 2, 8, 16)
+    assert pyattn.attention(q, q, q).shape == q.shape
+    assert "runs on cuda, got tensors on cpu" in str(pyattn.explain(q, q, q))
+
+
 def test_use_backend_sets_the_default_until_it_ends():
     q, k, v = _qkv()
     fused = pyattn.attention(q, k, v)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 import subprocess
@@ -389,6 +390,26 @@ def test_train_goes_on_where_a_hangup_is_ignored(tmp_path: Path) -> None:
     process = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     assert metrics.read(tmp_path / "run")[-1]["step"] == 3
+
+
+PYATTN = f"{sys.executable} -c 'from pyattn.cli import main; main()'"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_error_that_cannot_be_said_is_an_exit_status(tmp_path: Path) -> None:
+    command = f"{PYATTN} train gpt --resume --out {tmp_path / 'none'} 2>/dev/full"
+    assert subprocess.run(command, shell=True, check=False, capture_output=True).returncode == 2
+
+
+def test_generate_takes_a_closed_input_for_an_empty_one_and_shows_text_in_ascii(tmp_path: Path) -> None:
+    assert _run(*TINY, "--out", tmp_path, "--steps", 1).exit_code == 0
+    command = f"{PYATTN} generate --model {tmp_path / 'model'} --tokens 3"
+    for ending, environment in ((" <&-", {}), (" --prompt Übung", {"PYTHONIOENCODING": "ascii"})):
+        found = subprocess.run(
+            command + ending, shell=True, check=False, capture_output=True, text=True, env=os.environ | environment
+        )
+        assert (found.returncode, found.stderr) == (0, ""), ending
+    assert "bung" in found.stdout
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from test_kvcache import OPTIONS, cache, held_against_definition
 from pyattn import core, dropout, registry, testing
 from pyattn.backends import cuda, cuda_config
 from pyattn.backends.cpu import CpuBackend
+from pyattn.backends.cuda import Gpu
 from pyattn.backends.reference import dropout_keep
 from pyattn.spec import AttentionSpec, dtype_name
 from pyattn.testing import Case
@@ -174,8 +176,12 @@ def test_cuda_mutant_is_caught(mutant, emulated):
     [
         ({"additive": True}, "does not do additive scores with gradient"),
         ({"dv": 513}, "head size is at most 512, got d=32, dv=513"),
-        ({"m": 2**28, "n": 2**28 + 1}, "counts queries and keys to 2^29 together, got 536,870,913"),
+        ({"m": 2**28, "n": 2**28 + 1}, "counts queries, or those of a group of heads, and keys to 2^29"),
         ({"b": 2**20, "h": 2**10, "m": 2**10}, "launches at most 2,147,483,647 blocks"),
+        ({"h": 2**16, "hk": 1, "m": 2**14}, "counts queries, or those of a group of heads,"),
+        ({"offset": -(2**40)}, "counts queries"),
+        ({"page_size": 16, "b": 2**10, "h": 8, "m": 2**19}, "launches at most 2,147,483,647 blocks"),
+        ({"page_size": 16, "dropout_p": 0.5}, "has no dropout over a paged cache"),
         ({"dtype": torch.int32}, "accepts bfloat16, float16, float32, float64, got int32"),
     ],
 )
@@ -194,6 +200,36 @@ def test_cuda_kernel_that_failed_is_refused_from_then_on(emulated, monkeypatch):
     monkeypatch.setattr(backend, "launch", launch)
     with pytest.raises(core.check.UnsupportedError, match=r"\n  emulated: NVRTC 13\.0 cannot compile"):
         testing.evaluate_backend(testing.make_inputs(CASES["plain"], torch.float16), "emulated")
+
+
+def test_cuda_kernel_that_failed_on_one_gpu_is_launched_on_another(emulated, monkeypatch):
+    """Only for the first does the next backend have to do."""
+    old, new = (Gpu(index, capability, processors=3) for index, capability in ((0, 70), (1, 80)))
+    backend = emulated["emulated"] = EmulatedCuda()
+    launch = backend.launch
+
+    def launch_on_new(gpu: Gpu, *rest: object) -> None:
+        if gpu == old:
+            raise cuda.KernelError("the driver does not take its kernel")
+        launch(gpu, *rest)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(cuda, "_gpu", [old, new].__getitem__)
+    monkeypatch.setattr(backend, "launch", launch_on_new)
+    call = testing.make_inputs(CASES["plain"], torch.float16)
+    for backend.gpu in (old, new, old):
+        with nullcontext() if backend.gpu == new else pytest.raises(core.check.UnsupportedError, match="does not take"):
+            testing.evaluate_backend(call, "emulated")
+
+
+@pytest.mark.parametrize("wide", [(False, True), (True, False)])
+def test_cuda_segment_ids_may_have_two_widths(wide, emulated):
+    emulated["emulated"] = EmulatedCuda(80)
+    call = testing.make_inputs(CASES["segments"], torch.float32)
+    ids = call.options["segment_ids"]
+    call.options["segment_ids"] = tuple(t.long() if is_wide else t.int() for t, is_wide in zip(ids, wide, strict=True))
+    results = testing.reference(call).compare(testing.evaluate_backend(call, "emulated"))
+    assert [r for r in results if not r.excess <= 1] == []
 
 
 @pytest.mark.parametrize("capability", [70, 75, 80, 86, 87, 90, 100, 120])

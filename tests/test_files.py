@@ -55,6 +55,34 @@ def test_folder_whose_replacement_fails_stays(tmp_path: Path) -> None:
     assert _texts(tmp_path) == {"model/names": "first", "model/weights": "first"}
 
 
+def test_folder_whose_file_cannot_be_written_is_called_by_its_name(tmp_path: Path) -> None:
+    with (
+        pytest.raises(WriteError, match=rf"^cannot write {tmp_path}/model/weights: No space left on device$"),
+        replacing_folder(tmp_path / "model") as new,
+        replacing(new / "weights"),
+    ):
+        raise OSError(28, "No space left on device")
+
+
+def test_folder_takes_the_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("in the way")
+    (tmp_path / "model.before").write_text("left")
+    _written(tmp_path / "model", "first")
+    assert _texts(tmp_path) == {"model/names": "first", "model/weights": "first"}
+
+
+def test_what_a_writer_left_beside_its_file_goes_with_it(tmp_path: Path) -> None:
+    """safetensors writes into a file of its own, which stays when the process is killed."""
+    with replacing(tmp_path / "file") as path:
+        (path.parent / ".tmp1234").write_text("half")
+        path.write_text("whole")
+    assert _texts(tmp_path) == {"file": "whole"}
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "file") as path:
+        (path.parent / ".tmp1234").write_text("half")
+        raise KeyboardInterrupt
+    assert _texts(tmp_path) == {"file": "whole"}
+
+
 def test_folder_that_was_lost_between_two_renames_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
     _written(tmp_path / "model", "first")
@@ -101,6 +129,17 @@ def test_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match=r"cannot write .*file/run"), held(tmp_path / "file" / "run"):
         raise AssertionError
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no /dev/full")
+def test_lock_that_cannot_be_signed_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(WriteError, match=r"cannot write .*\.lock: No space left"), held(tmp_path):
+        raise AssertionError
+    assert _texts(tmp_path) == {}
 
 
 def test_what_killed_processes_left_is_swept(tmp_path: Path) -> None:

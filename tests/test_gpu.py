@@ -45,7 +45,7 @@ def warmed_up_graph(run) -> torch.cuda.CUDAGraph:
     return graph
 
 
-@pytest.fixture(params=["triton", "hopper"])
+@pytest.fixture(params=["triton", "hopper", "cuda"])
 def backend(request: pytest.FixtureRequest) -> str:
     if (reason := pyattn.list_backends()[request.param]) != "ready":
         pytest.skip(reason)
@@ -112,12 +112,15 @@ def test_gpu_graph_draws_another_dropout_mask_at_every_replay():
 
 
 def test_gpu_new_lengths_compile_nothing(backend):
+    from pyattn.backends import nvrtc
     from pyattn.triton_kernels import flash_bwd, flash_fwd, hopper_bwd, hopper_fwd
 
     modules = (hopper_fwd, hopper_bwd) if backend == "hopper" else (flash_fwd, flash_bwd)
     kernels = [f for module in modules for name, f in vars(module).items() if name.endswith("_kernel")]
 
     def compiled() -> int:
+        if backend == "cuda":
+            return len(nvrtc._loaded)
         return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
     def run(m: int) -> None:
@@ -141,10 +144,11 @@ def test_gpu_bits_are_the_same_a_thousand_times(backend):
         assert all(map(torch.equal, found, first))
 
 
-def test_gpu_weights_dropped_are_those_the_cpu_drops():
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_gpu_weights_dropped_are_those_the_cpu_drops(name):
     """With v the identity out holds the weights themselves: a dropped one is exactly 0."""
     q, k = (torch.zeros(2, 3, 130, 16) for _ in range(2))
     given = (q, k, torch.eye(130).expand(2, 3, 130, 130))
     cpu = pyattn.attention(*given, dropout_p=0.4, seed=7, backend="cpu")
-    gpu = pyattn.attention(*(t.cuda() for t in given), dropout_p=0.4, seed=7, backend="triton")
+    gpu = pyattn.attention(*(t.cuda() for t in given), dropout_p=0.4, seed=7, backend=name)
     assert torch.equal(cpu == 0, gpu.cpu() == 0)

@@ -94,6 +94,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, home: Path, stub_library: Stub) -> Iter
     monkeypatch.setattr(torch.version, "cuda", RELEASE)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(nvrtc, "LIBRARY", str(stub_library.path))
     monkeypatch.setattr(pyattn, "cuda_kernels", SimpleNamespace(sources=lambda: SOURCES), raising=False)
@@ -272,8 +273,8 @@ def _set(target: Any, name: str, value: Any) -> Callable[[pytest.MonkeyPatch, St
             lambda monkeypatch, stub: stub.library.stub_set_version(12040),
             r"driver runs CUDA up to 12\.4, and NVRTC 13\.0 compiles for newer ones: update the driver",
         ),
-        (_set(torch.cuda, "get_device_capability", lambda: (6, 1)), r"needs compute capability 7\.0"),
-        (_set(torch.cuda, "get_device_capability", lambda: (30, 0)), r"knows no GPU of compute capability 30\.0"),
+        (_set(torch.cuda, "get_device_capability", lambda _: (6, 1)), r"needs compute capability 7\.0"),
+        (_set(torch.cuda, "get_device_capability", lambda _: (30, 0)), r"knows no GPU of compute capability 30\.0"),
     ],
     ids=["rocm", "cpu", "no-gpu", "no-nvrtc", "no-driver", "old-driver", "old-gpu", "new-gpu"],
 )
@@ -282,6 +283,13 @@ def test_shortcoming_of_the_machine_is_one_sentence(
 ) -> None:
     change(monkeypatch, gpu)
     assert re.search(message, nvrtc.unavailable() or "")
+
+
+@pytest.mark.parametrize("other", [0, 1])
+@pytest.mark.usefixtures("gpu")
+def test_one_gpu_that_will_do_is_enough(other: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1) if device == other else (8, 0))
+    assert nvrtc.unavailable() is None
 
 
 def test_driver_of_an_older_minor_version_will_do(gpu: Stub) -> None:

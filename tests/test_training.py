@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
 import pyattn
-from pyattn.files import replacing
+from pyattn.files import WriteError, replacing
 from pyattn.training import checkpoint, metrics, plot
 from pyattn.training.checkpoint import CheckpointError
 from pyattn.training.language import Corpus, LanguageTask, load_corpus, training_starts, windows, write_sample
@@ -66,6 +69,35 @@ def test_corpus_damaged_cache_is_made_again(tmp_path: Path) -> None:
     (stored,) = (tmp_path / "cache").iterdir()
     stored.write_bytes(stored.read_bytes()[:1000])
     assert torch.equal(_corpus(tmp_path).train, first.train)
+
+
+@pytest.mark.parametrize("change", ["number", "name", "tokenizer", "digest", "form"])
+def test_corpus_changed_cache_is_made_again(tmp_path: Path, change: str) -> None:
+    """A run goes on, by its digest of the text, with the tokens that are stored."""
+    first = _corpus(tmp_path)
+    (stored,) = (tmp_path / "cache").iterdir()
+    with safe_open(stored, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name = min(tensors)
+    if change == "number":
+        tensors[name][0] += 1
+    elif change == "name":
+        tensors["other"] = tensors.pop(name)
+    elif change == "form":
+        tensors[name] = tensors[name][:, None].repeat(1, 2)
+    else:
+        header[change] = header[change].replace("a", "b")
+    save_file(tensors, stored, metadata=header)
+    assert torch.equal(_corpus(tmp_path).train, first.train)
+
+
+def test_corpus_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    _corpus(tmp_path)
+    (stored,) = (tmp_path / "cache").iterdir()
+    stored.unlink()
+    stored.mkdir()
+    with pytest.raises(WriteError, match=re.escape(f"cannot write {stored}: Is a directory")):
+        _corpus(tmp_path)
 
 
 def test_corpus_folder_reads_every_visible_file(tmp_path: Path) -> None:
@@ -342,8 +374,8 @@ def _changed(stopped: Path, folder: Path, tensors: dict | None = None, **meta: o
     [
         ("step", True), ("step", 0), ("step", -3), ("step", "3"), ("step", "gone"), ("step", 3.0),
         ("best_loss", math.nan), ("best_loss", math.inf), ("best_loss", 10**400), ("best_loss", "low"),
-        ("best_loss", False), ("best_loss", "gone"), ("evaluations_since_best", -1), ("evaluations_since_best", None),
-        ("settings", []), ("settings", "gone"), ("digest", 3), ("tokenizer", None), ("kind", "gone"),
+        ("best_loss", False), ("best_loss", "gone"), ("best_loss", -5.0), ("evaluations_since_best", -1),
+        ("evaluations_since_best", None), ("settings", []), ("settings", "gone"), ("digest", 3), ("tokenizer", None), ("kind", "gone"),
     ],
 )  # fmt: skip
 def test_checkpoint_with_an_impossible_value_is_refused(
@@ -382,6 +414,8 @@ def test_checkpoint_with_tensors_of_another_form_is_refused(stopped: Path, tmp_p
         ("optimizer.0.exp_avg", moment.double(), "is float64 ["),
         ("optimizer.0.exp_avg", None, "is missing there"),
         ("optimizer.0.exp_avg_sq", torch.full_like(moment, math.nan), "NaN"),
+        ("optimizer.0.exp_avg_sq", torch.full_like(moment, math.inf), "infinity"),
+        ("optimizer.0.exp_avg_sq", torch.full_like(moment, -1.0), "has negative numbers"),
         ("optimizer.0.step", torch.tensor(2.0), "is 2 at step 3"),
         ("optimizer.0.step", torch.tensor([3.0]), "is float32 [1] there"),
         ("optimizer.0.max_exp_avg_sq", moment, "it also has optimizer.0.max_exp_avg_sq"),
@@ -391,6 +425,19 @@ def test_checkpoint_with_tensors_of_another_form_is_refused(stopped: Path, tmp_p
     ]
     for number, (name, value, message) in enumerate(changes):
         assert message in _changed(stopped, tmp_path / str(number), {name: value})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"evaluations_since_best": 99}, "it counts 99 evaluations in 3 steps"),
+        ({"tokenizer": "x"}, "the tokenizer is no longer the one"),
+    ],
+)
+def test_checkpoint_of_other_parts_is_refused(
+    stopped: Path, tmp_path: Path, changed: dict[str, object], message: str
+) -> None:
+    assert message in _changed(stopped, tmp_path / "run", **changed)
 
 
 def test_checkpoint_without_moments_is_refused(stopped: Path, tmp_path: Path) -> None:
@@ -477,8 +524,48 @@ def test_comparison_draws_every_run(tmp_path: Path) -> None:
 def test_metrics_that_are_no_numbers_are_an_error(tmp_path: Path, value: object) -> None:
     line = json.dumps({"step": 1, "loss": 2.0}) + "\n" + json.dumps({"step": 2, "loss": value}) + "\n"
     (tmp_path / "metrics.jsonl").write_text(line)
-    with pytest.raises(metrics.RunError, match=r"metrics\.jsonl is damaged \(line 2: loss is "):
+    with pytest.raises(metrics.RunError, match=r"metrics\.jsonl is damaged \(line 2: loss cannot be "):
         metrics.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": 0}, {"step": 10**31}, {"tokens": 0}, {"seconds": -1}, {"loss": -1e31}], ids=str
+)
+def test_metrics_that_cannot_be_are_an_error(tmp_path: Path, change: dict[str, float]) -> None:
+    line = {"step": 1, "loss": 2.0, "tokens": 10, "seconds": 0.5} | change
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(metrics.RunError, match=rf"metrics\.jsonl is damaged \(line 1: {next(iter(change))} cannot be "):
+        metrics.read(tmp_path)
+
+
+def test_metrics_of_the_largest_numbers_are_drawn(tmp_path: Path) -> None:
+    lines = [{"step": 10**29 * i, "loss": 1e29 * (-1) ** i, "tokens": 10**29, "seconds": 1e-29} for i in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert plot.comparison([tmp_path], tmp_path / "picture.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("steps", [[1, 3], [1, 2, 2], [2, 1], [1, 2], [1, 2, 4]], ids=str)
+def test_metrics_without_a_step_are_not_gone_on_with(tmp_path: Path, steps: list[int]) -> None:
+    for step in steps:
+        metrics.append(tmp_path, step=step, loss=1.0)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(metrics.RunError, match=r"metrics\.jsonl is damaged \(expected every step to 3 once"):
+        metrics.start(tmp_path, 3)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["a$x^$b", r"cost_$\frac$", "_under", "日本", "bad\udcff"])
+def test_picture_shows_any_name_of_a_folder(tmp_path: Path, name: str, recwarn: pytest.WarningsRecorder) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    metrics.append(folder, step=1, loss=1.0, tokens=10, seconds=0.5)
+    plot.comparison([folder], tmp_path / "picture.png")
+    figure = Figure()
+    plot._curves(figure.subplots(), [folder])
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert len(legend.get_texts()) == 2
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,27 @@ def test_resumed_run_remembers_its_patience(tmp_path: Path, monkeypatch: pytest.
     assert [step.step for step in _open(tmp_path / "run", resume=True, patience=5).steps()] == [6, 7, 8, 9, 10]
 
 
+def test_run_that_overwrites_leaves_nothing_of_the_old_one(tmp_path: Path) -> None:
+    for name in ("checkpoint.safetensors", "metrics.jsonl", "loss.png", "sample.txt", "model/weights", "model.before"):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("old")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    next(open_run(tmp_path / "run", GPTSettings, TINY, set(), "cpu", resume=False, overwrite=True).steps())
+    found = _bytes(tmp_path / "run")
+    assert found.pop("notes.txt") == b"mine"
+    assert not [name for name, data in found.items() if data == b"old"]
+
+
+def test_resumed_run_draws_the_curve_that_a_killed_one_did_not(tmp_path: Path) -> None:
+    tiny = _open(tmp_path / "run", steps=2)
+    assert len(list(tiny.steps())) == 2
+    picture = tmp_path / "run" / "loss.png"
+    whole = picture.read_bytes()
+    picture.write_text("of an earlier step")
+    assert not list(_open(tmp_path / "run", resume=True).steps())
+    assert picture.read_bytes() == whole
+
+
 def test_metrics_line_names_every_term_and_its_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {"loss": 3.0, "masked": 2.0, "next": 1.0}
     steps = [Step(1, losses, 0.1, 0.2, 10, 0.5), Step(2, losses, 0.1, 0.2, 10, 0.5, losses)]

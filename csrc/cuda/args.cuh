@@ -24,8 +24,8 @@ struct Args {
     void *lse, *row_max, *log_sum, *delta;
     const void* d_lse;
     const int* key_lengths;               // [b]
-    const void *q_segments, *k_segments;  // [b, m] and [b, n]; of 64 bits where wide_ids
-    const float* slopes;                  // [sequences, h]
+    const void *q_segments, *k_segments;  // [b, m] and [b, n]; of 64 bits where wide_q_ids, wide_k_ids
+    const float* slopes;                  // [sequences, h], with slope_stride between rows: 0 where all are the same
     const void* sinks;                    // [h], in the accumulator's type
     const u64* seed;                      // []
     const int *cu_q, *cu_k;               // [sequences + 1]
@@ -40,6 +40,8 @@ struct Args {
     double softcap;    // 0: none
     double keep_scale;  // 1 / (1 - dropout_p)
 
+    i64 slope_stride;
+
     int b, h, hk, m, n, d, dv;
     int sequences;  // how many are packed
     int pages, page;
@@ -48,13 +50,12 @@ struct Args {
     int sign;          // of the scale: -1, 0 or 1
     int aligned;       // rows of matrices begin at multiples of 16 bytes and consist of such
     int bias_is_float;  // the bias is float32, whatever q is
-    int wide_ids;
+    int wide_q_ids, wide_k_ids;
     int bias_sums;  // which dimensions the bias's gradient sums over, bits SUM_BATCH ... (backward_bias.cuh)
     int chunks;
     u32 threshold;  // of dropout: a weight is kept when its word is at least this
-    int unused;     // fills the struct's last eight bytes
 };
-static_assert(sizeof(Args) == 648, "pyattn/backends/cuda.py packs as many bytes");
+static_assert(sizeof(Args) == 656, "pyattn/backends/cuda.py packs as many bytes");
 
 // What a kernel is compiled with or without. All else is decided as it runs.
 enum Flags {

@@ -18,6 +18,7 @@ template <class F, int FLAGS> struct decode {
     static constexpr int THREADS = F::THREADS, OUT_TILES = F::SLICE / 8;
     static constexpr int KEYS_OF_WARP = F::STREAMED / F::WARPS, TILES = KEYS_OF_WARP / 8;
     static constexpr bool RICH = FLAGS & Flags::RICH;
+    static constexpr int JOINED_PITCH = F::SLICE + 8;  // 8 more, so that rows begin in other banks
 
     struct Chunk {
         int number, slice, kv_head, batch;
@@ -34,7 +35,7 @@ template <class F, int FLAGS> struct decode {
         Keys k(arena), v(arena);
         const SeenColumns seen = {arena.take<u32>(4)};
         Acc *tops = arena.take<Acc>(16 * F::WARPS), *sums = arena.take<Acc>(16 * F::WARPS);
-        Acc* joined = arena.take<Acc>(16 * F::SLICE);
+        Acc* joined = arena.take<Acc>(16 * JOINED_PITCH);
 
         const int start = start_of<F::STREAMED>(c.keys), steps = steps_of<F::STREAMED>(c.keys);
         const Rows<T> k_rows = cache_rows_of<T>(a, a.k, c.batch, c.kv_head, c.keys, a.d);
@@ -136,7 +137,7 @@ template <class F, int FLAGS> struct decode {
             barrier();
             if (w != warp_index()) continue;
             for_each(out, [&](Acc& x, int j, int e) INLINE {
-                Acc& total = joined[(g + e / 2 * 8) * F::SLICE + 8 * j + 2 * t + e % 2];
+                Acc& total = joined[(g + e / 2 * 8) * JOINED_PITCH + 8 * j + 2 * t + e % 2];
                 total = w == 0 ? x : total + x;
             });
         }
@@ -161,7 +162,7 @@ template <class F, int FLAGS> struct decode {
         const int columns = min(F::SLICE, a.dv - first_column);
         for (int x = thread_index(); x < rows * columns; x += THREADS) {
             const int row = x / columns, column = x % columns;
-            static_cast<Acc*>(a.part)[at(row) * a.dv + first_column + column] = joined[row * F::SLICE + column];
+            static_cast<Acc*>(a.part)[at(row) * a.dv + first_column + column] = joined[row * JOINED_PITCH + column];
         }
         if (c.slice == 0 && thread_index() < rows) {
             static_cast<Acc*>(a.part_max)[at(thread_index())] = tops[thread_index()];

@@ -11,8 +11,8 @@ template <bool RICH> DEVICE bool sees(const Args& a, const Limits& l, int batch,
     if (i >= l.queries || j >= l.keys || j < i + l.offset - l.left || j > i + l.offset + l.right) return false;
     if constexpr (RICH) {
         if (a.q_segments) {
-            const i64 q_id = segment_id(a.q_segments, a.wide_ids, static_cast<i64>(batch) * a.m + i);
-            if (q_id != segment_id(a.k_segments, a.wide_ids, static_cast<i64>(batch) * a.n + j)) return false;
+            const i64 q_id = segment_id(a.q_segments, a.wide_q_ids, static_cast<i64>(batch) * a.m + i);
+            if (q_id != segment_id(a.k_segments, a.wide_k_ids, static_cast<i64>(batch) * a.n + j)) return false;
         }
         if (a.mask.at) {
             const i64 at = batch * a.mask.batch + head * a.mask.head + i * a.mask.query + j * a.mask.key;

@@ -1,6 +1,7 @@
 // Products by plain multiply-adds, in any precision, on any GPU, for any head size; with the layout and the interface
 // of tensor.cuh. Operands pass through shared memory CHUNK columns at a time, as accumulators. A block has SLICE
 // columns of results, so that these fit registers; where there are more, other blocks compute the same scores again.
+// Sums are those of chunks, added: they round less than one long sum.
 #pragma once
 
 #include "mask.cuh"
@@ -61,15 +62,18 @@ template <class T_, int WARPS_, int STREAMED_, int SLICE_> struct Plain {
             copy_tile(b, column);
             barrier();
             const Acc* of_a = owned + (a_row + g) * PITCH;
+            Acc part[TILES][4] = {};
+#pragma unroll 8
             for (int c = 0; c < CHUNK; ++c) {
                 const Acc x[2] = {of_a[c], of_a[8 * PITCH + c]};
 #pragma unroll
                 for (int j = 0; j < TILES; ++j) {
                     const Acc* of_b = streamed + (b_row + 8 * j + 2 * t) * PITCH + c;
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) s[j][e] += x[e / 2] * of_b[e % 2 * PITCH];
+                    for (int e = 0; e < 4; ++e) part[j][e] += x[e / 2] * of_b[e % 2 * PITCH];
                 }
             }
+            for_each(s, [&](Acc& sum, int j, int e) INLINE { sum += part[j][e]; });
         }
     }
 
@@ -81,7 +85,11 @@ template <class T_, int WARPS_, int STREAMED_, int SLICE_> struct Plain {
             sums[r] = 0;
             if (i >= a.rows.last) continue;
             const T *x = a.rows.row(i), *y = b.rows.row(i);
-            for (int c = 0; c < a.rows.columns; ++c) sums[r] += widen(x[c]) * widen(y[c]);
+            for (int column = 0; column < a.rows.columns; column += CHUNK) {
+                Acc part = 0;
+                for (int c = column; c < min(column + CHUNK, a.rows.columns); ++c) part += widen(x[c]) * widen(y[c]);
+                sums[r] += part;
+            }
         }
     }
 
@@ -101,15 +109,17 @@ template <class T_, int WARPS_, int STREAMED_, int SLICE_> struct Plain {
             }
             copy_tile(b, first_column + 8 * i);
             barrier();
+            Acc part[CHUNK / 8][4] = {};
             for (int row = 0; row < 8 * TILES; ++row) {
                 const Acc x[2] = {own[g * WEIGHTS_PITCH + row], own[(g + 8) * WEIGHTS_PITCH + row]};
                 const Acc* of_b = streamed + (b_row + row) * PITCH + 2 * t;
 #pragma unroll
                 for (int j = 0; j < CHUNK / 8; ++j) {
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) out[i + j][e] += x[e / 2] * of_b[8 * j + e % 2];
+                    for (int e = 0; e < 4; ++e) part[j][e] += x[e / 2] * of_b[8 * j + e % 2];
                 }
             }
+            for_each(part, [&](Acc x, int j, int e) INLINE { out[i + j][e] += x; });
         }
     }
 

@@ -19,7 +19,7 @@ template <class T, bool RICH> struct ScoreRule {
 
     DEVICE ScoreRule(const Args& args, const Limits& call_limits, int i_b, int sequence, const int (&head)[2])
         : a(args), limits(call_limits), batch(i_b), magnitude(args.magnitude), softcap(args.softcap) {
-        for (int r = 0; r < 2; ++r) alibi[r] = a.slopes ? a.slopes[static_cast<i64>(sequence) * a.h + head[r]] : 0;
+        for (int r = 0; r < 2; ++r) alibi[r] = a.slopes ? a.slopes[sequence * a.slope_stride + head[r]] : 0;
     }
 
     template <bool KEYS_ARE_ROWS>

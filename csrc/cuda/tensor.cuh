@@ -120,8 +120,9 @@ template <class T_, int HEAD, int WARPS_, int STREAMED_, int STAGES> struct Tens
 
     // Makes rows of the tile that nobody sees 0.
     static DEVICE void drop_unseen(Tile tile, const SeenColumns& seen) {
-        for (int x = thread_index(); x < STREAMED * HEAD; x += THREADS) {
-            if (!seen[x / HEAD]) tile[x / HEAD * PITCH + x % HEAD] = T{};
+        for (int row = warp_index(); row < STREAMED; row += WARPS) {
+            if (seen[row]) continue;
+            for (int column = lane_index(); column < HEAD; column += 32) tile[row * PITCH + column] = T{};
         }
         barrier();
     }

@@ -14,7 +14,8 @@ from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, Results, dtype_n
 
 
 class KernelError(Exception):
-    """A kernel could not be compiled or launched for a call. Its backend refuses calls of that kind from then on."""
+    """A kernel could not be compiled or launched for a call. Its backend refuses calls of that kind from then
+    on, once every GPU has been tried."""
 
 
 class Proof(NamedTuple):
@@ -50,7 +51,8 @@ class Backend(ABC):
 
     def refusal(self, spec: AttentionSpec) -> str | None:
         """Why `spec` cannot run here, in words for the user; None when it can. Reads no tensor."""
-        return self.unavailable() or _undeclared(self, spec)
+        # Tensors elsewhere are no reason to look for a GPU: in a forked process that is an error.
+        return _undeclared(self, spec) or self.unavailable()
 
     @abstractmethod
     def forward(self, spec: AttentionSpec, x: Inputs) -> Results:
@@ -89,8 +91,8 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, d_lse: Tensor | Non
     """
     if d_lse is not None:
         delta = delta - d_lse
-    p = torch.where(lse == -torch.inf, 0.0, (sinks[:, None] - lse).exp())
-    return -(p * delta).sum((0, 2))
+    p = (sinks[:, None] - lse).exp()
+    return -torch.where(lse == -torch.inf, 0.0, p * delta).sum((0, 2))
 
 
 def kind_of(spec: AttentionSpec) -> tuple[object, ...]:

@@ -4,15 +4,14 @@ compute capability 7.0 on, every dtype, and no compiler needed. The fallback whe
 from __future__ import annotations
 
 import math
-from functools import cache, lru_cache, reduce
-from operator import or_
+from functools import cache, lru_cache
 from struct import Struct
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyattn.backends import Backend, KernelError, Proof, cuda_config, kind_of, sink_gradient
+from pyattn.backends import Backend, KernelError, Proof, cuda_config, kind_of, nvrtc, sink_gradient
 from pyattn.backends.cuda_config import DECODE_ROWS, DROPOUT, RICH, Row
 from pyattn.spec import AttentionSpec, Grads, Inputs, Results, empty_gradients, empty_results, unit_stride
 
@@ -22,12 +21,10 @@ _MOST_ROWS = 2**29  # positions add up to thrice the queries and the keys, and a
 _MOST_BLOCKS = 2**31 - 1  # of one launch
 _SUM_BATCH, _SUM_HEAD, _SUM_QUERY, _SUM_KEY = 1, 2, 4, 8  # BiasSums of csrc/cuda/backward_bias.cuh
 
-_VECTORS = ("key_lengths", "q_segments", "k_segments", "alibi_slopes", "sinks")
-
 # The struct Args of csrc/cuda/args.cuh, in two parts.
 _TENSORS = Struct("<" + 8 * "Q3q" + 3 * "Q4q" + 17 * "Q")
-_NUMBERS = Struct("<6d20i2I")
-_NO_MATRIX = 4 * (0,)
+_NUMBERS = Struct("<6dq21iI")
+_NO_BACKWARD = 16 * (0,)  # the matrices d_out, d_q, d_k, d_v
 _NO_SCORES = 5 * (0,)
 
 
@@ -51,9 +48,12 @@ class Backward(NamedTuple):
 class Parts(NamedTuple):
     """What decoding leaves of each chunk of the keys, for the kernel that joins them."""
 
-    out: Tensor  # [chunks, b, h, m, dv]
-    row_max: Tensor  # [chunks, b, h, m]
-    row_sum: Tensor  # [chunks, b, h, m]
+    scratch: Tensor  # results [chunks, b, h, m, dv], behind them the rows' maxima and sums, [chunks, b, h, m] each
+    chunks: int
+
+    def addresses(self, spec: AttentionSpec) -> tuple[int, int, int]:
+        at, rows = self.scratch.data_ptr(), self.chunks * spec.b * spec.h * spec.m * spec.accumulator.itemsize
+        return at, at + rows * spec.dv, at + rows * (spec.dv + 1)
 
 
 class CudaBackend(Backend):
@@ -68,24 +68,21 @@ class CudaBackend(Backend):
     proof = Proof(source="every case", compiled="sm_75, sm_80", hardware="not yet")
 
     def __init__(self) -> None:
-        self._failures: dict[tuple[object, ...], str] = {}  # by kind of call
+        self._failures: dict[tuple[object, ...], dict[int, str]] = {}  # by kind of call and compute capability
 
     def unavailable(self) -> str | None:
-        from pyattn.backends import nvrtc
-
         return nvrtc.unavailable()
 
     def refusal(self, spec: AttentionSpec) -> str | None:
-        return super().refusal(spec) or _uncountable(spec) or self._failures.get(kind_of(spec))
+        return super().refusal(spec) or _unsayable(spec) or self._failure(spec)
 
     def forward(self, spec: AttentionSpec, x: Inputs) -> Results:
         y = empty_results(x.q, spec.dv)
         if spec.b * spec.h * spec.m == 0:
             return y
         x, gpu = _contiguous(x), self.gpu_of(x.q)
-        rows = spec.h // spec.hk * spec.m
-        if _decodes(spec, rows, gpu):
-            self._decode(spec, x, y, gpu, rows)
+        if _decodes(spec, gpu):
+            self._decode(spec, x, y, gpu)
         else:
             arguments = pack(spec, x, y)
             for row in _rows("forward", spec, gpu):
@@ -136,8 +133,6 @@ class CudaBackend(Backend):
 
     def launch(self, gpu: Gpu, row: Row, blocks: int, arguments: bytes) -> None:
         """Queues one kernel on the GPU's current stream."""
-        from pyattn.backends import nvrtc
-
         if gpu.device != torch.cuda.current_device():
             with torch.cuda.device(gpu.device):
                 return self.launch(gpu, row, blocks, arguments)
@@ -145,21 +140,26 @@ class CudaBackend(Backend):
         kernel.launch(blocks, row.threads, arguments, torch._C._cuda_getCurrentRawStream(gpu.device))
 
     def _launch(self, spec: AttentionSpec, gpu: Gpu, row: Row, blocks: int, arguments: bytes) -> None:
+        if self._failures and (reason := self._failures.get(kind_of(spec), {}).get(gpu.capability)):
+            raise KernelError(reason)
         try:
             self.launch(gpu, row, blocks, arguments)
         except KernelError as error:
-            self._failures[kind_of(spec)] = str(error)
+            self._failures.setdefault(kind_of(spec), {})[gpu.capability] = str(error)
             raise
 
-    def _decode(self, spec: AttentionSpec, x: Inputs, y: Results, gpu: Gpu, group_rows: int) -> None:
-        (row,) = _rows("decode", spec, gpu)
-        blocks = spec.b * spec.hk * _parts(group_rows, DECODE_ROWS) * _parts(spec.dv, row.slice)
-        # So that every processor gets two blocks.
-        chunks = min(_parts(2 * gpu.processors, blocks), max(_parts(_band(spec), row.streamed), 1), _MOST_CHUNKS)
-        of_chunks = y.lse.new_empty(2, chunks, *y.lse.shape)
-        parts = Parts(y.lse.new_empty(chunks, *y.lse.shape, spec.dv), *of_chunks)
+    def _failure(self, spec: AttentionSpec) -> str | None:
+        """Why no GPU here can have the kernels of a call, once each has been tried."""
+        if not self._failures or (failed := self._failures.get(kind_of(spec))) is None:
+            return None
+        others = (_gpu(index).capability for index in range(torch.cuda.device_count()))
+        return next(iter(failed.values())) if all(other in failed for other in others) else None
+
+    def _decode(self, spec: AttentionSpec, x: Inputs, y: Results, gpu: Gpu) -> None:
+        plan = _plan_of_decoding(spec, gpu)
+        parts = Parts(y.lse.new_empty(plan.scratch), plan.chunks)
         arguments = pack(spec, x, y, parts=parts)
-        self._launch(spec, gpu, row, blocks * chunks, arguments)
+        self._launch(spec, gpu, plan.row, plan.blocks, arguments)
         self._launch(spec, gpu, cuda_config.join_row(spec.dtype), spec.b * spec.h * spec.m, arguments)
 
 
@@ -176,43 +176,58 @@ def pack(
 
     What follows from the spec alone is packed once: a call's tensors are all that is left to be looked at.
     """
-    read = _matrix(x.q) + _matrix(x.k) + _matrix(x.v) + _matrix(y.out)
+    read = [x.q, x.k, x.v, y.out]
+    written: tuple[int, ...] = _NO_BACKWARD
     d_lse = delta = None
-    if backward is None:
-        matrices = read + 4 * _NO_MATRIX
-    else:
+    if backward is not None:
         grads, d_out, d_lse, delta = backward
-        read += _matrix(d_out)
-        matrices = read + _matrix(grads.q) + _matrix(grads.k) + _matrix(grads.v)
+        read.append(d_out)
+        written = _matrix(grads.q) + _matrix(grads.k) + _matrix(grads.v)
+    matrices: list[int] = []
+    places, strides = 0, spec.d | spec.dv
+    for t in read:
+        at, batch, head, row = matrix = _matrix(t)
+        matrices += matrix
+        places |= at
+        strides |= batch | head | row
+    # Whether all rows begin at multiples of 16 bytes and consist of such.
+    aligned = (places | strides * spec.dtype.itemsize) % 16 == 0
     mask = None if x.mask is None else x.mask.expand(spec.b, spec.h, spec.m, spec.n)
     bias = None if x.bias is None else x.bias.expand(spec.b, spec.h, spec.m, spec.n)
+    vectors = y.lse, y.row_max, y.row_sum, delta, d_lse, *x[5:14]  # from key_lengths to block_table
     tensors = _TENSORS.pack(
-        *matrices, *_scores(mask), *_scores(bias), *_scores(d_bias),
-        _at(y.lse), _at(y.row_max), _at(y.row_sum), _at(delta), _at(d_lse),
-        _at(x.key_lengths), _at(x.q_segments), _at(x.k_segments), _at(x.alibi_slopes), _at(x.sinks),
-        _at(x.seed if spec.dropout_p > 0 else None), _at(x.cu_seqlens_q), _at(x.cu_seqlens_k), _at(x.block_table),
-        *(map(_at, parts) if parts else (0, 0, 0)),
+        *matrices, *written, *_scores(mask), *_scores(bias), *_scores(d_bias),
+        *[0 if t is None else t.data_ptr() for t in vectors],
+        *((0, 0, 0) if parts is None else parts.addresses(spec)),
     )  # fmt: skip
+    slope_stride = 0 if x.alibi_slopes is None else x.alibi_slopes.stride(0)
     bias_is_float = bias is not None and bias.dtype is torch.float32
-    wide_ids = x.q_segments is not None and x.q_segments.dtype is torch.int64
+    wide_ids = _is_wide(x.q_segments), _is_wide(x.k_segments)
     pages = 0 if x.block_table is None else x.k.shape[0]
-    chunks = 0 if parts is None else parts.row_max.shape[0]
-    return tensors + _numbers(spec, pages, _is_aligned(read, spec), bias_is_float, wide_ids, bias_sums, chunks)
+    chunks = 0 if parts is None else parts.chunks
+    return tensors + _numbers(spec, pages, slope_stride, aligned, bias_is_float, wide_ids, bias_sums, chunks)
 
 
 @lru_cache(maxsize=4096)
 def _numbers(
-    spec: AttentionSpec, pages: int, aligned: bool, bias_is_float: bool, wide_ids: bool, bias_sums: int, chunks: int
+    spec: AttentionSpec,
+    pages: int,
+    slope_stride: int,
+    aligned: bool,
+    bias_is_float: bool,
+    wide_ids: tuple[bool, bool],
+    bias_sums: int,
+    chunks: int,
 ) -> bytes:
     """What of the struct is no tensor."""
     reach = spec.m + spec.n  # a window wider than this hides nothing
     return _NUMBERS.pack(
         *_scaling(spec.scale, spec.softcap, spec.bias or spec.alibi, spec.accumulator), 1 / (1 - spec.dropout_p),
-        spec.b, spec.h, spec.hk, spec.m, spec.n, spec.d, spec.dv, spec.sequences or 0, pages, spec.page_size or 0,
-        spec.offset or 0, reach if spec.left is None else min(spec.left, reach),
+        slope_stride, spec.b, spec.h, spec.hk, spec.m, spec.n, spec.d, spec.dv, spec.sequences or 0, pages,
+        spec.page_size or 0, spec.offset or 0, reach if spec.left is None else min(spec.left, reach),
         reach if spec.right is None else min(spec.right, reach), spec.offset is None,
-        (spec.scale > 0) - (spec.scale < 0), aligned, bias_is_float, wide_ids, bias_sums, chunks,
-        int(spec.dropout_p * 2**32), 0,
+        (spec.scale > 0) - (spec.scale < 0), aligned, bias_is_float, *wide_ids, bias_sums, chunks,
+        int(spec.dropout_p * 2**32),
     )  # fmt: skip
 
 
@@ -237,26 +252,25 @@ def _scaling(
 
 def _contiguous(x: Inputs) -> Inputs:
     """x, with those tensors contiguous whose strides the kernels are not told."""
-    scattered = {name: t for name in _VECTORS if (t := getattr(x, name)) is not None and not t.is_contiguous()}
-    return x._replace(**{name: t.contiguous() for name, t in scattered.items()}) if scattered else x
+    lengths, q_ids, k_ids, slopes, sinks = x[5:10]
+    if lengths is None and q_ids is None and slopes is None and sinks is None:
+        return x
+    slopes = None if slopes is None else unit_stride(slopes)
+    lengths, q_ids, k_ids, sinks = (None if t is None else t.contiguous() for t in (lengths, q_ids, k_ids, sinks))
+    return Inputs(*x[:5], lengths, q_ids, k_ids, slopes, sinks, *x[10:])
 
 
-def _at(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+def _is_wide(ids: Tensor | None) -> bool:
+    return ids is not None and ids.dtype is torch.int64
 
 
-def _matrix(t: Tensor) -> tuple[int, ...]:
-    return t.data_ptr(), *t.stride()[:3]
+def _matrix(t: Tensor) -> tuple[int, int, int, int]:
+    batch, head, row, _ = t.stride()
+    return t.data_ptr(), batch, head, row
 
 
 def _scores(t: Tensor | None) -> tuple[int, ...]:
     return _NO_SCORES if t is None else (t.data_ptr(), *t.stride())
-
-
-def _is_aligned(matrices: tuple[int, ...], spec: AttentionSpec) -> bool:
-    """Whether all rows begin at multiples of 16 bytes and consist of such."""
-    strides = reduce(or_, matrices[1::4] + matrices[2::4] + matrices[3::4], spec.d | spec.dv)
-    return (reduce(or_, matrices[::4]) | strides * spec.dtype.itemsize) % 16 == 0
 
 
 @lru_cache(maxsize=4096)
@@ -266,16 +280,35 @@ def _rows(kernel: str, spec: AttentionSpec, gpu: Gpu) -> list[Row]:
     return cuda_config.rows(kernel, gpu.capability, spec.dtype, spec.d, spec.dv, flags)
 
 
-def _decodes(spec: AttentionSpec, group_rows: int, gpu: Gpu) -> bool:
+@lru_cache(maxsize=4096)
+def _decodes(spec: AttentionSpec, gpu: Gpu) -> bool:
     """Whether the decoding kernels take the call: alone they do, or they are likely to be faster than the forward's.
 
     They are where a group shares a tile, or where one block per head would leave processors idle.
     """
     if spec.page_size is not None:
         return True
-    if spec.sequences is not None or spec.segment_ids or spec.dropout_p > 0 or group_rows > DECODE_ROWS:
+    if spec.sequences is not None or spec.segment_ids or spec.dropout_p > 0 or _group_rows(spec) > DECODE_ROWS:
         return False
     return spec.n >= 8 * spec.m and (spec.h > spec.hk or spec.b * spec.h < gpu.processors)
+
+
+class PlanOfDecoding(NamedTuple):
+    """A decoding step's first launch."""
+
+    row: Row
+    chunks: int
+    blocks: int
+    scratch: int  # numbers that `Parts` takes
+
+
+@lru_cache(maxsize=4096)
+def _plan_of_decoding(spec: AttentionSpec, gpu: Gpu) -> PlanOfDecoding:
+    (row,) = _rows("decode", spec, gpu)
+    blocks = spec.b * spec.hk * _parts(_group_rows(spec), DECODE_ROWS) * _parts(spec.dv, row.slice)
+    # So that every processor gets two blocks.
+    chunks = min(_parts(2 * gpu.processors, blocks), max(_parts(_band(spec), row.streamed), 1), _MOST_CHUNKS)
+    return PlanOfDecoding(row, chunks, blocks * chunks, chunks * spec.b * spec.h * spec.m * (spec.dv + 2))
 
 
 def _blocks_of_queries(spec: AttentionSpec, row: Row, columns: int) -> int:
@@ -313,12 +346,22 @@ def _parts(rows: int, size: int) -> int:
     return -(-rows // size)
 
 
-def _uncountable(spec: AttentionSpec) -> str | None:
-    """Whether numbers of positions, or of blocks, would overflow."""
-    if spec.m + spec.n > _MOST_ROWS:
-        return f"counts queries and keys to 2^29 together, got {spec.m + spec.n:,}"
+def _group_rows(spec: AttentionSpec) -> int:
+    """Of the query heads that share a key/value head."""
+    return spec.h // spec.hk * spec.m
+
+
+@lru_cache(maxsize=4096)
+def _unsayable(spec: AttentionSpec) -> str | None:
+    """What the kernels have no words for, though they have the features: pages with dropout, numbers that overflow."""
+    if spec.page_size is not None and spec.dropout_p > 0:
+        return "has no dropout over a paged cache"
+    if spec.m + spec.n + abs(spec.offset or 0) > _MOST_ROWS or _group_rows(spec) > _MOST_ROWS:
+        return f"counts queries, or those of a group of heads, and keys to 2^29, got m={spec.m:,}, n={spec.n:,}"
     each, slices = 16, _parts(max(spec.d, spec.dv), 64)  # the least of any kernel
     blocks = spec.b * spec.h * (_blocks(max(spec.m, spec.n), spec.sequences, each) + 1) * slices
+    if spec.page_size is not None:
+        blocks = max(blocks, spec.b * spec.h * spec.m)
     if spec.bias:
         blocks = max(blocks, spec.b * spec.h * _parts(spec.m, each) * _parts(spec.n, each))
     if blocks > _MOST_BLOCKS:

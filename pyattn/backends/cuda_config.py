@@ -126,7 +126,7 @@ def _tensor_bytes(kernel: str, head: int, warps: int, streamed: int, stages: int
 
 def _beside_tiles(kernel: str, warps: int, streamed: int, columns: int, accumulator: int) -> int:
     if kernel == "decode":
-        return _SEEN_BYTES + (2 * DECODE_ROWS * warps + DECODE_ROWS * columns) * accumulator
+        return _SEEN_BYTES + (2 * DECODE_ROWS * warps + DECODE_ROWS * (columns + 8)) * accumulator
     return warps * streamed * accumulator if kernel == "backward_bias" else _SEEN_BYTES
 
 

@@ -29,7 +29,7 @@ _loading = threading.Lock()
 
 @cache
 def unavailable() -> str | None:
-    """Why no kernel can be compiled for, and launched on, this machine's GPU; None when it can."""
+    """Why no kernel can be compiled for, and launched on, any GPU of this machine; None when one can."""
     if torch.version.hip is not None:
         return f"is for NVIDIA GPUs, torch {torch.__version__} is built for AMD's (ROCm {torch.version.hip})"
     try:
@@ -37,10 +37,10 @@ def unavailable() -> str | None:
         if not torch.cuda.is_available():
             return "no CUDA device"
         driver()
-        target_for(torch.cuda.get_device_capability(), nvrtc)
     except NvrtcError as error:
         return str(error)
-    return None
+    reasons = [_unsuited(index, nvrtc) for index in range(torch.cuda.device_count())]
+    return None if None in reasons else reasons[0]
 
 
 def kernel(device_index: int, instantiation: str, shared_bytes: int) -> Kernel:
@@ -110,6 +110,15 @@ def target_for(capability: tuple[int, int], nvrtc: Compiler) -> int:
             f"{nvrtc.capabilities}; another build of torch brings another NVRTC"
         )
     return max(older)
+
+
+def _unsuited(device_index: int, nvrtc: Compiler) -> str | None:
+    """Why nothing can be compiled for a device."""
+    try:
+        target_for(torch.cuda.get_device_capability(device_index), nvrtc)
+    except NvrtcError as error:
+        return str(error)
+    return None
 
 
 @cache

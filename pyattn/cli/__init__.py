@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import torch
@@ -61,4 +63,7 @@ app.command()(text.tag)
 
 def main() -> None:
     """Entry point of the installed command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a text, or a file's name, may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     app()

@@ -32,6 +32,11 @@ def say(text: str, *, to: Console = console) -> None:
         _silence()
 
 
+def types_in() -> bool:
+    """Whether a person at a terminal is to type what a command reads."""
+    return sys.stdin is not None and sys.stdin.isatty()  # None where it was closed before Python began
+
+
 def _silence() -> None:
     """Sends what is still to be printed nowhere, also what Python holds back until it ends."""
     with suppress(OSError, ValueError):
@@ -56,7 +61,8 @@ class Commands(TyperGroup):
             if "can't allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise
             message = f"out of memory: {str(error).splitlines()[0]}"
-        typer.echo(f"pyattn: {message}", err=True)
+        with suppress(OSError):
+            typer.echo(f"pyattn: {message}", err=True)
         raise typer.Exit(2)
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from pyattn.check import RangeError
-from pyattn.cli.console import chosen_device
+from pyattn.cli.console import chosen_device, types_in
 from pyattn.cli.models import load
 from pyattn.cli.options import configurable
 from pyattn.files import replacing
@@ -102,7 +102,7 @@ def translate(
     given = text.standard_input() if source is None else text.lines(source, "source")
     if references is not None and isinstance(given, list):
         _check_count(references, len(given), reference, source)
-    size = 1 if source is None and sys.stdin.isatty() else _LINES_AT_ONCE
+    size = 1 if source is None and types_in() else _LINES_AT_ONCE
     told: list[str] = []
     errors = Console(stderr=True)
     bar: dict[str, Any] = {"console": errors, "transient": True, "disable": source is None or not errors.is_terminal}
@@ -171,7 +171,7 @@ def generate(
     kinds = {"gpt2": GPT, "openai-gpt": GPT, OWN_TYPE: RNNLM}
     network = load(model, kinds, attention=attention).to(chosen)
     tokenizer = _tokenizer(model, network.config.vocab)
-    texts = prompt or ["" if sys.stdin.isatty() else "\n".join(standard_input())]
+    texts = prompt or ["" if types_in() else "\n".join(standard_input())]
     prompts = [encode(tokenizer, text).ids or [first_token(tokenizer)] for text in texts]
     padded, lengths = pad_batch(prompts, chosen)
     rules = Rules(repetition_penalty, no_repeat_ngram)
@@ -288,7 +288,7 @@ def tag(
     else:
         examples = (read_tagged if by_word else read_labelled)(reference, "reference")
         given = [example.words for example in examples]
-    size = 1 if source is None and reference is None and sys.stdin.isatty() else batch
+    size = 1 if source is None and reference is None and types_in() else batch
     told: list[str] = []
     for sentences in _portions(given, size):
         found = iter(predict(network, tokenizer, [words for words in sentences if words]))

@@ -245,10 +245,10 @@ def _file_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():  # a pipe would be waited for
+        raise PretrainedError(f"model: expected a file {path}, there is none")
     try:
         return json_object(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise PretrainedError(f"model: expected a file {path}, there is none") from None
     except ValueError as error:  # UnicodeDecodeError, too
         raise PretrainedError(f"model: {path} is damaged ({error})") from error
 

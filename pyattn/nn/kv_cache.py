@@ -76,7 +76,8 @@ class KVCache:
             store = self._stores[layer] = (k.new_zeros(shape), v.new_zeros(shape))
         for pages, new in zip(store, (k, v), strict=True):
             tokens = new if isinstance(self._pages_now, slice) else new.transpose(1, 2).flatten(0, 1)
-            pages[self._pages_now, :, self._places_now] = tokens
+            # A recurrent cell under autocast gives a prompt's states in one dtype and a step's in another.
+            pages[self._pages_now, :, self._places_now] = tokens.to(pages.dtype)
         if not self._begun:
             return attention.full(q, k, v, True, None, 0.0)
         if self._is_plain():

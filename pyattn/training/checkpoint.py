@@ -32,7 +32,7 @@ _META: dict[str, tuple[tuple[type, ...], str, Callable[[Any], bool]]] = {
     "digest": ((str,), "a string", bool),
     "tokenizer": ((str,), "a string", bool),
     "settings": ((dict,), "an object", lambda _: True),
-    "best_loss": ((float, NoneType), "a finite number or null", lambda value: math.isfinite(value or 0)),
+    "best_loss": ((float, NoneType), "a number of at least 0 or null", lambda value: 0 <= (value or 0) < math.inf),
     "evaluations_since_best": ((int,), "a whole number of at least 0", lambda value: value >= 0),
 }
 _MISSING = object()
@@ -99,9 +99,14 @@ def load(path: Path) -> Checkpoint:
         if not any(is_kind(value, kind) for kind in kinds) or not holds(value):
             found = "nothing" if value is _MISSING else repr(value)[:60]
             raise CheckpointError(f"checkpoint: {path} is damaged: expected {words} for its {name}, got {found}")
+    if meta["evaluations_since_best"] > meta["step"]:
+        counts = f"{meta['evaluations_since_best']} evaluations in {meta['step']} steps"
+        raise CheckpointError(f"checkpoint: {path} is damaged: it counts {counts[:80]}")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.isnan().any():
-            raise CheckpointError(f"checkpoint: {path} is damaged: {name} has numbers that are none (NaN)")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"checkpoint: {path} is damaged: {name} has numbers that are none (NaN, infinity)")
+        if name.endswith(".exp_avg_sq") and (tensor < 0).any():
+            raise CheckpointError(f"checkpoint: {path} is damaged: {name}, a mean of squares, has negative numbers")
     return Checkpoint(path, tensors, meta)
 
 

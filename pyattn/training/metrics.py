@@ -12,17 +12,30 @@ from pyattn.check import PyattnError
 from pyattn.files import append_line, is_kind, json_object, replacing
 
 FILE = "metrics.jsonl"
+# What numbers can be: pictures of larger ones, and speeds without tokens, are none.
+_MOST = 1e30
+_LEAST = {"step": 1, "tokens": 1, "seconds": 0}
 
 
 class RunError(PyattnError, ValueError):
     """A run's folder lacks what was asked of it."""
 
 
-def start(folder: Path, step: int) -> None:
-    """Makes the file of a run that goes on after `step`: what an interrupted run wrote beyond it is dropped."""
+def start(folder: Path, step: int) -> bool:
+    """Makes the file of a run that goes on after `step`: what an interrupted run wrote beyond it is dropped.
+
+    A file that is no longer there is one that somebody removed, and begins anew. Returns whether it has lines.
+
+    Raises:
+        RunError: the file is damaged, or lacks a step.
+    """
     kept = [line for line in _lines(folder) if line["step"] <= step] if step and (folder / FILE).exists() else []
+    steps = [line["step"] for line in kept]
+    if steps and steps != list(range(steps[0], step + 1)):
+        raise RunError(f"run: {folder / FILE} is damaged (expected every step to {step} once, in a row)")
     with replacing(folder / FILE) as path:
         path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    return bool(kept)
 
 
 def append(folder: Path, **values: float) -> None:
@@ -68,6 +81,6 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
         if not is_kind(line.get("step"), int):
             raise RunError(f"run: {path} is damaged (line {number:,} has no step)")
         for name, value in line.items():
-            if not is_kind(value, float) or not math.isfinite(value):
-                raise RunError(f"run: {path} is damaged (line {number:,}: {name} is {str(value)[:60]} and no number)")
+            if not is_kind(value, float) or not _LEAST.get(name, -_MOST) <= value <= _MOST:
+                raise RunError(f"run: {path} is damaged (line {number:,}: {name} cannot be {str(value)[:60]})")
     return lines

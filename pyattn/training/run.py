@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from pyattn.check import RangeError
-from pyattn.files import replacing, replacing_folder
+from pyattn.files import remove, replacing, replacing_folder
 from pyattn.training import checkpoint, metrics, parallel, plot
 from pyattn.training.checkpoint import Checkpoint, CheckpointError
 from pyattn.training.loop import Step, adamw, train
 from pyattn.training.settings import Settings
 
+# What a run leaves in its folder. The checkpoint first: without it there is nothing to resume.
+_LEFT = ("checkpoint.safetensors", metrics.FILE, "loss.png", "sample.txt", "model", "model.before")
 # What a resumed run may change: when it ends.
 _CHANGEABLE = ("steps", "patience")
 
@@ -67,8 +69,10 @@ class Run:
         """
         if parallel.rank() == 0:
             if self.step == 0:
-                self.checkpoint_path.unlink(missing_ok=True)  # of the run that this one overwrites
-            metrics.start(self.folder, self.step)
+                for name in _LEFT:  # of the run that this one overwrites
+                    remove(self.folder / name)
+            if metrics.start(self.folder, self.step):
+                plot.loss_curve(self.folder)  # a run that was killed may have stopped before its last one
         if self.out_of_patience:
             return
         for done in train(self.model, self.optimizer, self.task, self.settings, done=self.step):
@@ -119,6 +123,8 @@ class Run:
     def _restore(self, before: Checkpoint) -> None:
         if before.meta["digest"] != self.task.digest:
             raise CheckpointError(f"checkpoint: the text is no longer the one {before.path} was trained on")
+        if before.meta["tokenizer"] != self.task.tokenizer.to_str():
+            raise CheckpointError(f"checkpoint: the tokenizer is no longer the one {before.path} was trained with")
         checkpoint.restore(before, self.model, self.optimizer)
         carried = checkpoint.carried(before, self.task.carried(self.model))
         self.task.restore_carried(self.model, carried)

@@ -86,7 +86,9 @@ def lines(path: Path, argument: str) -> list[str]:
 
 
 def standard_input() -> Iterator[str]:
-    """Its lines as they come, without their ends."""
+    """Its lines as they come, without their ends; none where it is closed."""
+    if sys.stdin is None:
+        return
     for number, raw in enumerate(sys.stdin.buffer, 1):
         try:
             line = raw.decode("utf-8")
@@ -159,15 +161,27 @@ def held_out(count: int) -> tuple[list[int], list[int]]:
 def cached(
     stored: Path, make: Callable[[], tuple[Tokenizer, dict[str, Tensor]]]
 ) -> tuple[Tokenizer, dict[str, Tensor]]:
-    """A tokenizer and tensors out of `stored`; where there is nothing readable, they are made and stored."""
+    """A tokenizer and tensors out of `stored`; where there is nothing whole, they are made and stored."""
+    sweep(stored.parent, _DAY)
     try:
         with safe_open(stored, "pt") as file:
-            tokenizer = read_tokenizer(file.metadata()["tokenizer"], stored)
-            return tokenizer, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, TokenizerError, FileNotFoundError, KeyError, TypeError):
-        pass  # KeyError, TypeError: a file of another program has other metadata, or none
-    sweep(stored.parent, _DAY)
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        if header.get("digest") == _digest(header["tokenizer"], tensors):
+            return read_tokenizer(header["tokenizer"], stored), tensors
+    except (SafetensorError, TokenizerError, OSError, KeyError):
+        pass  # KeyError: a file of another program has other metadata, or none
     tokenizer, tensors = make()
+    text = tokenizer.to_str()
     with replacing(stored) as path:
-        save_file(tensors, path, metadata={"tokenizer": tokenizer.to_str()})
+        save_file(tensors, path, metadata={"tokenizer": text, "digest": _digest(text, tensors)})
     return tokenizer, tensors
+
+
+def _digest(tokenizer: str, tensors: dict[str, Tensor]) -> str:
+    """Of all that a run is trained on: a damaged number would be trained on, too, and nothing would show it."""
+    found = hashlib.sha256(tokenizer.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.contiguous().numpy().data)
+    return found.hexdigest()
