@@ -236,6 +236,7 @@ CPU_PEERS: tuple[Peer, ...] = (
 )
 GPU_PEERS: tuple[Peer, ...] = (
     Pyattn(),
+    Pyattn("pyattn cuda", backend="cuda"),
     Sdpa("SDPA flash", SDPBackend.FLASH_ATTENTION),
     Sdpa("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION),
     Sdpa("SDPA efficient", SDPBackend.EFFICIENT_ATTENTION),

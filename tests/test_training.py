@@ -375,7 +375,8 @@ def _changed(stopped: Path, folder: Path, tensors: dict | None = None, **meta: o
         ("step", True), ("step", 0), ("step", -3), ("step", "3"), ("step", "gone"), ("step", 3.0),
         ("best_loss", math.nan), ("best_loss", math.inf), ("best_loss", 10**400), ("best_loss", "low"),
         ("best_loss", False), ("best_loss", "gone"), ("best_loss", -5.0), ("evaluations_since_best", -1),
-        ("evaluations_since_best", None), ("settings", []), ("settings", "gone"), ("digest", 3), ("tokenizer", None), ("kind", "gone"),
+        ("evaluations_since_best", None), ("settings", []), ("settings", "gone"), ("digest", 3), ("tokenizer", None),
+        ("kind", "gone"),
     ],
 )  # fmt: skip
 def test_checkpoint_with_an_impossible_value_is_refused(
