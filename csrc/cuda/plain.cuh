@@ -13,6 +13,7 @@ template <class T_, int WARPS_, int STREAMED_, int SLICE_> struct Plain {
     static constexpr int WARPS = WARPS_, THREADS = 32 * WARPS, STREAMED = STREAMED_, SLICE = SLICE_, AHEAD = 0;
     static constexpr int OWNED = 16 * WARPS;  // rows, at most
     static constexpr int CHUNK = 32;
+    static constexpr int AT_ONCE = sizeof(Acc) == 8 ? 1 : 4;  // columns; more of them spilled registers
     static constexpr int PITCH = CHUNK + 1, WEIGHTS_PITCH = STREAMED + 1;  // odd: rows lie in different banks
 
     struct Tile {
@@ -63,7 +64,7 @@ template <class T_, int WARPS_, int STREAMED_, int SLICE_> struct Plain {
             barrier();
             const Acc* of_a = owned + (a_row + g) * PITCH;
             Acc part[TILES][4] = {};
-#pragma unroll 8
+#pragma unroll AT_ONCE
             for (int c = 0; c < CHUNK; ++c) {
                 const Acc x[2] = {of_a[c], of_a[8 * PITCH + c]};
 #pragma unroll
