@@ -202,11 +202,10 @@ void fill_tensors(AttentionArgs& args, const py::dict& tensors) {
     const Form out{4, {args.b, args.h, args.m, args.dv}, item, false, false};
     const Form exp_keys{4, {entries, args.hk, rows, args.d}, sum, false, false};
     const Form weight{2, {args.h, args.d, 1, 1}, sum, false, true};
-    const auto distances = [&](const py::tuple& tensor) {
+    const auto distances = [&](const std::string& name, const py::tuple& tensor) {
         const py::tuple size = tensor[1];
-        REQUIRE(size.size() == 4, "relative_k: expected 4 dimensions");
-        const int64_t entries = number(size[0]);
-        REQUIRE(entries == 1 || entries == args.b, "relative_k: expected 1 or b in dimension 0");
+        REQUIRE(size.size() == 4, name + ": expected 4 dimensions");
+        const int64_t entries = number(size[0]) == 1 ? 1 : args.b;
         return Form{4, {entries, args.h, args.distances, args.e}, item, false, false};
     };
     const Form relative_q{4, {args.b, args.h, args.m, args.e}, item, false, false};
@@ -241,9 +240,9 @@ void fill_tensors(AttentionArgs& args, const py::dict& tensors) {
         else if (name == "exp_keys") args.exp_keys = given(exp_keys);
         else if (name == "weight") point(args.weight, given(weight));
         else if (name == "relative_q") args.relative_q = given(relative_q);
-        else if (name == "relative_k") args.relative_k = given(distances(value.cast<py::tuple>()));
+        else if (name == "relative_k") args.relative_k = given(distances(name, value.cast<py::tuple>()));
         else if (name == "d_relative_q") args.d_relative_q = given(relative_q);
-        else if (name == "d_relative_k") args.d_relative_k = given(distances(value.cast<py::tuple>()));
+        else if (name == "d_relative_k") args.d_relative_k = given(distances(name, value.cast<py::tuple>()));
         else if (name == "q_ranks") point(args.q_ranks, given(table(args.b, args.m)));
         else if (name == "k_ranks") point(args.k_ranks, given(table(args.b, args.n)));
         else if (name == "d_weight") point(args.d_weight, given(weight));

@@ -147,6 +147,8 @@ def check_inputs(
     if exp_keys is not None:
         exp_keys = _check_exp_keys(exp_keys, k, packed)
     if relative_q is not None or relative_k is not None:
+        if weight is not None:
+            raise RangeError("relative_k: expected None beside a weight: additive scores have no relative term")
         relative_q, relative_k = _check_relative(relative_q, relative_k, q)
     return Inputs(
         unit_stride(q), unit_stride(k), unit_stride(v), mask, bias, key_lengths, q_segments, k_segments, alibi_slopes,
@@ -406,9 +408,10 @@ def _check_relative(relative_q: Any, relative_k: Any, q: Tensor) -> tuple[Tensor
     return unit_stride(relative_q), unit_stride(relative_k)
 
 
-def check_distances(first: Any, x: Inputs, offset: int | None, left: int | None, right: int | None) -> None:
-    """Whether relative_k has a row for every distance that the band leaves."""
-    if isinstance(first, bool) or not isinstance(first, (Integral, torch.SymInt)):
+def check_distances(first: Any, x: Inputs, offset: int | None, left: int | None, right: int | None) -> int:
+    """`first`, where relative_k has a row for every distance that the band leaves."""
+    kinds: Any = (Integral, torch.SymInt)
+    if isinstance(first, bool) or not isinstance(first, kinds):
         raise DtypeError(f"first: expected an int, the distance of relative_k's first row, got {first!r}")
     if offset is None:
         raise RangeError("relative_k: expected None over a cache whose queries stand at key_lengths")
@@ -422,6 +425,7 @@ def check_distances(first: Any, x: Inputs, offset: int | None, left: int | None,
             f"relative_k: expected rows for the distances {lowest} to {highest} from key to query, got "
             f"{rows} from {first} on"
         )
+    return first
 
 
 def _check_slopes(slopes: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -65,7 +65,7 @@ def prepare(
     scale = 1.0 if scale is None and weight is not None else check.check_scale(scale, d)
     softcap = check.check_softcap(softcap)
     if x.relative_k is not None:
-        check.check_distances(first, x, offset, left, right)
+        first = check.check_distances(first, x, offset, left, right)
     return x, Numbers(scale, offset, left, right, softcap, dropout_p, first)
 
 

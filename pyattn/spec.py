@@ -185,7 +185,7 @@ class AttentionSpec(NamedTuple):
             mask is not None, bias is not None, key_lengths is not None, q_segments is not None,
             slopes is not None, sinks is not None, None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
             None if block_table is None else n, weight is not None,
-            None if relative_k is None else tuple(relative_k.shape[2:]), q_ranks is not None,
+            None if relative_k is None else (relative_k.shape[2], relative_k.shape[3]), q_ranks is not None,
         )  # fmt: skip
 
     @property
