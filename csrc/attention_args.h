@@ -55,6 +55,10 @@ struct AttentionArgs {
     const float* alibi_slopes = nullptr;   // [sequences, h] contiguous
     const void* sinks = nullptr;           // [h], in the accumulator's dtype
     TensorArg exp_keys;                    // e^2k, of k's shape, in the accumulator's dtype; last stride 1
+    int64_t e = 0, distances = 0, first = 0;  // of a relative term: its size, rows of relative_k, distance of the first
+    TensorArg relative_q, relative_k;      // [b, h, m, e], [1|b, h, distances, e]; last stride 1
+    const int32_t* q_ranks = nullptr;      // [b, m] contiguous
+    const int32_t* k_ranks = nullptr;      // [b, n] contiguous
     const void* weight = nullptr;          // [h, d] contiguous, in the accumulator's dtype; null for scores q.k
 
     // Backward only.
@@ -63,6 +67,7 @@ struct AttentionArgs {
     const void* d_lse = nullptr;     // [b, h, m] contiguous, in the accumulator's dtype
     void* delta = nullptr;           // [b, h, m] scratch, in the accumulator's dtype
     void* d_sinks = nullptr;         // [h], in the accumulator's dtype
+    TensorArg d_relative_q, d_relative_k;  // in the shapes of relative_q and relative_k; last stride 1
     void* d_weight = nullptr;        // [h, d] contiguous, in the accumulator's dtype
 
     int threads = 1;

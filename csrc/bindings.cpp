@@ -130,6 +130,20 @@ void fill_sizes(AttentionArgs& args, const py::tuple& sizes) {
     }
 }
 
+// relative: (first, distances, e) of a relative term, or None
+void fill_relative(AttentionArgs& args, const py::object& given) {
+    if (given.is_none()) return;
+    const auto relative = given.cast<py::tuple>();
+    REQUIRE(relative.size() == 3, "relative: expected (first, distances, e)");
+    args.first = number(relative[0]);
+    args.distances = number(relative[1]);
+    args.e = number(relative[2]);
+    REQUIRE(args.first > -pyattn::kUnlimited && args.first < pyattn::kUnlimited, "first: out of range");
+    REQUIRE(args.distances >= 0 && args.distances < pyattn::kUnlimited / 4, "distances: out of range");
+    REQUIRE(args.e >= 1 && args.e <= pyattn::kMaxHeadDim, "e: expected 1 to " + std::to_string(pyattn::kMaxHeadDim) +
+                                                              ", got " + std::to_string(args.e));
+}
+
 // numbers: (scale, offset, left, right, softcap, dropout_p, seed), None where pyattn/spec.py has None.
 void fill_numbers(AttentionArgs& args, const py::tuple& numbers) {
     REQUIRE(numbers.size() == 7, "numbers: expected (scale, offset, left, right, softcap, dropout_p, seed)");
@@ -188,6 +202,13 @@ void fill_tensors(AttentionArgs& args, const py::dict& tensors) {
     const Form out{4, {args.b, args.h, args.m, args.dv}, item, false, false};
     const Form exp_keys{4, {entries, args.hk, rows, args.d}, sum, false, false};
     const Form weight{2, {args.h, args.d, 1, 1}, sum, false, true};
+    const auto distances = [&](const std::string& name, const py::tuple& tensor) {
+        const py::tuple size = tensor[1];
+        REQUIRE(size.size() == 4, name + ": expected 4 dimensions");
+        const int64_t entries = number(size[0]) == 1 ? 1 : args.b;
+        return Form{4, {entries, args.h, args.distances, args.e}, item, false, false};
+    };
+    const Form relative_q{4, {args.b, args.h, args.m, args.e}, item, false, false};
     const Form row{3, {args.b, args.h, args.m, 1}, sum, false, true};
     const auto score = [&](int64_t element) {
         return Form{4, {args.b, args.h, args.m, args.n}, element, true, false};
@@ -218,6 +239,12 @@ void fill_tensors(AttentionArgs& args, const py::dict& tensors) {
         else if (name == "sinks") point(args.sinks, given(list(args.h, sum)));
         else if (name == "exp_keys") args.exp_keys = given(exp_keys);
         else if (name == "weight") point(args.weight, given(weight));
+        else if (name == "relative_q") args.relative_q = given(relative_q);
+        else if (name == "relative_k") args.relative_k = given(distances(name, value.cast<py::tuple>()));
+        else if (name == "d_relative_q") args.d_relative_q = given(relative_q);
+        else if (name == "d_relative_k") args.d_relative_k = given(distances(name, value.cast<py::tuple>()));
+        else if (name == "q_ranks") point(args.q_ranks, given(table(args.b, args.m)));
+        else if (name == "k_ranks") point(args.k_ranks, given(table(args.b, args.n)));
         else if (name == "d_weight") point(args.d_weight, given(weight));
         else if (name == "d_out") args.d_out = given(out);
         else if (name == "d_q") args.d_q = given(q);
@@ -243,11 +270,15 @@ void check_ends(const std::string& name, const int32_t* ends, int64_t sequences,
 void check_values(const AttentionArgs& args) {
     REQUIRE(!args.cu_seqlens_q == !args.cu_seqlens_k, "cu_seqlens_q, cu_seqlens_k: expected both or neither");
     REQUIRE(args.cu_seqlens_q ? args.b == 1 : args.sequences == args.b, "sequences: not the batch size");
-    REQUIRE(!args.cu_seqlens_q || !(args.mask || args.bias || args.key_lengths || args.q_segments),
-            "cu_seqlens_q: excludes mask, bias, key_lengths and segments");
+    REQUIRE(!args.cu_seqlens_q || !(args.mask || args.bias || args.key_lengths || args.q_segments || args.q_ranks),
+            "cu_seqlens_q: excludes mask, bias, key_lengths, segments and ranks");
     REQUIRE(!args.cached || (args.key_lengths && !args.cu_seqlens_q), "offset: expected a number, without key_lengths");
     REQUIRE(!args.block_table || args.cached, "block_table: expected no offset");
     REQUIRE(!args.q_segments == !args.k_segments, "q_segments, k_segments: expected both or neither");
+    REQUIRE(!args.q_ranks == !args.k_ranks, "q_ranks, k_ranks: expected both or neither");
+    REQUIRE(!args.relative_q == !args.relative_k, "relative_q, relative_k: expected both or neither");
+    REQUIRE(!args.relative_k || !(args.cu_seqlens_q || args.cached || args.weight),
+            "relative_k: excludes packed sequences, caches and additive scores");
     if (args.cu_seqlens_q) {
         check_ends("cu_seqlens_q", args.cu_seqlens_q, args.sequences, args.m);
         check_ends("cu_seqlens_k", args.cu_seqlens_k, args.sequences, args.n);
@@ -264,7 +295,7 @@ void check_values(const AttentionArgs& args) {
 }
 
 AttentionArgs arguments(const std::string& dtype, const std::string& bias_dtype, const py::tuple& sizes,
-                        const py::tuple& numbers, const py::dict& tensors, int threads) {
+                        const py::tuple& numbers, const py::object& relative, const py::dict& tensors, int threads) {
     AttentionArgs args;
     args.dtype = dtype_of(dtype);
     args.bias_dtype = dtype_of(bias_dtype);
@@ -272,6 +303,7 @@ AttentionArgs arguments(const std::string& dtype, const std::string& bias_dtype,
     args.threads = threads;
     fill_sizes(args, sizes);
     fill_numbers(args, numbers);
+    fill_relative(args, relative);
     fill_tensors(args, tensors);
     check_values(args);
     REQUIRE(args.q && args.k && args.v && args.out && args.lse && args.row_max && args.row_sum,
@@ -288,21 +320,25 @@ py::list isas() {
 }
 
 void forward(const std::string& isa, const std::string& dtype, const std::string& bias_dtype, const py::tuple& sizes,
-             const py::tuple& numbers, const py::dict& tensors, int threads) {
-    const AttentionArgs args = arguments(dtype, bias_dtype, sizes, numbers, tensors, threads);
+             const py::tuple& numbers, const py::object& relative, const py::dict& tensors, int threads) {
+    const AttentionArgs args = arguments(dtype, bias_dtype, sizes, numbers, relative, tensors, threads);
     const Isa& chosen = isa_of(isa);
     const py::gil_scoped_release release;
     chosen.forward(args);
 }
 
 void backward(const std::string& isa, const std::string& dtype, const std::string& bias_dtype, const py::tuple& sizes,
-              const py::tuple& numbers, const py::dict& tensors, int threads) {
-    const AttentionArgs args = arguments(dtype, bias_dtype, sizes, numbers, tensors, threads);
+              const py::tuple& numbers, const py::object& relative, const py::dict& tensors, int threads) {
+    const AttentionArgs args = arguments(dtype, bias_dtype, sizes, numbers, relative, tensors, threads);
     REQUIRE(!args.block_table, "block_table: pages have no gradient");
     REQUIRE(args.d_out && args.d_q && args.d_k && args.d_v && args.delta, "d_out, d_q, d_k, d_v, delta: expected all");
     REQUIRE(!args.d_bias || args.bias, "d_bias: there is no bias");
     REQUIRE(!args.d_sinks == !args.sinks, "d_sinks: expected with sinks, and only with them");
     REQUIRE(!args.d_weight == !args.weight, "d_weight: expected with weight, and only with it");
+    REQUIRE(!args.d_relative_q == !args.relative_q && !args.d_relative_k == !args.relative_k,
+            "d_relative_q, d_relative_k: expected with relative_q and relative_k, and only with them");
+    REQUIRE(!args.relative_k || args.d_relative_k.size[0] == args.relative_k.size[0],
+            "d_relative_k: expected the sizes of relative_k");
     for (int axis = 0; args.d_bias && axis < 4; ++axis) {
         REQUIRE(args.d_bias.size[axis] == args.bias.size[axis], "d_bias: expected the sizes of bias");
     }

@@ -3,7 +3,14 @@
 from typing import TYPE_CHECKING
 
 from pyattn import interrupt, testing  # noqa: F401 (interrupt comes before torch)
-from pyattn.api import additive_attention, attention, attention_kvcache, attention_varlen, explain
+from pyattn.api import (
+    additive_attention,
+    attention,
+    attention_kvcache,
+    attention_varlen,
+    explain,
+    relative_attention,
+)
 from pyattn.check import DeviceError, DtypeError, PyattnError, RangeError, ShapeError, UnsupportedError
 from pyattn.compat.patch import patch
 from pyattn.compat.torch import scaled_dot_product_attention
@@ -32,6 +39,7 @@ __all__ = [
     "models",
     "nn",
     "patch",
+    "relative_attention",
     "scaled_dot_product_attention",
     "testing",
     "use_backend",

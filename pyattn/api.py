@@ -38,6 +38,9 @@ if TYPE_CHECKING:
         key_lengths: Tensor | None
         segment_ids: tuple[Tensor, Tensor] | None
 
+    class RelativeOptions(Options, total=False):
+        ranks: tuple[Tensor, Tensor] | None
+
     class AdditiveOptions(Options, total=False):
         exp_keys: Tensor | None
         cu_seqlens_q: Tensor | None
@@ -342,6 +345,86 @@ def additive_attention(
         q, k, v, weight=weight, exp_keys=exp_keys, mask=mask, bias=bias, causal=causal, window=window,
         key_lengths=key_lengths, segment_ids=segment_ids, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
         sinks=sinks, dropout_p=dropout_p, seed=seed, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+    )  # fmt: skip
+    out, lse = core.run(x, numbers, backend)
+    return (out, lse) if return_lse else out
+
+
+@overload
+def relative_attention(
+    q: Tensor, k: Tensor, v: Tensor, relative_q: Tensor, relative_k: Tensor, first: int, *,
+    return_lse: Literal[False] = False, **options: Unpack[RelativeOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def relative_attention(
+    q: Tensor, k: Tensor, v: Tensor, relative_q: Tensor, relative_k: Tensor, first: int, *, return_lse: Literal[True],
+    **options: Unpack[RelativeOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def relative_attention(
+    q: Tensor, k: Tensor, v: Tensor, relative_q: Tensor, relative_k: Tensor, first: int, *, return_lse: bool,
+    **options: Unpack[RelativeOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+def relative_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    relative_q: Tensor,
+    relative_k: Tensor,
+    first: int,
+    *,
+    ranks: tuple[Tensor, Tensor] | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    window: Sequence[int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    segment_ids: tuple[Tensor, Tensor] | None = None,
+    scale: SupportsFloat | None = None,
+    softcap: SupportsFloat | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: SupportsFloat = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    **others: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` with a relative term beside q_i . k_j: relative_q_i . r, where r is the row of relative_k for the
+    distance i + n - m - j from key j to query i. No [m, n] matrix is in memory, shifted or not.
+
+    Biases are the caller's: in Transformer-XL q is q + u, relative_q is q + w, and relative_k projects the sinusoids of
+    the distances. A bias that is learned by distance is e = 1 with relative_q = 1 / scale.
+
+    Args:
+        q: [b, h, m, d] float16, bfloat16, float32 or float64.
+        k: [b, hk, n, d] in q's dtype; hk divides h.
+        v: [b, hk, n, dv] in q's dtype.
+        relative_q: [b, h, m, e] in q's dtype, with a size e of its own.
+        relative_k: [1|b, h, distances, e] in q's dtype: row r is the distance first + r. It has a row for every
+            distance that causal and window leave.
+        first: the distance of relative_k's first row, negative for keys that follow their query.
+        ranks: integer (q_ranks [b, m], k_ranks [b, n]); a query sees the keys of lower rank, as the permuted order of
+            XLNet has it.
+        scale: factor of the sum of both products; 1 / sqrt(d) by default.
+        mask, bias, causal, window, key_lengths, segment_ids, softcap, alibi_slopes, sinks, dropout_p, seed, return_lse,
+        backend: as for `attention`.
+
+    Returns:
+        As `attention`. There are gradients for q, k, v, relative_q, relative_k, bias and sinks.
+
+    Raises:
+        As `attention`.
+
+    Source: Dai et al. 2019, arXiv:1901.02860 (Transformer-XL), section 3.3; Yang et al. 2019, arXiv:1906.08237 (XLNet).
+    """
+    if others:
+        check.refuse_unknown("relative_attention", others)
+    check.check_dense("relative_k", relative_k)  # without it the scores would be products
+    x, numbers = core.prepare(
+        q, k, v, relative_q=relative_q, relative_k=relative_k, first=first, ranks=ranks, mask=mask, bias=bias,
+        causal=causal, window=window, key_lengths=key_lengths, segment_ids=segment_ids, scale=scale, softcap=softcap,
+        alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
     out, lse = core.run(x, numbers, backend)
     return (out, lse) if return_lse else out

@@ -110,17 +110,22 @@ def check_inputs(
     block_table: Tensor | None,
     weight: Tensor | None,
     exp_keys: Tensor | None,
+    relative_q: Tensor | None,
+    relative_k: Tensor | None,
+    ranks: tuple[Tensor, Tensor] | None,
 ) -> Inputs:
     """Checks every tensor by its metadata alone and returns them in the form `Inputs` promises."""
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if packed:
-        _refuse_packed(mask=mask, bias=bias, key_lengths=key_lengths, segment_ids=segment_ids)
+        _refuse_packed(
+            mask=mask, bias=bias, key_lengths=key_lengths, segment_ids=segment_ids, relative_k=relative_k, ranks=ranks
+        )
     q, k, v = _check_qkv(q, k, v, packed, block_table is not None, "d" if weight is None else "a")
     n = k.shape[2]
     if block_table is not None:
         block_table = _check_block_table(block_table, q, k)
         n *= block_table.shape[1]
-    q_segments = k_segments = None
+    q_segments = k_segments = q_ranks = k_ranks = None
     if mask is not None:
         mask = _broadcastable("mask", mask, (torch.bool,), q, n)
     if bias is not None:
@@ -129,6 +134,8 @@ def check_inputs(
         key_lengths = check_integers("key_lengths", key_lengths, (q.shape[0],), q)
     if segment_ids is not None:
         q_segments, k_segments = _check_segments(segment_ids, q, k)
+    if ranks is not None:
+        q_ranks, k_ranks = _check_ranks(ranks, q, k)
     if packed:
         cu_seqlens_q, cu_seqlens_k = check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
     if alibi_slopes is not None:
@@ -139,10 +146,14 @@ def check_inputs(
         weight = _check_weight(weight, q)
     if exp_keys is not None:
         exp_keys = _check_exp_keys(exp_keys, k, packed)
+    if relative_q is not None or relative_k is not None:
+        if weight is not None:
+            raise RangeError("relative_k: expected None beside a weight: additive scores have no relative term")
+        relative_q, relative_k = _check_relative(relative_q, relative_k, q)
     return Inputs(
         unit_stride(q), unit_stride(k), unit_stride(v), mask, bias, key_lengths, q_segments, k_segments, alibi_slopes,
         sinks, _check_seed(seed, q.device) if dropout_p > 0 else None, cu_seqlens_q, cu_seqlens_k,
-        block_table, weight, exp_keys,
+        block_table, weight, exp_keys, relative_q, relative_k, q_ranks, k_ranks,
     )  # fmt: skip
 
 
@@ -219,6 +230,8 @@ def check_dtypes(x: Inputs) -> None:
     expected = {"k": (x.q.dtype,), "v": (x.q.dtype,), "mask": (torch.bool,), "bias": (x.q.dtype, torch.float32)}
     expected |= ids | dict.fromkeys(integers, (torch.int32,)) | {"alibi_slopes": (torch.float32,), "sinks": (sums,)}
     expected |= {"seed": (torch.int64,), "weight": (x.q.dtype, torch.float32), "exp_keys": (sums,)}
+    expected |= dict.fromkeys(("relative_q", "relative_k"), (x.q.dtype,))
+    expected |= dict.fromkeys(("q_ranks", "k_ranks"), (torch.int32,))
     for name, dtypes in expected.items():
         t = getattr(x, name)
         if t is not None and t.dtype not in dtypes:
@@ -366,6 +379,53 @@ def _check_segments(ids: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> tuple[T
     q_ids = _check_whole_numbers("segment_ids[0]", ids[0], (b, q.shape[2]), q)
     k_ids = _check_whole_numbers("segment_ids[1]", ids[1], (b, k.shape[2]), q)
     return tuple(t if t.dtype is torch.int64 else t.to(torch.int32) for t in (q_ids, k_ids))  # type: ignore[return-value]
+
+
+def _check_ranks(ranks: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    if not isinstance(ranks, (tuple, list)) or len(ranks) != 2:
+        raise DtypeError(f"ranks: expected a pair (q_ranks [b, m], k_ranks [b, n]), got {type(ranks).__name__}")
+    b = q.shape[0]
+    return (
+        check_integers("ranks[0]", ranks[0], (b, q.shape[2]), q),
+        check_integers("ranks[1]", ranks[1], (b, k.shape[2]), q),
+    )
+
+
+def _check_relative(relative_q: Any, relative_k: Any, q: Tensor) -> tuple[Tensor, Tensor]:
+    for name, t in (("relative_q", relative_q), ("relative_k", relative_k)):
+        check_dense(name, t)
+    relative_q, relative_k = (t.to(autocast_dtype(t)) for t in (relative_q, relative_k))
+    b, h, m, _ = q.shape
+    for name, t in (("relative_q", relative_q), ("relative_k", relative_k)):
+        check_tensor(name, t, (q.dtype,), q)
+    if relative_q.dim() != 4 or tuple(relative_q.shape[:3]) != (b, h, m) or relative_q.shape[3] == 0:
+        raise ShapeError(
+            f"relative_q: expected [b={b}, h={h}, m={m}, e] with e of at least 1, got {_shape(relative_q)}"
+        )
+    e, shape = relative_q.shape[3], tuple(relative_k.shape)
+    if len(shape) != 4 or shape[0] not in (1, b) or shape[1] != h or shape[3] != e:
+        raise ShapeError(f"relative_k: expected [1 or b={b}, h={h}, distances, e={e}], got {_shape(relative_k)}")
+    return unit_stride(relative_q), unit_stride(relative_k)
+
+
+def check_distances(first: Any, x: Inputs, offset: int | None, left: int | None, right: int | None) -> int:
+    """`first`, where relative_k has a row for every distance that the band leaves."""
+    kinds: Any = (Integral, torch.SymInt)
+    if isinstance(first, bool) or not isinstance(first, kinds):
+        raise DtypeError(f"first: expected an int, the distance of relative_k's first row, got {first!r}")
+    if offset is None:
+        raise RangeError("relative_k: expected None over a cache whose queries stand at key_lengths")
+    assert x.relative_k is not None
+    m, n, rows = x.q.shape[2], x.k.shape[2], x.relative_k.shape[2]
+    lowest, highest = offset - (n - 1), offset + m - 1
+    lowest = lowest if right is None else max(lowest, -right)
+    highest = highest if left is None else min(highest, left)
+    if m > 0 and n > 0 and lowest <= highest and not (first <= lowest and highest < first + rows):
+        raise RangeError(
+            f"relative_k: expected rows for the distances {lowest} to {highest} from key to query, got "
+            f"{rows} from {first} on"
+        )
+    return first
 
 
 def _check_slopes(slopes: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:

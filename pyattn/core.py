@@ -42,6 +42,10 @@ def prepare(
     block_table: Tensor | None = None,
     weight: Tensor | None = None,
     exp_keys: Tensor | None = None,
+    relative_q: Tensor | None = None,
+    relative_k: Tensor | None = None,
+    first: int | None = None,
+    ranks: tuple[Tensor, Tensor] | None = None,
     top_left: bool = False,
     cached: bool = False,
 ) -> tuple[Inputs, Numbers]:
@@ -53,13 +57,16 @@ def prepare(
     x = check.check_inputs(
         q, k, v, mask=mask, bias=bias, key_lengths=key_lengths, segment_ids=segment_ids, alibi_slopes=alibi_slopes,
         sinks=sinks, seed=seed, dropout_p=dropout_p, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        block_table=block_table, weight=weight, exp_keys=exp_keys,
+        block_table=block_table, weight=weight, exp_keys=exp_keys, relative_q=relative_q, relative_k=relative_k,
+        ranks=ranks,
     )  # fmt: skip
     _, _, m, d = x.q.shape
     offset = None if cached else 0 if top_left or x.cu_seqlens_q is not None else x.k.shape[2] - m
     scale = 1.0 if scale is None and weight is not None else check.check_scale(scale, d)
     softcap = check.check_softcap(softcap)
-    return x, Numbers(scale, offset, left, right, softcap, dropout_p)
+    if x.relative_k is not None:
+        first = check.check_distances(first, x, offset, left, right)
+    return x, Numbers(scale, offset, left, right, softcap, dropout_p, first)
 
 
 def run(x: Inputs, numbers: Numbers, backend: str) -> tuple[Tensor, Tensor]:

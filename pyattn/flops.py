@@ -5,6 +5,7 @@ With b, h, m, n, d and dv of `pyattn.spec`, and a key counted for every query, w
     forward                       2 b h m n (d + dv)         q k^T and p v
     backward                      2 b h m n (3 d + 2 dv)     the scores again, dq, dk; dv and p's gradient
     backward of additive scores   2 b h m n (4 d + 2 dv)     the weight's gradient besides
+    a relative term of size e     2 b h m n e, and 3 times that backward
 
 Packed sequences count their own queries times their own keys. Without values (fake tensors), where nobody knows where
 one ends, they count as one sequence. A head size of 0 counts as 1, the column of zeros that kernels get for it. The
@@ -61,12 +62,17 @@ def _register() -> None:
 
 def _forward(*args: Any, out_val: Any) -> int:
     x = Inputs(*args[:_N_TENSORS])
-    return 2 * _pairs(x) * (x.q.shape[3] + x.v.shape[3])
+    return 2 * _pairs(x) * (x.q.shape[3] + _relative(x) + x.v.shape[3])
 
 
 def _backward(*args: Any, out_val: Any) -> int:
     x = Inputs(*args[_BEFORE : _BEFORE + _N_TENSORS])
-    return 2 * _pairs(x) * ((3 if x.weight is None else 4) * x.q.shape[3] + 2 * x.v.shape[3])
+    columns = (3 if x.weight is None else 4) * x.q.shape[3] + 3 * _relative(x)
+    return 2 * _pairs(x) * (columns + 2 * x.v.shape[3])
+
+
+def _relative(x: Inputs) -> int:
+    return 0 if x.relative_q is None else x.relative_q.shape[3]
 
 
 def _pairs(x: Inputs) -> int:

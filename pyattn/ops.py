@@ -25,9 +25,13 @@ from pyattn.spec import AttentionSpec, Inputs, Numbers, Results, empty_gradients
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? key_lengths, Tensor? q_segments, "
     "Tensor? k_segments, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, Tensor? block_table, Tensor? weight, Tensor? exp_keys"
+    "Tensor? cu_seqlens_k, Tensor? block_table, Tensor? weight, Tensor? exp_keys, Tensor? relative_q, "
+    "Tensor? relative_k, Tensor? q_ranks, Tensor? k_ranks"
 )
-_NUMBERS = "float scale, SymInt? offset, SymInt? left, SymInt? right, float? softcap, float dropout_p, str backend"
+_NUMBERS = (
+    "float scale, SymInt? offset, SymInt? left, SymInt? right, float? softcap, float dropout_p, SymInt? first, "
+    "str backend"
+)
 _N_TENSORS, _N_RESULTS = len(Inputs._fields), len(Results._fields)
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)

@@ -38,6 +38,8 @@ def expected_errors(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor
         "lse": f.of_lse2 + f.of_log2,
         "d_v": _over_groups(spec, f.of_kept2.transpose(-1, -2) @ d_out.square()),
     }
+    if x.relative_q is not None and x.relative_k is not None:
+        found |= _of_relative(spec, x, x.relative_q, x.relative_k, of_product2)
     if x.weight is None or f.hidden is None:
         of_q2, of_k2 = of_product2 @ f.k.square(), of_product2.transpose(-1, -2) @ x.q.square()
     else:
@@ -84,6 +86,9 @@ def _forward(spec: AttentionSpec, x: Inputs) -> _Forward:
     if x.weight is None:
         hidden, product = None, x.q @ k.transpose(-1, -2)
         terms2 = x.q.square() @ k.square().transpose(-1, -2)
+        if x.relative_q is not None and x.relative_k is not None:
+            squared = x._replace(relative_q=x.relative_q.square(), relative_k=x.relative_k.square())
+            product, terms2 = product + reference.relative(spec, x), terms2 + reference.relative(spec, squared)
     else:
         hidden, weight = reference.hidden(x, k), x.weight[:, None, None]
         product, terms2 = (hidden * weight).sum(-1), (hidden * weight).square().sum(-1)
@@ -137,6 +142,22 @@ def _through_softcap(spec: AttentionSpec, f: _Forward, g: _ScoreGradients) -> tu
     slope = 1 - t.square()
     of_slope2 = 1 + (2 / spec.softcap * t * slope).square() * f.of_s2
     return slope * g.d_s, slope.square() * g.of_ds2 + of_slope2 * g.d_s.square()
+
+
+def _of_relative(
+    spec: AttentionSpec, x: Inputs, relative_q: Tensor, relative_k: Tensor, of_product2: Tensor
+) -> dict[str, Tensor]:
+    """Of the squares of errors that a relative term's gradients take over from those of the products."""
+    assert spec.relative is not None
+    row, has = reference.distance_rows(spec, x)
+    of_rows2 = of_product2.new_zeros(spec.b, spec.h, spec.m, spec.relative[0] + 1)
+    place = torch.where(has, row, spec.relative[0]).expand_as(of_product2)
+    of_rows2 = of_rows2.scatter_add(-1, place, of_product2)[..., :-1]
+    of_k2 = of_rows2.transpose(-1, -2) @ relative_q.square()
+    return {
+        "d_relative_q": spec.scale**2 * of_rows2 @ relative_k.square(),
+        "d_relative_k": spec.scale**2 * of_k2.sum_to_size(relative_k.shape),
+    }
 
 
 def _of_additions2(terms: Tensor) -> Tensor:

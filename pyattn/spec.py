@@ -4,7 +4,8 @@ Sizes: `b` batch, `h` query heads, `hk` key/value heads (head `i` reads key/valu
 `n` keys, `d` query/key head size, `dv` value head size. All but h and hk may be 0; with d = 0 every q_i . k_j is 0.
 
     s[i, j]  = scale * (q_i . k_j)                                 or, with a weight (additive scores),
-    s[i, j]  = scale * (weight_h . tanh(q_i + k_j))
+    s[i, j]  = scale * (weight_h . tanh(q_i + k_j))                or, with a relative term,
+    s[i, j]  = scale * (q_i . k_j + relative_q_i . relative_k_{i + offset - j - first})
     s[i, j]  = softcap * tanh(s[i, j] / softcap)                   if softcap
     s[i, j] += bias[i, j] - slope_h * |i + offset - j|             if bias / ALiBi slopes
     p        = softmax of s over the visible j (and the head's sink logit, if sinks)
@@ -17,7 +18,11 @@ Query `i` stands at key position `i + offset`. `offset = n - m` aligns the last 
     i + offset - left <= j <= i + offset + right                   causal is right = 0; None is unlimited
     j < key_lengths[b]
     q_segments[b, i] == k_segments[b, j]
+    q_ranks[b, i] > k_ranks[b, j]
     mask[b, h, i, j]                                               True means attend
+
+The relative term is a product with the row of `relative_k` for the distance `i + offset - j` from key to query, of
+which row 0 is the distance `first`. Its size `e` is its own. Rows for all distances that the band leaves are there.
 
 Packed sequences lie one after the other on one axis, `b = 1`: sequence `t` is the queries `cu_seqlens_q[t]` to
 `cu_seqlens_q[t + 1]` and the keys `cu_seqlens_k[t]` to `cu_seqlens_k[t + 1]`. Each is attention of its own: `i` and `j`
@@ -59,6 +64,8 @@ FEATURES = {
     "cached": "key/value cache",
     "paged": "paged key/value cache",
     "additive": "additive scores with gradient",
+    "relative": "relative term with gradient",
+    "ranks": "ranks (a query sees lower ones)",
 }
 
 
@@ -84,6 +91,10 @@ class Inputs(NamedTuple):
     block_table: Tensor | None = None  # int32 [b, n / page size], contiguous
     weight: Tensor | None = None  # float [h, d], of additive scores
     exp_keys: Tensor | None = None  # exp(2 k) in the accumulator's dtype, to save time; a last stride of 1
+    relative_q: Tensor | None = None  # [b, h, m, e] in q's dtype; a last stride of 1
+    relative_k: Tensor | None = None  # [1|b, h, distances, e] in q's dtype; a last stride of 1
+    q_ranks: Tensor | None = None  # int32 [b, m]
+    k_ranks: Tensor | None = None  # int32 [b, n]
 
     @property
     def n(self) -> int:
@@ -100,6 +111,7 @@ class Numbers(NamedTuple):
     right: int | None
     softcap: float | None
     dropout_p: float
+    first: int | None = None  # distance of the first row of relative_k; None without a relative term
 
 
 class Results(NamedTuple):
@@ -114,7 +126,7 @@ class Results(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients in the dtype and shape of their inputs; of the last three None where there is none to have."""
+    """Gradients in the dtype and shape of their inputs; of those after v None where there is none to have."""
 
     q: Tensor
     k: Tensor
@@ -122,6 +134,8 @@ class Grads(NamedTuple):
     bias: Tensor | None = None
     sinks: Tensor | None = None
     weight: Tensor | None = None
+    relative_q: Tensor | None = None
+    relative_k: Tensor | None = None
 
 
 class AttentionSpec(NamedTuple):
@@ -145,6 +159,7 @@ class AttentionSpec(NamedTuple):
     right: int | None
     softcap: float | None
     dropout_p: float
+    first: int | None = None
     mask: bool = False
     bias: bool = False
     key_lengths: bool = False
@@ -154,11 +169,14 @@ class AttentionSpec(NamedTuple):
     sequences: int | None = None  # how many are packed; None when they are not
     page_size: int | None = None  # keys per page; None when the cache is not paged
     additive: bool = False
+    relative: tuple[int, int] | None = None  # distances and e of a relative term
+    ranks: bool = False
 
     @classmethod
     def of(cls, x: Inputs, numbers: Numbers) -> AttentionSpec:
         """The spec of a call whose tensors are already checked."""
-        q, _, v, mask, bias, key_lengths, q_segments, _, slopes, sinks, _, cu_seqlens_q, _, block_table, weight, _ = x
+        q, _, v, mask, bias, key_lengths, q_segments, _, slopes, sinks, _, cu_seqlens_q, _, block_table, weight = x[:15]
+        relative_k, q_ranks = x[17:19]
         b, h, m, d = q.shape
         _, hk, n, dv = v.shape
         return cls(
@@ -167,6 +185,7 @@ class AttentionSpec(NamedTuple):
             mask is not None, bias is not None, key_lengths is not None, q_segments is not None,
             slopes is not None, sinks is not None, None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
             None if block_table is None else n, weight is not None,
+            None if relative_k is None else (relative_k.shape[2], relative_k.shape[3]), q_ranks is not None,
         )  # fmt: skip
 
     @property
@@ -190,6 +209,8 @@ class AttentionSpec(NamedTuple):
             "cached": self.offset is None,
             "paged": self.page_size is not None,
             "additive": self.additive,
+            "relative": self.relative is not None,
+            "ranks": self.ranks,
         }
         return frozenset(name for name, is_used in used.items() if is_used)
 
@@ -237,7 +258,8 @@ def empty_gradient(t: Tensor) -> Tensor:
 def empty_gradients(x: Inputs, bias_gradient: bool) -> Grads:
     """`empty_gradient` of every input that has one; of the bias only where it is wanted."""
     bias = x.bias if bias_gradient else None
-    return Grads._make(None if t is None else empty_gradient(t) for t in (x.q, x.k, x.v, bias, x.sinks, x.weight))
+    inputs = (x.q, x.k, x.v, bias, x.sinks, x.weight, x.relative_q, x.relative_k)
+    return Grads._make(None if t is None else empty_gradient(t) for t in inputs)
 
 
 def as_batch(packed: Tensor) -> Tensor:

@@ -83,6 +83,9 @@ class Case:
     unseen_nan: bool = False  # keys and values that nobody sees hold NaN and infinity
     packed: tuple[tuple[int, int], ...] | None = None  # (queries, keys) of each sequence
     additive: bool = False  # scores by a weight and the tanh of sums
+    relative: int = 0  # columns of a relative term
+    relative_shared: bool = False  # by the batch
+    ranks: int = 0  # how many ranks there are
 
 
 CASES: tuple[Case, ...] = (
@@ -172,6 +175,19 @@ CASES: tuple[Case, ...] = (
     Case("additive-everything", additive=True, b=2, h=4, hk=2, m=70, n=90, d=20, dv=24, window=(70, 20),
          key_lengths=(90, 77), segments=2, mask="b1mn", bias="1hmn", softcap=3.0, alibi=True, sinks=True, dropout_p=0.2,
          layout="bmhd", unseen_nan=True),
+    Case("relative", relative=32),
+    Case("relative-one-query", relative=24, m=1, n=131, h=4, hk=2),
+    Case("relative-learned-bias", relative=1, relative_shared=True, m=140, n=130),
+    Case("relative-memory", relative=32, relative_shared=True, causal=True, m=70, n=200, layout="bmhd"),
+    Case("relative-window", relative=17, window=(9, 4), m=140, n=140),
+    Case("relative-no-keys", relative=8, n=0),
+    Case("relative-no-queries", relative=8, m=0),
+    Case("relative-large", relative=32, powers=(3, 3), m=70, n=70),
+    Case("ranks", ranks=5, m=90, n=130),
+    Case("ranks-causal", ranks=3, causal=True, m=150, n=150, unseen_nan=True),
+    Case("relative-ranks-everything", relative=40, ranks=6, b=2, h=4, hk=2, m=100, n=140, d=40, dv=24, window=(70, 20),
+         key_lengths=(140, 77), segments=2, mask="b1mn", bias="1hmn", softcap=3.0, alibi=True, sinks=True,
+         dropout_p=0.2, layout="bmhd", unseen_nan=True),
 )  # fmt: skip
 
 
@@ -179,7 +195,7 @@ class Call(NamedTuple):
     """The arguments of one `attention` or `attention_varlen` call and the gradients that come back to it."""
 
     case: Case
-    tensors: dict[str, Any]  # those that take a gradient: q, k, v and where used bias, sinks, weight
+    tensors: dict[str, Any]  # those that take a gradient: q, k, v and where used bias, sinks, weight, relative_q and _k
     options: dict[str, Any]  # every other keyword argument
     d_out: Tensor
     d_lse: Tensor
@@ -259,6 +275,15 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
         tensors["sinks"] = normal(c.h).to(device, torch.float64 if dtype is torch.float64 else torch.float32)
     if c.additive:
         tensors["weight"] = rounded(normal(c.h, c.d))
+    if c.relative:
+        distances = c.m + c.n + 5  # of all pairs, and some beyond
+        tensors["relative_q"] = _laid_out(rounded(normal(c.b, c.h, c.m, c.relative) * powers), c.layout)
+        tensors["relative_k"] = rounded(normal(1 if c.relative_shared else c.b, c.h, distances, c.relative))
+        options["first"] = -(c.n if c.top_left else c.m) - 2
+    if c.ranks:
+        options["ranks"] = tuple(
+            torch.randint(-1, c.ranks - 1, (c.b, length), generator=generator).to(device) for length in (c.m, c.n)
+        )
     accumulator = torch.float64 if dtype is torch.float64 else torch.float32
     d_out = normal(c.b, c.h, c.m, c.dv).to(device, dtype)
     d_lse = normal(c.b, c.h, c.m).to(device, accumulator)

@@ -21,7 +21,7 @@ from pyattn.spec import Inputs, Results, unit_stride
 _N_TENSORS = len(Inputs._fields)
 _BEFORE = 3 + len(Results._fields)  # arguments of the backward operator before those of `Inputs`
 # Dropout's mask depends on the number of the batch element, the others have no dimension of the batch.
-_UNFOLDED = ("sinks", "seed", "cu_seqlens_q", "cu_seqlens_k", "block_table", "weight")
+_UNFOLDED = ("sinks", "seed", "cu_seqlens_q", "cu_seqlens_k", "block_table", "weight", "relative_k")
 OLDER_VMAP = "Batched"  # torch's dispatch key of the tensors in it
 
 

@@ -86,6 +86,9 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "attention-gqa": lambda q, k, v: pyattn.attention(q, k[:, :1], v[:, :1]),
     "varlen": varlen,
     "additive": lambda q, k, v: pyattn.additive_attention(q, k, v, v[0, :, 0], causal=True, dropout_p=0.4),
+    "relative": lambda q, k, v: pyattn.relative_attention(
+        q, k, v, q, torch.cat([k, k, k, k], 2), -q.shape[2], causal=True, dropout_p=0.4
+    ),
     "sdpa-causal": lambda q, k, v: pyattn.scaled_dot_product_attention(q, k, v, is_causal=True),
     "sdpa-float-mask": sdpa_with_float_mask,
     "sdpa-3d": lambda q, k, v: pyattn.scaled_dot_product_attention(q[0], k[0], v[0], dropout_p=0.4),

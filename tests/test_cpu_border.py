@@ -18,10 +18,21 @@ from pyattn.spec import Inputs
 
 B, H, HK, M, N, D, DV = 3, 4, 2, 5, 7, 8, 6
 SEQUENCES = 3
+E, DISTANCES = 4, 12
 POISON = 7.0
 WRITTEN = {
     "forward": ("out", "lse", "row_max", "row_sum"),
-    "backward": ("delta", "d_q", "d_k", "d_v", "d_bias", "d_sinks", "d_weight"),
+    "backward": (
+        "delta",
+        "d_q",
+        "d_k",
+        "d_v",
+        "d_bias",
+        "d_sinks",
+        "d_weight",
+        "d_relative_q",
+        "d_relative_k",
+    ),
 }
 ROWS = (
     "q",
@@ -33,22 +44,32 @@ ROWS = (
     "d_k",
     "d_v",
     "exp_keys",
+    "relative_q",
+    "relative_k",
+    "d_relative_q",
+    "d_relative_k",
 )  # read and written row by row: the last stride must be 1
 STATISTICS = ("lse", "row_max", "row_sum")
 LISTS = (
     "key_lengths", "q_segments", "k_segments", "alibi_slopes", "sinks", "weight", *STATISTICS, "d_lse", "delta",
-    "d_sinks", "d_weight",
+    "d_sinks", "d_weight", "q_ranks", "k_ranks",
 )  # fmt: skip
 SCORES = ("mask", "bias", "d_bias")
 BATCH = (*ROWS, *LISTS, *SCORES)
 PACKED = ("cu_seqlens_q", "cu_seqlens_k")
 
 
+def kind_with(name: str) -> str:
+    """The kind of call that has a tensor of that name: "batch", "packed", or "relative"."""
+    return "packed" if name in PACKED else "relative" if "relative" in name or "ranks" in name else "batch"
+
+
 class Border:
     """One call of pyattn._C, sound until something in it is changed. Tensors are kept as they cross: as tuples."""
 
-    def __init__(self, direction: str, packed: bool = False) -> None:
+    def __init__(self, direction: str, kind: str = "batch") -> None:
         self.direction = direction
+        packed = kind == "packed"
         b = 1 if packed else B
         generator = torch.Generator().manual_seed(0)
 
@@ -68,25 +89,33 @@ class Border:
                 "mask": torch.ones(b, H, M, N, dtype=torch.bool), "bias": normal(b, H, M, N),
                 "key_lengths": torch.tensor([N, 3, 0], dtype=torch.int32),
                 "q_segments": torch.zeros(b, M, dtype=torch.int32), "k_segments": torch.zeros(b, N, dtype=torch.int32),
-                "weight": normal(H, D), "exp_keys": normal(b, HK, N, D).exp(),
             }  # fmt: skip
+        if kind == "batch":
+            self.tensors |= {"weight": normal(H, D), "exp_keys": normal(b, HK, N, D).exp()}
+        if kind == "relative":
+            self.tensors |= {"relative_q": normal(b, H, M, E), "relative_k": normal(b, H, DISTANCES, E)}
+            ranks = torch.ones(b, M, dtype=torch.int32), torch.zeros(b, N, dtype=torch.int32)
+            self.tensors |= dict(zip(("q_ranks", "k_ranks"), ranks, strict=True))
         if direction == "backward":
             self.tensors |= {"d_out": normal(b, H, M, DV), "d_lse": normal(b, H, M), "delta": normal(b, H, M)}
             self.tensors |= {f"d_{x}": self.tensors[x].clone() for x in ("q", "k", "v", "sinks")}
-            if not packed:
-                self.tensors |= {f"d_{x}": self.tensors[x].clone() for x in ("bias", "weight")}
+            others = {"batch": ("bias", "weight"), "relative": ("bias", "relative_q", "relative_k"), "packed": ()}[kind]
+            self.tensors |= {f"d_{x}": self.tensors[x].clone() for x in others}
         self.given = {name: list(cpu._described(t)) for name, t in self.tensors.items()}
         self.arguments: dict[str, Any] = {
             "isa": "generic", "dtype": "float32", "bias_dtype": "float32",
             "sizes": [b, H, HK, M, N, D, DV, SEQUENCES if packed else b],
             "numbers": [0.5, N - M, None, None, None, 0.1, 42],
+            "relative": [1 - M, DISTANCES, E] if kind == "relative" else None,
             "threads": 1,
         }  # fmt: skip
 
     def run(self) -> None:
-        isa, dtype, bias_dtype, sizes, numbers, threads = self.arguments.values()
+        isa, dtype, bias_dtype, sizes, numbers, relative, threads = self.arguments.values()
         tensors = {name: tuple(parts) for name, parts in self.given.items()}
-        getattr(cpu._module(), self.direction)(isa, dtype, bias_dtype, tuple(sizes), tuple(numbers), tensors, threads)
+        getattr(cpu._module(), self.direction)(
+            isa, dtype, bias_dtype, tuple(sizes), tuple(numbers), relative and tuple(relative), tensors, threads
+        )
 
     def written(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, self.tensors[name]) for name in WRITTEN[self.direction] if name in self.tensors)
@@ -120,9 +149,9 @@ class Border:
 
 
 @pytest.mark.parametrize("direction", WRITTEN)
-@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
-def test_border_sound_call_writes_everything(direction, packed):
-    border = Border(direction, packed)
+@pytest.mark.parametrize("kind", ["batch", "packed", "relative"])
+def test_border_sound_call_writes_everything(direction, kind):
+    border = Border(direction, kind)
     for _, t in border.written():
         t.fill_(torch.nan)
     border.run()
@@ -154,14 +183,14 @@ ASTRAY = {
 @pytest.mark.parametrize("astray", ASTRAY.values(), ids=ASTRAY)
 @pytest.mark.parametrize("name", (*BATCH, *PACKED))
 def test_border_tensor_outside_its_storage_is_refused(name, astray):
-    border = Border("backward", packed=name in PACKED)
+    border = Border("backward", kind_with(name))
     astray(name)(border)
     border.assert_refused(f"^{name}: reaches outside its storage")
 
 
 @pytest.mark.parametrize("name", sorted({*BATCH, *PACKED} - {"mask"}))
 def test_border_tensor_whose_elements_lie_askew_is_refused(name):
-    border = Border("backward", packed=name in PACKED)
+    border = Border("backward", kind_with(name))
     for place in (0, 4):  # from its second byte on, in a storage of one more
         _put(name, place, lambda value: value + 1)(border)
     border.assert_refused(f"^{name}: expected elements aligned to their 4 bytes")
@@ -171,7 +200,7 @@ def test_border_tensor_whose_elements_lie_askew_is_refused(name):
 def test_border_strides_that_reach_outside_are_refused(name):
     for axis in range(4 if name in SCORES else 3):
         for factor in (2, -1):
-            border = Border("backward")
+            border = Border("backward", kind_with(name))
             border.scale_stride(name, axis, factor)
             border.assert_refused(f"^{name}: reaches outside its storage")
 
@@ -180,7 +209,7 @@ def test_border_strides_that_reach_outside_are_refused(name):
 def test_border_strides_that_overflow_are_refused(name):
     for axis in range(4 if name in SCORES else 3):
         for stride in (2**62, -(2**62), 2**63 - 1, -(2**63)):
-            border = Border("backward")
+            border = Border("backward", kind_with(name))
             strides = border.given[name][2]
             border.given[name][2] = (*strides[:axis], stride, *strides[axis + 1 :])
             border.assert_refused(f"^{name}: (sizes and strides overflow 63 bits|reaches outside)")
@@ -188,17 +217,17 @@ def test_border_strides_that_overflow_are_refused(name):
 
 @pytest.mark.parametrize("name", (*BATCH, *PACKED))
 def test_border_wrong_size_or_rank_is_refused(name):
-    rank = len(Border("backward", packed=name in PACKED).given[name][1])
+    rank = len(Border("backward", kind_with(name)).given[name][1])
     for axis in range(rank):
         for by in (1, -1):
-            border = Border("backward", packed=name in PACKED)
+            border = Border("backward", kind_with(name))
             border.resize(name, axis, by)
             border.assert_refused(f"^{name}: expected size")
     for place in (1, 2):
-        border = Border("backward", packed=name in PACKED)
+        border = Border("backward", kind_with(name))
         border.given[name][place] = border.given[name][place][1:]
         border.assert_refused(f"^{name}: expected {rank} dimensions")
-    border = Border("backward", packed=name in PACKED)
+    border = Border("backward", kind_with(name))
     border.given[name].pop()
     border.assert_refused(f"^{name}: expected .pointer, shape, strides")
 
@@ -206,16 +235,16 @@ def test_border_wrong_size_or_rank_is_refused(name):
 @pytest.mark.parametrize("name", ROWS)
 def test_border_last_stride_other_than_1_is_refused(name):
     for stride in (0, 2, -1):
-        border = Border("backward")
+        border = Border("backward", kind_with(name))
         border.given[name][2] = (*border.given[name][2][:3], stride)
         border.assert_refused(f"^{name}: last stride must be 1")
 
 
 @pytest.mark.parametrize("name", (*LISTS, *PACKED))
 def test_border_list_that_is_not_contiguous_is_refused(name):
-    for axis in range(len(Border("backward", packed=name in PACKED).given[name][1])):
+    for axis in range(len(Border("backward", kind_with(name)).given[name][1])):
         for factor in (0, 2, -1):
-            border = Border("backward", packed=name in PACKED)
+            border = Border("backward", kind_with(name))
             border.scale_stride(name, axis, factor)
             border.assert_refused(f"^{name}: expected a contiguous tensor")
 
@@ -326,6 +355,40 @@ def test_border_wrong_argument_is_refused(change, message):
     border.assert_refused(message)
 
 
+def _drop(*names: str) -> Callable[[Border], None]:
+    return lambda border: border.drop(*names)
+
+
+def _relative(place: int, value: object) -> Callable[[Border], None]:
+    return lambda border: border.arguments["relative"].__setitem__(place, value)
+
+
+WRONG_RELATIVE: dict[str, tuple[Callable[[Border], None], str]] = {
+    "relative too short": (lambda x: x.arguments["relative"].pop(), "^relative: expected "),
+    "first out of range": (_relative(0, 2**40), "^first: out of range"),
+    "distances out of range": (_relative(1, -1), "^distances: out of range"),
+    "distances other than in relative_k": (_relative(1, 5), r"^d?_?relative_k: expected size 5"),
+    "e 0": (_relative(2, 0), "^e: expected 1 to 4096, got 0"),
+    "e 4097": (_relative(2, 4097), "^e: expected 1 to 4096, got 4097"),
+    "relative_q missing": (_drop("relative_q"), "^relative_q, relative_k: expected both or neither"),
+    "relative_k missing": (_drop("relative_k"), "^relative_q, relative_k: expected both or neither"),
+    "d_relative_q missing": (_drop("d_relative_q"), "^d_relative_q, d_relative_k: expected with relative_q"),
+    "d_relative_k missing": (_drop("d_relative_k"), "^d_relative_q, d_relative_k: expected with relative_q"),
+    "d_relative_k shared": (lambda x: x.resize("d_relative_k", 0, 1 - B), "^d_relative_k: expected the sizes of"),
+    "q_ranks alone": (_drop("k_ranks"), "^q_ranks, k_ranks: expected both or neither"),
+    "a weight": (
+        lambda x: x.given.update(weight=Border("backward").given["weight"]), "^relative_k: excludes packed sequences",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_RELATIVE.values(), ids=WRONG_RELATIVE)
+def test_border_wrong_relative_argument_is_refused(change, message):
+    border = Border("backward", "relative")
+    change(border)
+    border.assert_refused(message)
+
+
 def _starts(name: str, *starts: int) -> Callable[[Border], object]:
     return lambda border: border.tensors[name].copy_(torch.tensor(starts))
 
@@ -361,7 +424,7 @@ WRONG_PACKED = {
 
 @pytest.mark.parametrize(("change", "message"), WRONG_PACKED.values(), ids=WRONG_PACKED)
 def test_border_wrong_packed_argument_is_refused(change, message):
-    border = Border("backward", packed=True)
+    border = Border("backward", "packed")
     change(border)
     border.assert_refused(message)
 
@@ -374,7 +437,7 @@ def test_border_operator_called_past_the_checks_refuses_other_dtypes(name, dtype
     q, k, v = torch.randn(B, H, M, D), torch.randn(B, HK, N, D), torch.randn(B, HK, N, DV)
     x = dict.fromkeys(Inputs._fields) | {"q": q, "k": k, "v": v}
     x |= {"key_lengths": torch.tensor([3, 0, 7], dtype=torch.int32), "mask": torch.ones(B, 1, M, N, dtype=torch.bool)}
-    numbers = (0.3, N - M, None, None, None, 0.0, "cpu")
+    numbers = (0.3, N - M, None, None, None, 0.0, None, "cpu")
     torch.ops.pyattn.attention(*x.values(), *numbers)
     x[name] = x[name].to(dtype)
     with pytest.raises(DtypeError, match=f"^{name}: expected torch"):

@@ -36,12 +36,20 @@ OPTIONS: dict[str, dict[str, tuple[Any, int | None]]] = {
     "sinks": {"sinks": (normal(S, H), 0)},
     "weight of each": {"weight": (normal(S, H, D), 0)},
     "weight that is shared": {"weight": (normal(H, D), None), "bias": (normal(S, B, H, M, N), 0)},
+    "relative term of each": {"relative_q": (normal(S, B, H, M, 3), 0), "relative_k": (normal(S, 1, H, 40, 3), 0)},
+    "relative term that is shared": {
+        "relative_q": (normal(S, B, H, M, 3), 0),
+        "relative_k": (normal(B, H, 40, 3), None),
+    },
     "dropout": {"dropout_p": (0.4, None), "seed": (torch.tensor(5), None)},
     "dropout of each": {"dropout_p": (0.4, None), "seed": (torch.tensor([5, 6, 7]), 0)},
 }
+LEARNED = ("bias", "sinks", "weight", "relative_q", "relative_k")
 
 
 def attend(*qkv: Tensor, **given: Any) -> Any:
+    if "relative_k" in given:
+        return pyattn.relative_attention(*qkv, first=-20, return_lse=True, **given)
     return (pyattn.additive_attention if "weight" in given else pyattn.attention)(*qkv, return_lse=True, **given)
 
 
@@ -73,7 +81,7 @@ def test_vmap_gives_what_a_loop_gives(options: dict[str, tuple[Any, int | None]]
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_vmap_of_grad_gives_each_sample_its_gradients(options: dict[str, tuple[Any, int | None]]) -> None:
-    learned = tuple(name for name in ("bias", "sinks", "weight") if name in options)
+    learned = tuple(name for name in LEARNED if name in options)
 
     def gradients(*qkv: Tensor, **given: Any) -> Any:
         def loss(q: Tensor, k: Tensor, v: Tensor, *extra: Tensor) -> Tensor:
@@ -99,7 +107,11 @@ def assert_batched_gradients_are_those_of_a_loop(outs: tuple[Tensor, ...], leave
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_batched_gradients_are_those_of_a_loop(options: dict[str, tuple[Any, int | None]]) -> None:
     given = {name: value if dim is None else value.select(dim, 0) for name, (value, dim) in options.items()}
-    learned = {name: given[name].clone().requires_grad_() for name in ("bias", "sinks", "weight") if name in given}
+    learned = {
+        name: given[name].clone().requires_grad_()
+        for name in ("bias", "sinks", "weight", "relative_q", "relative_k")
+        if name in given
+    }
     qkv = [t[0].clone().requires_grad_() for t in QKV]
     out, lse = attend(*qkv, **given | learned)
     seen = torch.where(lse.isfinite(), lse, 0.0)

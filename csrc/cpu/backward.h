@@ -16,13 +16,16 @@ class Backward {
     static void run(const AttentionArgs& args) {
         const int64_t rows = args.b * args.h * args.m;
         const bool in_one = joint(args), later_bias = args.d_bias && !owned_bias(args), sinks = args.d_sinks;
-        std::optional<Block> settled, d_weights;
+        std::optional<Block> settled, d_weights, d_relative_k;
         if (later_bias || sinks || !in_one) settled.emplace(rows * static_cast<int64_t>(sizeof(A)));
         const int64_t parts = args.weight ? args.b * args.h * parts_of_weight(args) * args.d : 0;
         d_weights.emplace(parts * static_cast<int64_t>(sizeof(A)));
         if (parts > 0) zeroed(static_cast<A*>(d_weights->get()), parts);
+        const int64_t distances = args.b * args.h * args.distances * Relative<T>::columns(args);
+        d_relative_k.emplace(distances * static_cast<int64_t>(sizeof(A)));
+        if (distances > 0) zeroed(static_cast<A*>(d_relative_k->get()), distances);
         Call call{args, longest_keys(args), settled ? static_cast<A*>(settled->get()) : nullptr,
-                  static_cast<A*>(d_weights->get())};
+                  static_cast<A*>(d_weights->get()), static_cast<A*>(d_relative_k->get())};
         over(call, Pieces::query_tiles, delta_scratch(args), delta_task);
         const int64_t tile = tile_scratch(args);
         if (in_one) {
@@ -36,6 +39,7 @@ class Backward {
         if (later_bias) bias_pass(after);
         if (sinks) sink_gradient(after);
         if (args.weight) weight_gradient(call);
+        if (args.relative_k) distance_gradient(call);
     }
 
   private:
@@ -52,6 +56,7 @@ class Backward {
         int64_t longest;
         A* settled;  // of every row, by `statistic`: delta as it should have been; null where nothing reads it later
         A* d_weights;  // of every tile of queries
+        A* d_relative_k;  // of every batch element, [b, h, distances, padded e]
         const Pieces* pieces = nullptr;
     };
 
@@ -65,6 +70,7 @@ class Backward {
     // busy. A thread that takes the longest head last is at worst that much behind (Graham 1966). Both ways add in the
     // same order, so the choice does not show in the result.
     static bool joint(const AttentionArgs& args) {
+        if (args.relative_k) return true;  // a distance has pairs in every tile
         double all = 0, longest = 0;
         for (int64_t number = 0; number < args.sequences; ++number) {
             const Sequence sequence = sequence_of(args, number);
@@ -164,6 +170,7 @@ class Backward {
                         }
                         if (!seen) continue;
                         tiles[t]->pass_softcap();
+                        if (args.relative_k) tiles[t]->add_relative_gradients(of_distances(call, *tiles[t]));
                         if (args.weight) {
                             tiles[t]->add_additive_gradients(d_q_t[t], d_k + j * width);
                         } else {
@@ -177,6 +184,10 @@ class Backward {
                     tiles[t]->each_heavy([&](const HeavyPair<A>& pair) {
                         const A excess = tiles[t]->excess(pair.lane) * pair.weight * pair.slope;
                         correct_key(*tiles[t], i + t * kQueries + pair.lane, pair.key, excess, d_k + pair.key * width);
+                        if (args.relative_k) {
+                            A* const d_relative_k = of_distances(call, *tiles[t]);
+                            tiles[t]->relative().correct_key(pair.lane, pair.key, excess, d_relative_k);
+                        }
                     });
                 }
             }
@@ -378,6 +389,30 @@ class Backward {
         }
     }
 
+    // The gradient's rows of the head of a tile.
+    static A* of_distances(const Call& call, const BackwardTile<T>& tile) {
+        const AttentionArgs& args = call.args;
+        const int64_t head = tile.rows().sequence.entry * args.h + tile.rows().head[0];
+        return call.d_relative_k + head * args.distances * Relative<T>::columns(args);
+    }
+    // Rows that batch elements share are summed over them, in their order.
+    static void distance_gradient(const Call& call) {
+        const AttentionArgs& args = call.args;
+        const TensorArg& to = args.d_relative_k;
+        const int64_t size = args.distances * Relative<T>::columns(args), shared = to.size[0] == args.b ? 1 : args.b;
+        for (int64_t entry = 0; entry < to.size[0]; ++entry) {
+            for (int64_t head = 0; head < args.h; ++head) {
+                A* const sum = call.d_relative_k + (entry * args.h + head) * size;
+                for (int64_t other = 1; other < shared; ++other) {
+                    const A* const from = sum + other * args.h * size;
+                    for (int64_t at = 0; at < size; ++at) sum[at] += from[at];
+                }
+                store_rows(sum, args.distances, args.e, static_cast<A>(args.scale),
+                           static_cast<T*>(to.ptr) + entry * to.stride[0] + head * to.stride[1], to.stride[2]);
+            }
+        }
+    }
+
     // The sink is one more column with dP = 0: its gradient is -sum over rows of exp(sink - lse) * (delta - d_lse).
     static void sink_gradient(const AttentionArgs& args) {
         for (int64_t head = 0; head < args.h; ++head) {
@@ -415,9 +450,11 @@ class Backward {
             const A excess = tile.excess(pair.lane);
             const A amount = excess * tile.share(pair) * pair.slope;
             correct_query(tile, rows.query[pair.lane], pair.key, amount, d_q_rows + pair.lane * width);
+            if (args.relative_k) tile.relative().correct_query(pair.lane, pair.key, amount);
             if (owned_bias(args)) correct_bias(args, rows, pair, excess * pair.weight);
         });
         store_rows(d_q_rows, rows.count, args.d, static_cast<A>(args.scale), d_q, args.d_q.stride[2]);
+        if (args.relative_k) tile.relative().store_queries();
         if (args.weight) {
             const A* const d_weight = tile.additive().d_weight();
             std::memcpy(part_of_weight(call, rows), d_weight, static_cast<size_t>(args.d) * sizeof(A));

@@ -6,6 +6,7 @@
 #include "additive.h"
 #include "dropout.h"
 #include "parallel.h"
+#include "relative.h"
 #include "score.h"
 
 namespace pyattn {
@@ -58,7 +59,9 @@ class BackwardTile {
           heavy_sum_(scratch.take<A>(kQueries)),
           excess_(scratch.take<A>(kQueries)),
           heavy_(scratch.take<HeavyPair<A>>(kMostHeavy<T> * kQueries)),
-          additive_(args, scratch) {}
+          additive_(args, scratch),
+          relative_(args, scratch),
+          relative_gradient_(args, relative_, scratch) {}
 
     // Brings queries [i, i + kQueries) of one head into the tile.
     void load_queries(const Sequence& sequence, int64_t head, int64_t i) {
@@ -90,6 +93,8 @@ class BackwardTile {
             load_sides(query_row<T>(args_.q, sequence, head, i), args_.q.stride[2], args_.d, wanted, q_rows_, q_t_,
                        q_along_, q_);
         }
+        relative_.load_queries(rows_);
+        relative_gradient_.load_queries(rows_);
         load_sides(query_row<T>(args_.d_out, sequence, head, i), args_.d_out.stride[2], args_.dv, wanted, d_out_rows_,
                    d_out_t_, d_out_along_, d_out_);
     }
@@ -125,6 +130,7 @@ class BackwardTile {
             }
             product(lane, seen, args_.dv, d_out_t_, d_out_along_, v_along, ds_);
         }
+        if (args_.relative_k) relative_.add(j, count, lanes_, p_);
         const Score<A> score(args_, rows_, extra_rows_, extra_tile_);
         score.apply(p_, j, count, lanes_, all ? nullptr : visible_, cap_slope_);
         if (args_.dropout) {
@@ -158,6 +164,10 @@ class BackwardTile {
         }
     }
     Additive<T>& additive() { return additive_; }
+
+    // A relative term's gradients, d_k the head's rows of relative_k. Before add_query_gradient.
+    void add_relative_gradients(A* d_k) { relative_gradient_.add(j_, keys_, lanes_, ds_, d_k); }
+    RelativeGradient<T>& relative() { return relative_gradient_; }
 
     // d_q: [d][kQueries] or, where queries are few, [query][padded d]; without the factor `scale`. Before
     // add_key_gradients, which uses the tiles up.
@@ -356,6 +366,8 @@ class BackwardTile {
     Lanes<const E> q_, d_out_, k_;  // depth across rows
     Lanes<const E> q_along_, d_out_along_;
     Additive<T> additive_;
+    Relative<T> relative_;
+    RelativeGradient<T> relative_gradient_;
     int64_t j_ = 0, keys_ = 0, lanes_ = 0;
     bool few_ = false;
     int64_t strip_ = 0;  // lanes that are worked on together: all of them, or few where some pairs are not visible

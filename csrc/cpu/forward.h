@@ -5,6 +5,7 @@
 #include "additive.h"
 #include "dropout.h"
 #include "parallel.h"
+#include "relative.h"
 #include "score.h"
 
 namespace pyattn {
@@ -98,7 +99,8 @@ class Forward {
           keep_(scratch.take<A>(args.dropout ? kKeys * kQueries : 0)),
           few_scores_(scratch.take<A>(W * kKeys)),
           few_keep_(scratch.take<A>(args.dropout ? W * kKeys : 0)),
-          additive_(args, scratch) {}
+          additive_(args, scratch),
+          relative_(args, scratch) {}
 
     void lay_out(const Rows& rows) {
         lanes_ = padded<A>(rows.count);
@@ -126,6 +128,7 @@ class Forward {
         } else {
             q_ = rows.template load<E, T>(args_.q, args_.d, q_rows_);
         }
+        relative_.load_queries(rows);
         if (!few_ && !args_.weight) transpose<E>(q_, rows.count, operands<E>(args_.d), {turned_, kQueries}, lanes_);
         std::memset(out_, 0, static_cast<size_t>(columns_ * width_) * sizeof(A));
         for (int64_t lane = 0; lane < lanes_; ++lane) {
@@ -158,6 +161,7 @@ class Forward {
                 score_strip(lane, strip_lanes.end - lane, k, keys);
             }
         }
+        if (args_.relative_k) relative_.add(j, count, lanes_, scores_);
         score.apply(scores_, j, count, lanes_, all ? nullptr : visible_, nullptr);
         if (args_.dropout) draw_keep<A>(args_, rows, j, count, lanes_, keep_);
         const Lanes<const E> v = load_values(rows, j, count, view);
@@ -240,6 +244,7 @@ class Forward {
             additive_.scores(rows, {0, rows.count}, {0, count}, few_scores_, 1, kKeys);
         } else {
             score_few(rows, count, k, later(args_.v, rows, j, args_.dv));
+            if (args_.relative_k) relative_.add_few(j, count, few_scores_);
         }
         if (score.applies(visible)) {
             transpose<A>({few_scores_, kKeys}, rows.count, count, {scores_, kQueries}, lanes_);
@@ -423,6 +428,7 @@ class Forward {
     A *scores_, *out_, *row_max_, *row_sum_, *rescale_, *out_rows_, *visible_, *extra_rows_, *extra_tile_, *keep_;
     A *few_scores_, *few_keep_;  // where few_, [query][kKeys]
     Additive<T> additive_;
+    Relative<T> relative_;
     Lanes<const E> q_{};
     int64_t lanes_ = 0, columns_ = 0, width_ = 0;
     bool few_ = false;  // queries for at most half a vector: lanes are keys, then columns of values

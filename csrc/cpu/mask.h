@@ -1,6 +1,8 @@
 // Who sees whom: the one predicate of the contract, per tile.
 #pragma once
 
+#include <algorithm>
+
 #include "rows.h"
 
 namespace pyattn {
@@ -51,7 +53,7 @@ class Mask {
     // Fills visible[key][query] with 1 or 0 where the answer is `some`. `seen` is the memory behind View::wanted.
     View look(int64_t j, int64_t keys, A* visible, uint8_t* seen) const {
         const bool in_band = common_.begin <= j && j + keys <= common_.end;
-        if (in_band && !args_.mask && one_segment(j, keys)) return {View::all, nullptr};
+        if (in_band && !args_.mask && one_segment(j, keys) && all_ranked(j, keys)) return {View::all, nullptr};
         int32_t begin[kQueries], end[kQueries];
         for (int64_t lane = 0; lane < kQueries; ++lane) {
             begin[lane] = static_cast<int32_t>(smaller(kKeys, larger(0, begin_[lane] - j)));
@@ -64,6 +66,7 @@ class Mask {
             const int32_t at = static_cast<int32_t>(key);
             for (int lane = 0; lane < kQueries; ++lane) row[lane] = begin[lane] <= at && at < end[lane] ? A(1) : A(0);
             if (args_.q_segments) look_segments(j + key, row);
+            if (args_.q_ranks) look_ranks(j + key, row);
             if (args_.mask) {
                 for (int lane = 0; lane < kQueries; ++lane) row[lane] *= mask_tile_[key * kQueries + lane];
             }
@@ -95,6 +98,7 @@ class Mask {
         return range;
     }
 
+    // Of the batch element: segments or ranks of its rows.
     const int32_t* segments(const int32_t* ids, int64_t length) const {
         return ids + rows_.sequence.number * length;
     }
@@ -114,6 +118,22 @@ class Mask {
         const int32_t* q = segments(args_.q_segments, args_.m);
         const int32_t id = segments(args_.k_segments, args_.n)[key];
         for (int64_t lane = 0; lane < rows_.count; ++lane) row[lane] = q[rows_.query[lane]] == id ? row[lane] : A(0);
+    }
+
+    bool all_ranked(int64_t j, int64_t keys) const {
+        if (!args_.q_ranks) return true;
+        const int32_t* q = segments(args_.q_ranks, args_.m);
+        const int32_t* k = segments(args_.k_ranks, args_.n) + j;
+        int32_t lowest = INT32_MAX, highest = INT32_MIN;
+        for (int64_t lane = 0; lane < rows_.count; ++lane) lowest = std::min(lowest, q[rows_.query[lane]]);
+        for (int64_t key = 0; key < keys; ++key) highest = std::max(highest, k[key]);
+        return lowest > highest;
+    }
+
+    void look_ranks(int64_t key, A* row) const {
+        const int32_t* q = segments(args_.q_ranks, args_.m);
+        const int32_t rank = segments(args_.k_ranks, args_.n)[key];
+        for (int64_t lane = 0; lane < rows_.count; ++lane) row[lane] = q[rows_.query[lane]] > rank ? row[lane] : A(0);
     }
 
     // The boolean mask is read row by row, as it lies, and turned in registers.

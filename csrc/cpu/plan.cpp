@@ -26,7 +26,7 @@ Sequence sequence_of(const AttentionArgs& args, int64_t number) {
 }
 
 bool grouped(const AttentionArgs& args, const Sequence& sequence) {
-    return sequence.m * (args.h / args.hk) <= kQueries;
+    return !args.relative_k && sequence.m * (args.h / args.hk) <= kQueries;
 }
 
 Pieces::Pieces(const AttentionArgs& args, Kind kind) : args_(args), kind_(kind), first_(1, 0) {
@@ -81,8 +81,8 @@ int threads_worth(const AttentionArgs& args) {
         pairs += static_cast<double>(sequence.m) * static_cast<double>(sequence.n);
     }
     const double per_column = args.weight ? kAdditiveCost : 1;
-    const double operations = 2 * pairs * static_cast<double>(args.h) *
-                              (per_column * static_cast<double>(args.d) + static_cast<double>(args.dv));
+    const double columns = per_column * static_cast<double>(args.d) + static_cast<double>(2 * args.e + args.dv);
+    const double operations = 2 * pairs * static_cast<double>(args.h) * columns;
     return static_cast<int>(std::min<double>(args.threads, 1 + operations / kOperationsPerThread));
 }
 

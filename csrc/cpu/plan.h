@@ -16,7 +16,8 @@ struct Sequence {
 };
 Sequence sequence_of(const AttentionArgs& args, int64_t number);
 
-// All the queries of a group of heads fit into one tile. Their keys and values are then read once.
+// All the queries of a group of heads fit into one tile. Their keys and values are then read once. Not of a relative
+// term, whose rows each head has of its own.
 bool grouped(const AttentionArgs& args, const Sequence& sequence);
 
 struct Piece {

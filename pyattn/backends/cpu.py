@@ -26,7 +26,9 @@ _LANES = 16  # the widest vector's elements, to which rows are padded
 # Calls of few tiles and at least this many keys split them into parts, as csrc/cpu/plan.cpp does.
 _SPLIT_FROM, _MOST_PARTS = 1024, 128
 # Tensors that the kernels read as one contiguous piece. So they do segment ids, which must be int32, too.
-_WHOLE = ("key_lengths", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "block_table")
+_WHOLE = (
+    "key_lengths", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "block_table", "q_ranks", "k_ranks",
+)  # fmt: skip
 
 
 class CpuBackend(Backend):
@@ -68,7 +70,7 @@ class CpuBackend(Backend):
             d_lse=None if d_lse is None else d_lse.to(spec.accumulator).contiguous(),
             delta=torch.empty_like(y.lse, memory_format=torch.contiguous_format),
             d_q=grads.q, d_k=grads.k, d_v=grads.v, d_bias=grads.bias, d_sinks=grads.sinks,
-            d_weight=d_weight,
+            d_weight=d_weight, d_relative_q=grads.relative_q, d_relative_k=grads.relative_k,
         )  # fmt: skip
         return grads if x.weight is None or d_weight is None else grads._replace(weight=d_weight.to(x.weight.dtype))
 
@@ -78,7 +80,8 @@ class CpuBackend(Backend):
             whole["q_segments"], whole["k_segments"] = _ids_of_32_bits(x.q_segments, x.k_segments)
         if x.weight is not None:
             whole["weight"] = x.weight.to(spec.accumulator).contiguous()
-        given = {"q": x.q, "k": x.k, "v": x.v, "mask": x.mask, "bias": x.bias, "exp_keys": x.exp_keys} | whole | results
+        names = "q", "k", "v", "mask", "bias", "exp_keys", "relative_q", "relative_k"
+        given = {name: getattr(x, name) for name in names} | whole | results
         aligned = {name: _aligned(t) for name, t in given.items() if t is not None}
         dtype = _DTYPE_NAMES[spec.dtype]
         sequences = spec.b if spec.sequences is None else spec.sequences
@@ -89,6 +92,7 @@ class CpuBackend(Backend):
             dtype if x.bias is None else _DTYPE_NAMES[x.bias.dtype],
             (*spec[:7], sequences),
             (spec.scale, spec.offset, spec.left, spec.right, spec.softcap, spec.dropout_p, seed),
+            None if spec.relative is None else (spec.first, *spec.relative),
             {name: _described(t) for name, t in aligned.items()},
             torch.get_num_threads(),
         )
@@ -96,12 +100,14 @@ class CpuBackend(Backend):
     def workspace_bytes(self, spec: AttentionSpec) -> tuple[int, int]:
         item, threads = spec.accumulator.itemsize, torch.get_num_threads()
         columns = sum(-(-size // _LANES) * _LANES for size in (spec.d, spec.dv))
-        tiles = _TILE * (3 * columns + 6 * _TILE + (8 * spec.d if spec.additive else 0))
+        distances, e = spec.relative or (0, 0)
+        tiles = _TILE * (3 * columns + 6 * _TILE + (8 * spec.d if spec.additive else 0) + 10 * (e + _LANES) * (e > 0))
         parts = _MOST_PARTS * _TILE * (columns + 2) if spec.n >= _SPLIT_FROM else 0
         forward = (threads * tiles + parts) * item
         rows = 2 * spec.b * spec.h * spec.m  # delta, twice
         # The weight's gradient, of every tile of queries.
         weights = spec.b * spec.h * (spec.m // _TILE + (spec.sequences or 0) + 1) * spec.d if spec.additive else 0
+        weights += spec.b * spec.h * distances * -(-e // _LANES) * _LANES
         return forward, (threads * (_TOGETHER * 2 * tiles + spec.n * columns) + rows + weights) * item
 
 

@@ -96,6 +96,8 @@ def visible(spec: AttentionSpec, x: Inputs) -> Tensor:
         see = see & (at.j < x.key_lengths.view(-1, 1, 1, 1))
     if x.q_segments is not None and x.k_segments is not None:
         see = see & (x.q_segments[:, None, :, None] == x.k_segments[:, None, None, :])
+    if x.q_ranks is not None and x.k_ranks is not None:
+        see = see & (x.q_ranks[:, None, :, None] > x.k_ranks[:, None, None, :])
     if x.mask is not None:
         see = see & x.mask
     return see
@@ -103,7 +105,9 @@ def visible(spec: AttentionSpec, x: Inputs) -> Tensor:
 
 def scores(spec: AttentionSpec, x: Inputs, k: Tensor) -> Tensor:
     """The logits before masking. k: [b, h, n, d], already repeated over its group. Returns [b, h, m, n]."""
-    if x.weight is None:
+    if x.relative_k is not None:
+        s = spec.scale * (x.q @ k.transpose(-1, -2) + relative(spec, x))
+    elif x.weight is None:
         s = spec.scale * (x.q @ k.transpose(-1, -2))
     else:
         s = spec.scale * (hidden(x, k) * x.weight[:, None, None]).sum(-1)
@@ -116,6 +120,23 @@ def scores(spec: AttentionSpec, x: Inputs, k: Tensor) -> Tensor:
         slopes = x.alibi_slopes[at.q_sequence].transpose(1, 2)[..., None]  # [b, h, 1|m, 1]
         s = s - slopes.to(s.dtype) * (at.own_j - at.j).abs().to(s.dtype)
     return s
+
+
+def relative(spec: AttentionSpec, x: Inputs) -> Tensor:
+    """relative_q_i . relative_k of the distance from key j to query i, [b, h, m, n]; 0 where there is no such row."""
+    assert x.relative_q is not None and x.relative_k is not None
+    products = x.relative_q @ x.relative_k.transpose(-1, -2)  # [b, h, m, distances]
+    row, has = distance_rows(spec, x)
+    products = torch.nn.functional.pad(products, (0, 1))  # a column of zeros
+    return products.gather(-1, torch.where(has, row, products.shape[-1] - 1).expand(spec.b, spec.h, spec.m, spec.n))
+
+
+def distance_rows(spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
+    """The row of relative_k for each query and key, int64 [m, n], and whether there is one."""
+    assert spec.relative is not None and spec.first is not None
+    at = places(spec, x)
+    row = at.own_j - at.j - spec.first
+    return row, (row >= 0) & (row < spec.relative[0])
 
 
 def hidden(x: Inputs, k: Tensor) -> Tensor:
