@@ -13,7 +13,7 @@ template <class T_, int WARPS_, int STREAMED_, int SLICE_> struct Plain {
     static constexpr int WARPS = WARPS_, THREADS = 32 * WARPS, STREAMED = STREAMED_, SLICE = SLICE_, AHEAD = 0;
     static constexpr int OWNED = 16 * WARPS;  // rows, at most
     static constexpr int CHUNK = 32;
-    static constexpr int AT_ONCE = sizeof(Acc) == 8 ? 1 : 4;  // columns; more of them spilled registers
+    static constexpr int AT_ONCE = sizeof(Acc) == 8 ? 1 : 2;  // columns; more of them spilled registers
     static constexpr int PITCH = CHUNK + 1, WEIGHTS_PITCH = STREAMED + 1;  // odd: rows lie in different banks
 
     struct Tile {
