@@ -47,6 +47,7 @@ _EPS = 1e-12  # of every LayerNorm
 _SEGMENTS = 8  # ids of segments. Those of the released models are 0 to 4; eight columns keep rows of keys aligned.
 _SEEN, _NEVER = -2, 2**31 - 1  # ranks of keys that every query sees, and that none sees
 Head = TypeVar("Head", bound="_XLNetHead")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,24 +226,15 @@ class _XLNetModel(Pretrained):
         labels = fields.get("num_labels") or len(fields.get("id2label", range(2)))
         clamp = fields.get("clamp_len", -1)
         return XLNetConfig(
-            vocab=fields.integer("vocab_size"),
-            layers=fields.integer("n_layer"),
-            heads=heads,
-            width=width,
-            hidden=fields.integer("d_inner"),
-            dropout=fields.get("dropout", 0.1),
-            causal=fields.get("attn_type", "bi") == "uni",
-            clamp=clamp if clamp > 0 else None,
+            vocab=fields.integer("vocab_size"), layers=fields.integer("n_layer"), heads=heads, width=width,
+            hidden=fields.integer("d_inner"), dropout=fields.get("dropout", 0.1),
+            causal=fields.get("attn_type", "bi") == "uni", clamp=clamp if clamp > 0 else None,
             two_ways=fields.get("bi_data", False),
-            memory=fields.get("mem_len") or None,  # 0 is no limit, too
-            reuse=fields.get("reuse_len") or None,
-            pad=fields.get("pad_token_id"),
-            end=fields.get("eos_token_id"),
-            labels=labels,
-            label_names=_label_names(fields, labels),
-            starts=fields.get("start_n_top", 5),
-            ends=fields.get("end_n_top", 5),
-        )
+            memory=fields.get("mem_len") or None, reuse=fields.get("reuse_len") or None,  # 0 is no limit, too
+            pad=fields.get("pad_token_id"), end=fields.get("eos_token_id"),
+            labels=labels, label_names=_label_names(fields, labels),
+            starts=fields.get("start_n_top", 5), ends=fields.get("end_n_top", 5),
+        )  # fmt: skip
 
     def config_fields(self) -> dict[str, Any]:
         c, name = self.config, type(self).__name__
@@ -285,17 +277,10 @@ class XLNet(_XLNetModel):
         _initialize(self)
 
     def forward(
-        self,
-        tokens: Tensor,
-        segments: Tensor | None = None,
-        lengths: Tensor | None = None,
-        *,
-        order: Tensor | None = None,
-        masked: Tensor | None = None,
-        targets: Tensor | None = None,
-        memory: Sequence[Tensor] | None = None,
-        remember: bool = False,
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        self, tokens: Tensor, segments: Tensor | None = None, lengths: Tensor | None = None, *,
+        order: Tensor | None = None, masked: Tensor | None = None, targets: Tensor | None = None,
+        memory: Sequence[Tensor] | None = None, remember: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:  # fmt: skip
         """Every token's vector, or every target's.
 
         Args:
@@ -323,13 +308,11 @@ class XLNet(_XLNetModel):
             RangeError: on the CPU, ids outside their tables, lengths or targets outside the text, an order in which a
                 place comes twice. Reading a GPU's would stall it.
         """
-        _check_texts(tokens, segments, lengths, self.config)
-        _check_order(tokens, order, masked, targets)
+        _check_texts(tokens, lengths, self.config, segments=segments, order=order, masked=masked)
+        _check_order(len(tokens), tokens.shape[1], order, masked, targets)
         (b, m), past = tokens.shape, _check_memory(memory, tokens, self.config)
         h, ids = self.embed(tokens), _one_hot(segments, past, self.mask_emb)
-        content, query = self._streams(tokens, lengths, order, masked, targets, past)
-        if ids is not None:
-            content, query = (stream._replace(segments=ids[:, :, past:]) for stream in (content, query))
+        content, query = self._streams(tokens, lengths, order, masked, targets, ids, past)
         g = None if targets is None else self._dropped(self.mask_emb.expand(b, targets.shape[1], -1))
         sinusoids = self._dropped(self.sinusoids(content.first, past + m, self.config.two_ways))
         kept = []
@@ -379,24 +362,18 @@ class XLNet(_XLNetModel):
         return new[:, -self.config.memory if self.config.memory else 0 :].detach()
 
     def _streams(
-        self,
-        tokens: Tensor,
-        lengths: Tensor | None,
-        order: Tensor | None,
-        masked: Tensor | None,
-        targets: Tensor | None,
-        past: int,
-    ) -> tuple[Stream, Stream]:
-        """Content and query, without segments."""
+        self, tokens: Tensor, lengths: Tensor | None, order: Tensor | None, masked: Tensor | None,
+        targets: Tensor | None, ids: Tensor | None, past: int,
+    ) -> tuple[Stream, Stream]:  # fmt: skip
+        """Content and query."""
         (b, m), causal = tokens.shape, self.config.causal
-        content = query = Stream(0 if causal else 1 - m, causal)
+        content = query = Stream(0 if causal else 1 - m, causal, segments=None if ids is None else ids[:, :, past:])
         if order is not None or lengths is not None:
             place = tokens.new_full((b, m), -1) if order is None else order
             masked = place >= 0 if masked is None else masked
             keys = place.where(masked, _SEEN)
             if lengths is not None:
-                front = torch.arange(m, device=tokens.device) < m - lengths[:, None]
-                keys = keys.masked_fill(front, _NEVER)
+                keys = keys.masked_fill(_padding(lengths, tokens), _NEVER)
             keys = F.pad(keys, (past, 0), value=_SEEN)
             # In the content's stream a masked token sees itself. Nobody else has its place.
             content, query = content._replace(ranks=(place + masked, keys)), query._replace(ranks=(place, keys))
@@ -480,12 +457,7 @@ class XLNetLMHead(_XLNetHead):
         return self._logits(hidden), memory
 
     def prefill(
-        self,
-        prompt: Tensor,
-        lengths: Tensor | None = None,
-        *,
-        count: int | Sequence[int],
-        page: int | None = None,
+        self, prompt: Tensor, lengths: Tensor | None = None, *, count: int | Sequence[int], page: int | None = None
     ) -> tuple[Tensor, Reading]:
         """Reads the prompts (`pyattn.decoding.protocol`).
 
@@ -626,7 +598,99 @@ class XLNetForQuestionAnsweringSimple(_XLNetHead):
         return start, end
 
 
-Module = TypeVar("Module", bound=nn.Module)
+class Answers(NamedTuple):
+    """What `XLNetForQuestionAnswering.search` finds, the most probable first."""
+
+    start_probabilities: Tensor  # [b, s]
+    starts: Tensor  # int64 [b, s]
+    end_probabilities: Tensor  # [b, s, e], each given its start
+    ends: Tensor  # int64 [b, s, e]
+    impossible: Tensor  # [b], the logit of there being no answer
+
+
+class XLNetForQuestionAnswering(_XLNetHead):
+    """Where in a passage the answer to a question starts, where it ends given that start, and whether there is one."""
+
+    def __init__(self, config: XLNetConfig) -> None:
+        super().__init__(config)
+        width = config.width
+        self.start_logits = nn.ModuleDict({"dense": nn.Linear(width, 1)})
+        self.end_logits = nn.ModuleDict(
+            {
+                "dense_0": nn.Linear(2 * width, width),
+                "LayerNorm": nn.LayerNorm(width, _EPS),
+                "dense_1": nn.Linear(width, 1),
+            }
+        )
+        self.answer_class = nn.ModuleDict(
+            {"dense_0": nn.Linear(2 * width, width), "dense_1": nn.Linear(width, 1, bias=False)}
+        )
+        for head in (self.start_logits, self.end_logits, self.answer_class):
+            _initialize(head)
+
+    def forward(
+        self, tokens: Tensor, segments: Tensor | None = None, lengths: Tensor | None = None, *, starts: Tensor,
+        barred: Tensor | None = None, cls: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """For training: logits of the start, of the end given the true start, and of there being no answer.
+
+        Args:
+            tokens, segments, lengths: as for `XLNet`.
+            starts: [b] integer, where the answers start.
+            barred: [b, m] bool, tokens that no answer starts or ends with; padding does not either.
+            cls: [b] integer, where [CLS] stands; last by default.
+        Returns:
+            [b, m], [b, m] and [b]
+        Raises:
+            As `XLNet`, and of starts, barred and cls.
+        """
+        hidden, barred = self._read(tokens, segments, lengths, barred)
+        chosen = _rows(hidden, _positions("starts", starts, hidden)[:, None])  # [b, 1, width]
+        return self._start(hidden, barred), self._end(hidden, chosen, barred)[..., 0], self._none(hidden, chosen, cls)
+
+    def search(
+        self, tokens: Tensor, segments: Tensor | None = None, lengths: Tensor | None = None, *,
+        barred: Tensor | None = None, cls: Tensor | None = None,
+    ) -> Answers:  # fmt: skip
+        """The most probable starts, `config.starts` of them, and `config.ends` ends of each. Arguments as `forward`."""
+        hidden, barred = self._read(tokens, segments, lengths, barred)
+        m = hidden.shape[1]
+        probabilities = self._start(hidden, barred).softmax(-1)
+        best, starts = probabilities.topk(min(self.config.starts, m), -1)
+        ends = self._end(hidden, _rows(hidden, starts), barred).softmax(1).topk(min(self.config.ends, m), 1)
+        mean = probabilities[:, None] @ hidden  # of the start's vector, [b, 1, width]
+        return Answers(best, starts, ends.values.mT, ends.indices.mT, self._none(hidden, mean, cls))
+
+    def _read(
+        self, tokens: Tensor, segments: Tensor | None, lengths: Tensor | None, barred: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Vectors [b, m, width], and which tokens are out of the question [b, m]."""
+        hidden, _ = self.transformer(tokens, segments, lengths)
+        if barred is None:
+            barred = torch.zeros_like(tokens, dtype=torch.bool)
+        elif barred.shape != tokens.shape or barred.dtype is not torch.bool:
+            shape = list(tokens.shape)
+            raise ShapeError(
+                f"barred: expected bool {shape}, as tokens, got {dtype_name(barred.dtype)} {list(barred.shape)}"
+            )
+        return hidden, barred if lengths is None else barred | _padding(lengths, tokens)
+
+    def _start(self, hidden: Tensor, barred: Tensor) -> Tensor:
+        logits = self.start_logits["dense"](hidden)[..., 0]
+        return logits.masked_fill(barred, torch.finfo(logits.dtype).min)
+
+    def _end(self, hidden: Tensor, starts: Tensor, barred: Tensor) -> Tensor:
+        """[b, m, s] of starts [b, s, width]. The matrix's halves are applied apart, not to [b, m, s, 2 width]."""
+        head = self.end_logits
+        ours, theirs = cast(nn.Linear, head["dense_0"]).weight.chunk(2, 1)
+        inner = (hidden @ ours.T)[:, :, None] + F.linear(starts, theirs, cast(nn.Linear, head["dense_0"]).bias)[:, None]
+        logits = head["dense_1"](head["LayerNorm"](torch.tanh(inner)))[..., 0]
+        return logits.masked_fill(barred[..., None], torch.finfo(logits.dtype).min)
+
+    def _none(self, hidden: Tensor, start: Tensor, cls: Tensor | None) -> Tensor:
+        last = hidden[:, -1:] if cls is None else _rows(hidden, _positions("cls", cls, hidden)[:, None])
+        head = self.answer_class
+        return head["dense_1"](torch.tanh(head["dense_0"](torch.cat([start, last], -1))))[:, 0, 0]
 
 
 def _initialize(module: Module) -> Module:
@@ -644,6 +708,21 @@ def _rows(x: Tensor, places: Tensor) -> Tensor:
     return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
 
 
+def _padding(lengths: Tensor, tokens: Tensor) -> Tensor:
+    """Which tokens [b, m] are none."""
+    m = tokens.shape[1]
+    return torch.arange(m, device=tokens.device) < m - lengths[:, None]
+
+
+def _positions(name: str, at: Tensor, hidden: Tensor) -> Tensor:
+    """int64 [b], where in hidden [b, m, width]."""
+    b, m, _ = hidden.shape
+    if at.shape != (b,):
+        raise ShapeError(f"{name}: expected [b={b}], got {list(at.shape)}")
+    _check_integers(name, at, 0, m - 1)
+    return at.long()
+
+
 def _one_hot(segments: Tensor | None, past: int, like: Tensor) -> Tensor | None:
     """[b, 1, past + m, _SEGMENTS], behind the memory's segment, 0."""
     if segments is None:
@@ -652,44 +731,37 @@ def _one_hot(segments: Tensor | None, past: int, like: Tensor) -> Tensor | None:
     return embed("segments", F.pad(segments, (past, 0)), table)[:, None]
 
 
-def _check_texts(tokens: Tensor, segments: Tensor | None, lengths: Tensor | None, config: XLNetConfig) -> None:
+def _check_texts(tokens: Tensor, lengths: Tensor | None, config: XLNetConfig, **beside: Tensor | None) -> None:
     if tokens.ndim != 2 or not tokens.shape[1]:
         raise ShapeError(f"tokens: expected [b, m] with m >= 1, got {list(tokens.shape)}")
     b, m = tokens.shape
     if config.two_ways and b % 2:
         raise ShapeError(f"tokens: expected an even number of texts, half of them from the end (two_ways), got {b}")
-    if segments is not None and segments.shape != tokens.shape:
-        raise ShapeError(f"segments: expected [b={b}, m={m}], as tokens, got {list(segments.shape)}")
-    if lengths is None:
-        return
-    if lengths.shape != (b,):
-        why = " (of an attention_mask with its ones behind they are attention_mask.sum(1))" * (lengths.ndim == 2)
-        raise ShapeError(f"lengths: expected [b={b}], got {list(lengths.shape)}{why}")
-    _check_integers("lengths", lengths, 1, m + 1)
-
-
-def _check_order(tokens: Tensor, order: Tensor | None, masked: Tensor | None, targets: Tensor | None) -> None:
-    b, m = tokens.shape
-    for name, t in (("order", order), ("masked", masked)):
+    for name, t in beside.items():
         if t is not None and t.shape != tokens.shape:
             raise ShapeError(f"{name}: expected [b={b}, m={m}], as tokens, got {list(t.shape)}")
+    if lengths is not None:
+        if lengths.shape != (b,):
+            why = " (of an attention_mask with its ones behind they are attention_mask.sum(1))" * (lengths.ndim == 2)
+            raise ShapeError(f"lengths: expected [b={b}], got {list(lengths.shape)}{why}")
+        _check_integers("lengths", lengths, 1, m)
+
+
+def _check_order(b: int, m: int, order: Tensor | None, masked: Tensor | None, targets: Tensor | None) -> None:
     if order is not None:
-        _check_integers("order", order, -1, m)
-        if _is_readable(order):
-            ranked = order.sort(1).values
-            if bool(((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)).any()):
-                raise RangeError("order: expected each place once in a text, or -1, got one twice")
+        _check_integers("order", order, -1, m - 1)
+        ranked = order.sort(1).values
+        if _is_readable(order) and bool(((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)).any()):
+            raise RangeError("order: expected each place once in a text, or -1, got one twice")
     if masked is not None:
         if masked.dtype is not torch.bool:
             raise DtypeError(f"masked: expected bool, got {dtype_name(masked.dtype)}")
-        if order is None:
-            raise RangeError("masked: expected an order with it, whose places it hides")
-        if _is_readable(masked) and bool((masked & (order < 0)).any()):
-            raise RangeError("masked: expected a place in the order of each masked token, got -1")
+        if order is None or (_is_readable(masked) and bool((masked & (order < 0)).any())):
+            raise RangeError("masked: expected a place in the order for each masked token")
     if targets is not None:
         if targets.ndim != 2 or len(targets) != b or not targets.shape[1]:
             raise ShapeError(f"targets: expected [b={b}, p] with p >= 1, got {list(targets.shape)}")
-        _check_integers("targets", targets, 0, m)
+        _check_integers("targets", targets, 0, m - 1)
 
 
 def _check_memory(memory: Sequence[Tensor] | None, tokens: Tensor, config: XLNetConfig) -> int:
@@ -705,13 +777,13 @@ def _check_memory(memory: Sequence[Tensor] | None, tokens: Tensor, config: XLNet
     return cast(int, past)
 
 
-def _check_integers(name: str, t: Tensor, low: int, end: int) -> None:
+def _check_integers(name: str, t: Tensor, least: int, most: int) -> None:
     if t.dtype not in (torch.int64, torch.int32):
         raise DtypeError(f"{name}: expected int64 or int32, got {dtype_name(t.dtype)}")
     if _is_readable(t):
-        least, most = t.aminmax()
-        if least < low or most >= end:
-            raise RangeError(f"{name}: expected values in [{low}, {end}), got {int(least)} to {int(most)}")
+        low, high = t.aminmax()
+        if low < least or high > most:
+            raise RangeError(f"{name}: expected values in [{least}, {most}], got {int(low)} to {int(high)}")
 
 
 def _is_readable(t: Tensor) -> bool:
