@@ -38,6 +38,7 @@ from pyattn.api import relative_attention
 from pyattn.check import DtypeError, RangeError, ShapeError, is_traced
 from pyattn.decoding.protocol import check_prompt
 from pyattn.models.bert import _default_names, _label_names
+from pyattn.models.gpt import _end
 from pyattn.models.pretrained import Fields, Pretrained
 from pyattn.nn.embedding import embed
 from pyattn.nn.linear import Linear, linear
@@ -231,7 +232,7 @@ class _XLNetModel(Pretrained):
             causal=fields.get("attn_type", "bi") == "uni", clamp=clamp if clamp > 0 else None,
             two_ways=fields.get("bi_data", False),
             memory=fields.get("mem_len") or None, reuse=fields.get("reuse_len") or None,  # 0 is no limit, too
-            pad=fields.get("pad_token_id"), end=fields.get("eos_token_id"),
+            pad=fields.get("pad_token_id"), end=_end(fields),
             labels=labels, label_names=_label_names(fields, labels),
             starts=fields.get("start_n_top", 5), ends=fields.get("end_n_top", 5),
         )  # fmt: skip
@@ -296,8 +297,8 @@ class XLNet(_XLNetModel):
             targets: [b, p] integer, positions whose tokens are to be predicted: from those of lower places, not from
                 the tokens there. Without an order they see their own tokens, and one that sees nothing has no
                 attention. To fill up, repeat a position.
-            memory: what was returned for the segments of text before: `layers` tensors [b, any, width]. All of it is
-                seen, and is of segment 0.
+            memory: what was returned for the pieces of text before: `layers` tensors [b, any, width]. All of it is
+                seen, also what had been padding, and is of segment 0.
             remember: whether to return such a memory.
         Returns:
             hidden [b, m, width], or [b, p, width] of targets. Rows of padding are without meaning.
@@ -314,6 +315,7 @@ class XLNet(_XLNetModel):
         h, ids = self.embed(tokens), _one_hot(segments, past, self.mask_emb)
         content, query = self._streams(tokens, lengths, order, masked, targets, ids, past)
         g = None if targets is None else self._dropped(self.mask_emb.expand(b, targets.shape[1], -1))
+        # Dropped for the batch, not for each text as in transformers, which would make b tables out of one.
         sinusoids = self._dropped(self.sinusoids(content.first, past + m, self.config.two_ways))
         kept = []
         for i, layer in enumerate(self.layers()):
@@ -750,9 +752,10 @@ def _check_texts(tokens: Tensor, lengths: Tensor | None, config: XLNetConfig, **
 def _check_order(b: int, m: int, order: Tensor | None, masked: Tensor | None, targets: Tensor | None) -> None:
     if order is not None:
         _check_integers("order", order, -1, m - 1)
-        ranked = order.sort(1).values
-        if _is_readable(order) and bool(((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)).any()):
-            raise RangeError("order: expected each place once in a text, or -1, got one twice")
+        if _is_readable(order):
+            lower, higher = (places := order.sort(1).values)[:, :-1], places[:, 1:]
+            if bool(((lower == higher) & (lower >= 0)).any()):
+                raise RangeError("order: expected each place once in a text, or -1, got one twice")
     if masked is not None:
         if masked.dtype is not torch.bool:
             raise DtypeError(f"masked: expected bool, got {dtype_name(masked.dtype)}")
