@@ -16,16 +16,13 @@ from torch import Tensor, nn
 import pyattn
 from pyattn.decoding.beam import beam_search
 from pyattn.models.pretrained import PretrainedError
-from pyattn.models.xlnet import (
-    PUBLISHED,
-    XLNet,
-    XLNetConfig,
+from pyattn.models.xlnet import PUBLISHED, XLNet, XLNetConfig, XLNetLMHead
+from pyattn.models.xlnet_heads import (
     XLNetForMultipleChoice,
     XLNetForQuestionAnswering,
     XLNetForQuestionAnsweringSimple,
     XLNetForSequenceClassification,
     XLNetForTokenClassification,
-    XLNetLMHead,
 )
 
 transformers = pytest.importorskip("transformers")
