@@ -15,6 +15,14 @@ from pyattn.models.pretrained import PretrainedError
 from pyattn.models.rnn import RNNLM, RNNConfig, RNNForSequenceClassification, RNNForTokenClassification
 from pyattn.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from pyattn.models.transformer import Transformer, TransformerConfig
+from pyattn.models.xlnet import XLNet, XLNetConfig, XLNetLMHead
+from pyattn.models.xlnet_heads import (
+    XLNetForMultipleChoice,
+    XLNetForQuestionAnswering,
+    XLNetForQuestionAnsweringSimple,
+    XLNetForSequenceClassification,
+    XLNetForTokenClassification,
+)
 
 __all__ = [
     "GPT",
@@ -35,6 +43,14 @@ __all__ = [
     "Seq2SeqConfig",
     "Transformer",
     "TransformerConfig",
+    "XLNet",
+    "XLNetConfig",
+    "XLNetForMultipleChoice",
+    "XLNetForQuestionAnswering",
+    "XLNetForQuestionAnsweringSimple",
+    "XLNetForSequenceClassification",
+    "XLNetForTokenClassification",
+    "XLNetLMHead",
 ]
 
 __dir__ = showing(__all__)
