@@ -154,6 +154,7 @@ def pyattn_on(chip: str, processors: int = 3, **options: Any) -> Iterator[Device
 
     processors: that the chip is said to have, which is how many programs of a persistent kernel there are.
     """
+    from pyattn import backends
     from pyattn.backends import hopper, triton
     from pyattn.triton_kernels import config
 
@@ -161,6 +162,8 @@ def pyattn_on(chip: str, processors: int = 3, **options: Any) -> Iterator[Device
         put = stack.enter_context
         device = put(machine(chip, **options))
         architecture = "ampere" if device.capability < 90 else "hopper"
+        # What it remembers of the backends is of other devices.
+        put(mock.patch.object(backends, "_undeclared", backends._undeclared.__wrapped__))
         for module in (triton, hopper):
             put(mock.patch.object(module, "_shortcoming", lambda: None))
         for backend in (triton.TritonBackend, hopper.HopperBackend):
