@@ -175,6 +175,14 @@ def test_xl_attention_equals_plain_attention_by_the_addition_theorem(clamp: int 
     assert difference < 1e-13 if clamp is None else difference > 1e-3
 
 
+def test_xl_no_gradient_goes_through_memory() -> None:
+    model = _model()
+    memory = _memory(model, 1, 3).requires_grad_()
+    logits, after = model(_tokens(1, 4), memory)
+    assert torch.autograd.grad(logits.sum(), memory, allow_unused=True) == (None,)
+    assert not after.requires_grad
+
+
 def test_xl_later_token_changes_nothing_before(attention: str) -> None:
     model, tokens = _model(attention=attention), _tokens(1, 8)
     changed = tokens.clone()

@@ -415,7 +415,8 @@ class TransformerXL(Pretrained):
         """The slots that the last positions of prompts come to; inputs [b, m, width] of each layer, flush left."""
         _, m, width = inputs[0].shape
         device = inputs[0].device
-        positions = torch.arange(max(0, m - slots), m, device=device)  # flush right
+        # Flush right, and at most slots - 1, because the next token takes the place of the oldest one.
+        positions = torch.arange(max(0, m - slots + 1), m, device=device)
         tokens = (positions - torch.tensor(starts, dtype=torch.long, device=device)[:, None]).clamp(min=0)
         table = self._sinusoids(slots)
         layers = []
