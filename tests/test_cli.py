@@ -55,6 +55,7 @@ def test_help_shows_every_command_and_an_example() -> None:
         ("transformer", "--validation-source"),
         ("bert", "--cased"),
         ("rnn", "--tagged"),
+        ("transformer-xl", "--memory"),
         ("seq2seq", "--score"),
     ):
         text = _run("train", model, "--help").output

@@ -150,11 +150,11 @@ def generate(
     attention: Attention = "pyattn",
     device: Device = None,
 ) -> None:
-    """Continue a text with a GPT or a recurrent network, token by token as they come.
+    """Continue a text with a GPT, a Transformer-XL or a recurrent network, token by token as they come.
 
     [bold]A whole example[/bold]
 
-    pyattn train gpt --text my-book.txt --out runs/book          [dim]# or pyattn train rnn[/dim]\n
+    pyattn train gpt --text my-book.txt --out runs/book          [dim]# or train transformer-xl, train rnn[/dim]\n
     pyattn generate --model runs/book/model --prompt "Once upon a time" --tokens 100\n
     cat chapter-1.txt | pyattn generate --model runs/book/model --temperature 0 > chapter-2.txt
     """
@@ -162,13 +162,14 @@ def generate(
     from pyattn.decoding.protocol import pad_batch
     from pyattn.decoding.rules import Rules
     from pyattn.decoding.sampling import Sampling, stream
+    from pyattn.models import rnn, transformer_xl
     from pyattn.models.gpt import GPT
-    from pyattn.models.rnn import OWN_TYPE, RNNLM
     from pyattn.training.language import first_token
     from pyattn.training.text import standard_input
 
     chosen = chosen_device(device)
-    kinds = {"gpt2": GPT, "openai-gpt": GPT, OWN_TYPE: RNNLM}
+    kinds = {"gpt2": GPT, "openai-gpt": GPT, rnn.OWN_TYPE: rnn.RNNLM}
+    kinds[transformer_xl.OWN_TYPE] = transformer_xl.TransformerXL
     network = load(model, kinds, attention=attention).to(chosen)
     tokenizer = _tokenizer(model, network.config.vocab)
     texts = prompt or ["" if types_in() else "\n".join(standard_input())]

@@ -16,7 +16,7 @@ from pyattn.cli.console import chosen_device, console, say
 from pyattn.cli.options import settings_options, settings_values
 from pyattn.files import held
 from pyattn.training import parallel
-from pyattn.training.recipes import BertSettings, GPTSettings, TransformerSettings
+from pyattn.training.recipes import BertSettings, GPTSettings, TransformerSettings, TransformerXLSettings
 from pyattn.training.recurrent_recipes import RNNSettings, Seq2SeqSettings
 from pyattn.training.settings import Settings
 
@@ -55,6 +55,35 @@ def train_gpt(
     With --resume every setting comes from the checkpoint; --steps and --patience may be raised.
     """
     with _training(ctx, GPTSettings, out, device, resume=resume, overwrite=overwrite) as run:
+        _write_sample(run, sample_tokens)
+
+
+@app.command("transformer-xl")
+@settings_options(TransformerXLSettings)
+def train_transformer_xl(
+    ctx: typer.Context,
+    out: Out = Path("runs/transformer-xl"),
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    sample_tokens: SampleTokens = 200,
+    **settings: Any,
+) -> None:
+    """Train a Transformer-XL on a text, then let it write.
+
+    The text is read as --batch streams side by side, each step with a memory of what the steps before have read.
+
+    [bold]A whole example[/bold]
+
+    pyattn train transformer-xl --text my-book.txt --out runs/book --steps 2000
+
+    pyattn train transformer-xl --out runs/book --resume          [dim]# after Ctrl-C, or with more --steps[/dim]
+
+    pyattn generate --model runs/book/model --prompt "Once upon a time"
+
+    With --resume every setting comes from the checkpoint; --steps and --patience may be raised.
+    """
+    with _training(ctx, TransformerXLSettings, out, device, resume=resume, overwrite=overwrite) as run:
         _write_sample(run, sample_tokens)
 
 

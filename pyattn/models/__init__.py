@@ -15,6 +15,7 @@ from pyattn.models.pretrained import PretrainedError
 from pyattn.models.rnn import RNNLM, RNNConfig, RNNForSequenceClassification, RNNForTokenClassification
 from pyattn.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from pyattn.models.transformer import Transformer, TransformerConfig
+from pyattn.models.transformer_xl import TransformerXL, TransformerXLConfig
 from pyattn.models.xlnet import XLNet, XLNetConfig, XLNetLMHead
 from pyattn.models.xlnet_heads import (
     XLNetForMultipleChoice,
@@ -43,6 +44,8 @@ __all__ = [
     "Seq2SeqConfig",
     "Transformer",
     "TransformerConfig",
+    "TransformerXL",
+    "TransformerXLConfig",
     "XLNet",
     "XLNetConfig",
     "XLNetForMultipleChoice",

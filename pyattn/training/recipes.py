@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from pyattn.check import RangeError
-from pyattn.training.settings import SIZE, Settings, at_least, between, one_of, option, shared
+from pyattn.training.settings import PROBABILITY, SIZE, Settings, at_least, between, one_of, option, shared
 
 if TYPE_CHECKING:
     from pyattn.models.bert import BertConfig
     from pyattn.models.gpt import GPTConfig
     from pyattn.models.transformer import TransformerConfig
-    from pyattn.training.language import LanguageTask
+    from pyattn.models.transformer_xl import TransformerXLConfig
+    from pyattn.training.language import Corpus, LanguageTask
     from pyattn.training.masked import MaskedTask
+    from pyattn.training.streams import MemoryTask
     from pyattn.training.task import Task
     from pyattn.training.translation import Files, TranslationTask
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTSettings(Settings):
-    """A GPT-2 that learns to continue a text."""
-
-    kind: ClassVar[str] = "gpt"
+class WritingSettings(Settings):
+    """What Transformers share that learn to continue a text."""
 
     text: str | None = option(
         None, "UTF-8 file, or folder of such files.", shown="Python's standard library", path=True
@@ -39,6 +39,35 @@ class GPTSettings(Settings):
     heads: int = option(2, "Attention heads per block.", SIZE)
     batch: int = option(2, "Windows of context tokens in a step.", between(1, 2**24))
     validation_tokens: int = option(8192, "Most tokens that an evaluation looks at.", at_least(1))
+
+    @property
+    def end(self) -> int | None:
+        """The token that ends a text."""
+        return 0 if self.tokens == "bpe" else None  # language.END_OF_TEXT, which the vocabulary begins with
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the task reads at once."""
+        return {"batch": self.batch, "context": self.context, "validation_tokens": self.validation_tokens}
+
+    def corpus(self, cache: Path) -> Corpus:
+        from pyattn.training.language import load_corpus
+
+        return load_corpus(
+            None if self.text is None else Path(self.text),
+            tokens=self.tokens,
+            vocab=self.vocab,
+            context=self.context,
+            batch=self.batch,
+            cache=cache,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTSettings(WritingSettings):
+    """A GPT-2 that learns to continue a text."""
+
+    kind: ClassVar[str] = "gpt"
 
     def config(self, vocab: int) -> GPTConfig:
         from pyattn.models.gpt import GPTConfig
@@ -51,7 +80,7 @@ class GPTSettings(Settings):
             width=self.width,
             dropout=self.dropout,
             attention=self.attention,
-            end=0 if self.tokens == "bpe" else None,  # language.END_OF_TEXT, which the vocabulary begins with
+            end=self.end,
         )
 
     def model(self, task: Task) -> nn.Module:
@@ -60,19 +89,63 @@ class GPTSettings(Settings):
         return GPT(self.config(task.tokenizer.get_vocab_size()))
 
     def task(self, cache: Path) -> LanguageTask:
-        from pyattn.training.language import LanguageTask, load_corpus
+        from pyattn.training.language import LanguageTask
 
-        corpus = load_corpus(
-            None if self.text is None else Path(self.text),
-            tokens=self.tokens,
-            vocab=self.vocab,
-            context=self.context,
-            batch=self.batch,
-            cache=cache,
+        return LanguageTask(self.corpus(cache), **self.sizes, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerXLSettings(WritingSettings):
+    """A Transformer-XL that learns to continue a text, and remembers what it has read in the steps before."""
+
+    kind: ClassVar[str] = "transformer-xl"
+
+    head_size: int | None = option(None, "Size of a head's queries, keys and values.", SIZE, shown="width / heads")
+    hidden: int = option(512, "Size of the layer between a block's two linear maps.", SIZE)
+    memory: int = option(128, "Positions before the step's tokens that these see at most.", between(0, 2**24))
+    clamp: int | None = option(
+        None, "Distances beyond this count as this one.", between(1, 2**24), shown="all are told apart"
+    )
+    same_length: bool = option(False, "Every token sees --memory positions, itself among them, wherever a step begins.")
+    norm: str = option("post", "LayerNorm before or after each part: pre, post.", one_of("pre", "post"))
+    tie_biases: bool = option(False, "All layers share the biases of content and of distance.")
+    attention_dropout: float = option(0.0, "Probability of dropout, of attention weights.", PROBABILITY)
+    batch: int = option(8, "Streams of text in a step.", between(1, 2**24))
+
+    context: int = option(128, "Tokens of each stream in a step.", between(1, 2**24))
+
+    def config(self, vocab: int) -> TransformerXLConfig:
+        from pyattn.models.transformer_xl import TransformerXLConfig
+
+        if self.head_size is None and self.width % self.heads:
+            raise RangeError(f"heads: expected a divisor of width={self.width} without head_size, got {self.heads}")
+        return TransformerXLConfig(
+            vocab=vocab,
+            layers=self.layers,
+            heads=self.heads,
+            width=self.width,
+            head_size=self.head_size or self.width // self.heads,
+            hidden=self.hidden,
+            memory=self.memory,
+            clamp=self.clamp,
+            same_length=self.same_length,
+            norm=self.norm,
+            tie_biases=self.tie_biases,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+            attention=self.attention,
+            end=self.end,
         )
-        return LanguageTask(
-            corpus, batch=self.batch, context=self.context, validation_tokens=self.validation_tokens, seed=self.seed
-        )
+
+    def model(self, task: Task) -> nn.Module:
+        from pyattn.models.transformer_xl import TransformerXL
+
+        return TransformerXL(self.config(task.tokenizer.get_vocab_size()))
+
+    def task(self, cache: Path) -> MemoryTask:
+        from pyattn.training.streams import MemoryTask
+
+        return MemoryTask(self.corpus(cache), **self.sizes)
 
 
 @dataclass(frozen=True, kw_only=True)

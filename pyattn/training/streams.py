@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pyattn.training import parallel
 from pyattn.training.language import Corpus, Windows, token_loss, windows
@@ -21,7 +22,12 @@ class Segments(NamedTuple):
     inputs: Tensor  # int64 [b, context]
     targets: Tensor  # int64 [b, context]: the token after each input
     streams: Tensor  # int64 [b]
-    begins: Tensor  # bool [b]: the stream is read from its beginning
+    places: Tensor  # int64 [b]: how much of the stream is before them
+
+    @property
+    def begins(self) -> Tensor:
+        """bool [b]: the stream is read from its beginning."""
+        return self.places == 0
 
 
 class StreamTask(Task):
@@ -37,6 +43,8 @@ class StreamTask(Task):
     Held-out text is cut into few long rows, which are read from initial states, `context` tokens at a time, within one
     call of `losses`: the states of the training streams stay as they are.
     """
+
+    argument: ClassVar[str] = "state"  # the model's, for what the step before has left
 
     def __init__(self, corpus: Corpus, *, batch: int, context: int, validation_tokens: int) -> None:
         self.corpus = corpus
@@ -62,7 +70,7 @@ class StreamTask(Task):
     def collate(self, examples: Sequence[tuple[int, int]]) -> Segments:
         streams, places = torch.tensor(examples).unbind(1)
         found = windows(self.corpus.train, streams * self.stream_tokens + places, self.context)
-        return Segments(*found, streams, places == 0)
+        return Segments(*found, streams, places)
 
     def size(self, batch: Segments | Windows) -> int:
         return batch.inputs.numel()
@@ -73,11 +81,8 @@ class StreamTask(Task):
     def losses(self, model: nn.Module, batch: Segments | Windows, smoothing: float) -> dict[str, Tensor]:
         if isinstance(batch, Windows):
             return {"loss": self._held_out_loss(model, batch, smoothing)}
-        states, streams = self._states_of(model), batch.streams
-        before = _chosen(batch.begins, parallel.original(model).initial(len(streams)), states[:, :, streams])
-        logits, after = model(batch.inputs, state=before)
-        states[:, :, streams] = after.detach()
-        self._own = self._own.to(streams.device).index_fill(0, streams, True)
+        logits = self._read(model, batch, self._states_of(model))
+        self._own = self._own.to(batch.streams.device).index_fill(0, batch.streams, True)
         return {"loss": token_loss(logits, batch.targets, smoothing)}
 
     def validation(self) -> list[Windows]:
@@ -114,13 +119,46 @@ class StreamTask(Task):
             self._states = parallel.original(model).initial(self.batch)
         return self._states
 
+    def _read(self, model: nn.Module, batch: Segments, states: Tensor) -> Tensor:
+        """The logits of a step's tokens, which leave the streams other states."""
+        initial = parallel.original(model).initial(len(batch.streams))
+        before = _chosen(batch.begins, initial, states[:, :, batch.streams])
+        logits, after = model(batch.inputs, **{self.argument: before})
+        states[:, :, batch.streams] = after.detach()
+        return logits
+
     def _held_out_loss(self, model: nn.Module, text: Windows, smoothing: float) -> Tensor:
         state = parallel.original(model).initial(len(text.inputs))
         losses = []
         for inputs, targets in zip(*(side.split(self.context, 1) for side in text), strict=True):
-            logits, state = model(inputs, state=state)
+            logits, state = model(inputs, **{self.argument: state})
             losses.append(token_loss(logits, targets, smoothing))
         return torch.stack(losses).sum()
+
+
+class MemoryTask(StreamTask):
+    """Streams for a model that remembers positions: `model(tokens [b, m], memory=memory) -> (logits [b, m, vocab],
+    memory)`, memory [layers, b, M, width], where `model.initial(b)` is M = 0, and `model.config.memory` the largest M.
+
+    The states of the streams have room for that, and M positions are the last ones in it. M is how much of the stream
+    has been read, as far as there is room, so that a checkpoint need not say it.
+    """
+
+    argument = "memory"
+
+    def _states_of(self, model: nn.Module) -> Tensor:
+        """Where the streams' memory is kept, [1, layers, batch, room, width]."""
+        if self._states is None:
+            source = parallel.original(model)
+            self._states = F.pad(source.initial(self.batch)[None], (0, 0, source.config.memory, 0))
+        return self._states
+
+    def _read(self, model: nn.Module, batch: Segments, states: Tensor) -> Tensor:
+        kept, room = states[0], states.shape[3]
+        held = min(int(batch.places[0]), room)  # the streams of a step are all at one place
+        logits, after = model(batch.inputs, memory=kept[:, batch.streams, room - held :])
+        kept[:, batch.streams, room - after.shape[2] :] = after
+        return logits
 
 
 def _chosen(where: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
