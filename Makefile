@@ -39,7 +39,7 @@ sanitize: sanitize-memory sanitize-threads
 
 sanitize-memory: SANITIZERS := address,undefined
 sanitize-memory: RUNTIMES := asan ubsan
-sanitize-memory: SANITIZED_TESTS := cpu_border cpu_threads cpu linear contract additive fuzz cuda
+sanitize-memory: SANITIZED_TESTS := cpu_border cpu_threads cpu linear contract additive relative fuzz cuda
 # The mistakes of mutants would end the process.
 sanitize-memory: LEFT_OUT := or mutant
 sanitize-threads: SANITIZERS := thread

@@ -68,11 +68,14 @@ def cases(draw: st.DrawFn, dtype: torch.dtype) -> Case:
     if draw(st.integers(0, 3)) == 0:
         return Case("fuzz", packed=tuple(draw(st.lists(st.tuples(LENGTHS, LENGTHS), max_size=4))), **options)
     b, n = draw(st.integers(0, 3)), draw(LENGTHS)
+    if not options["additive"] and draw(st.integers(0, 3)) == 0:
+        options |= {"relative": draw(HEAD_SIZES), "relative_shared": draw(st.booleans())}
     return Case(
         "fuzz", b=b, m=draw(LENGTHS), n=n,
         top_left=draw(st.booleans()),
         key_lengths=draw(st.one_of(st.none(), st.tuples(*[st.integers(0, n)] * b))),
         segments=draw(st.integers(0, 3)),
+        ranks=draw(st.sampled_from((0, 0, 0, 1, 4))),
         mask=draw(st.one_of(st.none(), patterns())),
         bias=draw(st.one_of(st.none(), patterns())),
         **options,

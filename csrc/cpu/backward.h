@@ -21,7 +21,9 @@ class Backward {
         const int64_t parts = args.weight ? args.b * args.h * parts_of_weight(args) * args.d : 0;
         d_weights.emplace(parts * static_cast<int64_t>(sizeof(A)));
         if (parts > 0) zeroed(static_cast<A*>(d_weights->get()), parts);
-        const int64_t distances = args.b * args.h * args.distances * Relative<T>::columns(args);
+        // Rows that all batch elements share are there without one, too.
+        const int64_t entries = larger(args.b, args.d_relative_k ? args.d_relative_k.size[0] : 0);
+        const int64_t distances = entries * args.h * args.distances * Relative<T>::columns(args);
         d_relative_k.emplace(distances * static_cast<int64_t>(sizeof(A)));
         if (distances > 0) zeroed(static_cast<A*>(d_relative_k->get()), distances);
         Call call{args, longest_keys(args), settled ? static_cast<A*>(settled->get()) : nullptr,
