@@ -24,7 +24,11 @@ def folder(tmp_path: Path) -> Path:
     config = TransformerXLConfig(
         vocab=tokenizer.get_vocab_size(), layers=1, heads=2, width=16, head_size=8, hidden=32, memory=8
     )
-    TransformerXL(config).save_pretrained(tmp_path / "model")
+    model = TransformerXL(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10)  # so that its guesses depend on what it reads
+    model.save_pretrained(tmp_path / "model")
     tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
     return tmp_path
 
