@@ -70,7 +70,7 @@ def _attended(attn: SelfAttention, seen: list[Tensor], i: int) -> Tensor:
     for head in range(c.heads):
         w_q, w_k, w_v = attn.qkv.weight.view(3, c.heads, c.head_size, c.width)[:, head]
         w_r = attn.r.weight.view(c.heads, c.head_size, c.width)[head]
-        u, w = attn.biases.u[head, 0], attn.biases.w[head, 0]
+        u, w = attn.biases.u[head], attn.biases.w[head]
         q, scores, values = w_q @ seen[i], [], []
         for j in range(i + 1):
             distance = i - j
@@ -162,11 +162,11 @@ def test_xl_attention_equals_plain_attention_by_the_addition_theorem(clamp: int 
     q, k, v = (attn.qkv(seen).view(2, n, 3, 2, 4)[:, :, part].transpose(1, 2) for part in range(3))
     q = q[:, :, n - m :]
     weight = attn.r.weight.view(2, 4, width)
-    a, b = ((q + attn.biases.w) @ weight).chunk(2, -1)  # [b, h, m, width / 2]
+    a, b = ((q + attn.biases.w[:, None]) @ weight).chunk(2, -1)  # [b, h, m, width / 2]
     angles = torch.arange(n)[:, None] * 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     sin, cos = angles.sin(), angles.cos()
     sin_p, cos_p = sin[n - m :], cos[n - m :]
-    query = torch.cat([q + attn.biases.u, a * sin_p + b * cos_p, b * sin_p - a * cos_p], -1)
+    query = torch.cat([q + attn.biases.u[:, None], a * sin_p + b * cos_p, b * sin_p - a * cos_p], -1)
     key = torch.cat([k, torch.cat([cos, sin], 1).expand(2, 2, n, width)], -1)
     out = pyattn.attention(query, key, v, causal=True, scale=0.5)
     expected = out.transpose(1, 2).flatten(2) @ attn.out.weight.T

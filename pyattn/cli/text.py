@@ -169,7 +169,7 @@ def generate(
 
     chosen = chosen_device(device)
     kinds = {"gpt2": GPT, "openai-gpt": GPT, rnn.OWN_TYPE: rnn.RNNLM}
-    kinds[transformer_xl.OWN_TYPE] = transformer_xl.TransformerXL
+    kinds |= dict.fromkeys((transformer_xl.OWN_TYPE, "transfo-xl"), transformer_xl.TransformerXL)
     network = load(model, kinds, attention=attention).to(chosen)
     tokenizer = _tokenizer(model, network.config.vocab)
     texts = prompt or ["" if types_in() else "\n".join(standard_input())]

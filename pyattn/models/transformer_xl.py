@@ -12,12 +12,14 @@ Section 3.3 of the paper has s_ij and the whole model; its appendix B computes t
 shifting the rows of a matrix. Here that matrix is nowhere (`pyattn.relative_attention`).
 
 A segment without memory sees itself alone. The authors' PyTorch code does that, too; transformers' TransfoXL attends to
-vectors of zeros in the place of memory that is not there, as this model does when it is given them.
+vectors of zeros in the place of memory that is not there, as this model does when it is given them. Folders of that
+model are read where its softmax is one over the whole vocabulary (`cutoffs` empty).
 """
 
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -211,8 +213,8 @@ class Biases(nn.Module):
 
     def __init__(self, config: TransformerXLConfig) -> None:
         super().__init__()
-        self.u = nn.Parameter(torch.empty(config.heads, 1, config.head_size))
-        self.w = nn.Parameter(torch.empty(config.heads, 1, config.head_size))
+        self.u = nn.Parameter(torch.empty(config.heads, config.head_size))
+        self.w = nn.Parameter(torch.empty(config.heads, config.head_size))
 
 
 class SelfAttention(nn.Module):
@@ -254,7 +256,7 @@ class SelfAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, r: Tensor, left: int | None, mask: Tensor | None) -> Tensor:
         dropout_p = self.config.attention_dropout if self.training else 0.0
         attend = RELATIVE_ATTENTIONS[self.config.attention]
-        found = attend(q + self.biases.u, k, v, q + self.biases.w, r, left, mask, dropout_p)
+        found = attend(q + self.biases.u[:, None], k, v, q + self.biases.w[:, None], r, left, mask, dropout_p)
         return F.dropout(self.out(found.transpose(1, 2).flatten(2)), self.config.dropout, self.training)
 
 
@@ -306,6 +308,8 @@ class TransformerXL(Pretrained):
 
     config: TransformerXLConfig
     continues_prompt: ClassVar[bool] = True
+    # Of transformers' files: the periods of the sinusoids, and the head, which is the embedding.
+    ignored = re.compile(r"^transformer\.pos_emb\.inv_freq$|^crit\.out_layers\.0\.weight$")
 
     def __init__(self, config: TransformerXLConfig) -> None:
         super().__init__()
@@ -451,7 +455,10 @@ class TransformerXL(Pretrained):
 
     @classmethod
     def config_from(cls, fields: Fields) -> TransformerXLConfig:
-        fields.expect(model_type=OWN_TYPE, architectures=[cls.__name__])
+        fields.expect(model_type=(OWN_TYPE, "transfo-xl"))
+        if fields["model_type"] == "transfo-xl":
+            return _config_of_transformers(fields)
+        fields.expect(architectures=[cls.__name__])
         return TransformerXLConfig(
             vocab=fields.integer("vocab_size"),
             layers=fields.integer("num_hidden_layers"),
@@ -481,3 +488,54 @@ class TransformerXL(Pretrained):
 
     def stored(self) -> dict[str, Tensor]:
         return dict(self.named_parameters())
+
+    @classmethod
+    def current_name(cls, name: str) -> str:
+        """The names of TransfoXLLMHeadModel, too."""
+        if found := re.fullmatch(r"transformer\.(layers\.\d+\.)(.+)", name):
+            layer, part = found.groups()
+            for theirs, ours in _OF_TRANSFORMERS_LAYERS.items():
+                if part.startswith(theirs):
+                    return layer + ours + part.removeprefix(theirs)
+        return _OF_TRANSFORMERS.get(name, name)
+
+
+# The names of transformers' TransfoXL, and ours.
+_OF_TRANSFORMERS = {
+    "transformer.word_emb.emb_layers.0.weight": "embedding.weight",
+    "crit.out_layers.0.bias": "bias",
+}
+_OF_TRANSFORMERS_LAYERS = {
+    "dec_attn.qkv_net.": "attn.qkv.",
+    "dec_attn.r_net.": "attn.r.",
+    "dec_attn.o_net.": "attn.out.",
+    "dec_attn.layer_norm.": "norm_1.",
+    "dec_attn.r_w_bias": "attn.biases.u",
+    "dec_attn.r_r_bias": "attn.biases.w",
+    "pos_ff.CoreNet.0.": "mlp.up.",
+    "pos_ff.CoreNet.3.": "mlp.down.",
+    "pos_ff.layer_norm.": "norm_2.",
+}
+
+
+def _config_of_transformers(fields: Fields) -> TransformerXLConfig:
+    """Of a TransfoXLLMHeadModel with one softmax over the whole vocabulary."""
+    width = fields.integer("d_model")
+    fields.expect(architectures=["TransfoXLLMHeadModel"], cutoffs=[], div_val=1, d_embed=width)
+    fields.expect(attn_type=0, untie_r=True, layer_norm_epsilon=1e-5, tie_word_embeddings=True)
+    clamp = fields.integer("clamp_len")
+    return TransformerXLConfig(
+        vocab=fields.integer("vocab_size"),
+        layers=fields.integer("n_layer"),
+        heads=fields.integer("n_head"),
+        width=width,
+        head_size=fields.integer("d_head"),
+        hidden=fields.integer("d_inner"),
+        memory=fields.integer("mem_len"),
+        clamp=clamp if clamp > 0 else None,
+        same_length=fields.typed("same_length", bool),
+        norm="pre" if fields.typed("pre_lnorm", bool) else "post",
+        dropout=fields.typed("dropout", float),
+        attention_dropout=fields.typed("dropatt", float),
+        end=fields.typed("eos_token_id", int | None),
+    )
