@@ -209,7 +209,7 @@ class Reading:
 
 
 class Biases(nn.Module):
-    """u and w, which stand for a query's own position where only content or only distance counts."""
+    """u and w: added to every query before it meets keys, and before it meets distances."""
 
     def __init__(self, config: TransformerXLConfig) -> None:
         super().__init__()
