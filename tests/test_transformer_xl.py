@@ -21,7 +21,8 @@ import pyattn
 from pyattn.decoding.beam import beam_search
 from pyattn.decoding.sampling import Sampling, generate
 from pyattn.models.pretrained import PretrainedError
-from pyattn.models.transformer_xl import SelfAttention, TransformerXL, TransformerXLConfig, sinusoids
+from pyattn.models.transformer_xl import SelfAttention, TransformerXL, TransformerXLConfig
+from pyattn.nn.embedding import sinusoids
 
 SIZES: dict[str, Any] = {
     "vocab": 13, "layers": 2, "heads": 2, "width": 6, "head_size": 5, "hidden": 7, "memory": 4,
@@ -170,7 +171,8 @@ def test_xl_attention_equals_plain_attention_by_the_addition_theorem(clamp: int 
     key = torch.cat([k, torch.cat([cos, sin], 1).expand(2, 2, n, width)], -1)
     out = pyattn.attention(query, key, v, causal=True, scale=0.5)
     expected = out.transpose(1, 2).flatten(2) @ attn.out.weight.T
-    found = attn(seen, m, sinusoids(n, width, clamp, seen))
+    distance = torch.arange(n).double().clamp(max=math.inf if clamp is None else clamp)
+    found = attn(seen, m, sinusoids(distance, width).to(seen.dtype))
     difference = (found - expected).abs().max().item()
     assert difference < 1e-13 if clamp is None else difference > 1e-3
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from pyattn.check import RangeError, ShapeError
 from pyattn.models.pretrained import Fields, Pretrained
 from pyattn.nn.attend import ATTENTIONS, check_attention
-from pyattn.nn.embedding import embed
+from pyattn.nn.embedding import embed, sinusoids
 from pyattn.nn.kv_cache import KVCache
 from pyattn.nn.linear import Linear, linear
 from pyattn.nn.memory import Memory
@@ -212,9 +212,7 @@ class Sinusoids(nn.Module):
 
     def __init__(self, positions: int, width: int) -> None:
         super().__init__()
-        frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-        angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
-        table = torch.cat([angles.sin(), angles.cos()], 1)[:, :width]
+        table = sinusoids(torch.arange(positions, dtype=torch.float64), width)[:, :width]
         self.register_buffer("table", table.to(torch.get_default_dtype()), persistent=False)
 
     def forward(self, positions: Tensor) -> Tensor:

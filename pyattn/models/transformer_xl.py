@@ -34,7 +34,7 @@ from pyattn.check import DtypeError, RangeError, ShapeError
 from pyattn.decoding.protocol import check_prompt
 from pyattn.models.pretrained import Fields, Pretrained
 from pyattn.nn.attend import check_attention
-from pyattn.nn.embedding import check_tokens, embed
+from pyattn.nn.embedding import check_tokens, embed, sinusoids
 from pyattn.nn.linear import Linear, linear
 from pyattn.spec import dtype_name
 
@@ -115,15 +115,6 @@ class TransformerXLConfig:
     def sight(self) -> int:
         """How many positions a token sees that is a segment of its own, itself among them."""
         return self.memory if self.same_length else self.memory + 1
-
-
-def sinusoids(distances: int, width: int, clamp: int | None, like: Tensor) -> Tensor:
-    """R_D for D = 0 .. distances - 1, [distances, width], in the dtype and on the device of `like`."""
-    # In float64, because float32 has the sine of a thousandth position wrong in its fifth digit.
-    wide: dict[str, Any] = {"device": like.device, "dtype": torch.float64}
-    distance = torch.arange(distances, **wide).clamp(max=math.inf if clamp is None else clamp)
-    angles = distance[:, None] * 10000.0 ** (torch.arange(0, width, 2, **wide) / -width)
-    return torch.cat([angles.sin(), angles.cos()], 1).to(like.dtype)
 
 
 def _pyattn_relative(
@@ -438,7 +429,11 @@ class TransformerXL(Pretrained):
         return self._dropped(embed("tokens", tokens, self.embedding.weight) * math.sqrt(self.config.width))
 
     def _sinusoids(self, distances: int) -> Tensor:
-        return self._dropped(sinusoids(distances, self.config.width, self.config.clamp, self.embedding.weight))
+        """R_D for D = 0 .. distances - 1, [distances, width]"""
+        weight, clamp = self.embedding.weight, self.config.clamp
+        distance = torch.arange(distances, device=weight.device, dtype=torch.float64)
+        distance = distance.clamp(max=math.inf if clamp is None else clamp)
+        return self._dropped(sinusoids(distance, self.config.width).to(weight.dtype))
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training)

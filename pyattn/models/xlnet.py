@@ -34,7 +34,7 @@ from pyattn.decoding.protocol import check_prompt
 from pyattn.models.bert import _default_names, _label_names
 from pyattn.models.gpt import _end
 from pyattn.models.pretrained import Fields, Pretrained
-from pyattn.nn.embedding import embed
+from pyattn.nn.embedding import embed, sinusoids
 from pyattn.nn.linear import Linear, linear
 from pyattn.spec import dtype_name
 
@@ -340,14 +340,12 @@ class XLNet(_XLNetModel):
         weight = self.mask_emb
         # transformers computes them in float32, also for models of fewer bits.
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        even = torch.arange(0, self.config.width, 2, dtype=dtype, device=weight.device)
         places = torch.arange(first, end, dtype=dtype, device=weight.device)[None]
         if two_ways:
             places = torch.cat([places, -places])
         if self.config.clamp is not None:
             places = places.clamp(-self.config.clamp, self.config.clamp)
-        angles = places[..., None] * (1 / 10000 ** (even / self.config.width))
-        return torch.cat([angles.sin(), angles.cos()], -1).to(weight.dtype)
+        return sinusoids(places, self.config.width).to(weight.dtype)
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training)
