@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyattn.check import RangeError, ShapeError, is_traced
-from pyattn.models.pretrained import Fields, Pretrained
+from pyattn.models.pretrained import Fields, Pretrained, default_names
 from pyattn.nn.attend import ATTENTIONS, check_attention
 from pyattn.nn.embedding import embed
 
@@ -156,12 +156,12 @@ class _BertModel(Pretrained):
             dropout=fields.get("hidden_dropout_prob", 0.1),
             pad=fields.get("pad_token_id"),
             labels=labels,
-            label_names=_label_names(fields, labels),
+            label_names=fields.label_names(labels),
         )
 
     def config_fields(self) -> dict[str, Any]:
         c, name = self.config, type(self).__name__
-        labels = c.label_names or _default_names(c.labels)
+        labels = c.label_names or default_names(c.labels)
         return {
             "model_type": "bert", "architectures": ["BertModel" if name == "Bert" else name], "vocab_size": c.vocab,
             "max_position_embeddings": c.context, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
@@ -416,19 +416,6 @@ class BertForTokenClassification(_BertHead):
 
     def stored(self) -> dict[str, Tensor]:
         return self.bert.stored() | _parameters("classifier", self.classifier)
-
-
-def _default_names(labels: int) -> tuple[str, ...]:
-    return tuple(f"LABEL_{i}" for i in range(labels))
-
-
-def _label_names(fields: Fields, labels: int) -> tuple[str, ...] | None:
-    """The names that config.json gives the labels; None where it has none of its own, or not one for each."""
-    given = fields.get("id2label")
-    if not isinstance(given, dict) or given.keys() != {str(i) for i in range(labels)}:
-        return None
-    names = tuple(str(given[str(i)]) for i in range(labels))
-    return None if names == _default_names(labels) else names
 
 
 def _initialize(module: Module) -> Module:

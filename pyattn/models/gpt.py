@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from pyattn.check import RangeError
 from pyattn.decoding.protocol import check_prompt
-from pyattn.models.pretrained import Fields, Pretrained, PretrainedError
+from pyattn.models.pretrained import Fields, Pretrained
 from pyattn.nn.attend import ATTENTIONS, check_attention
 from pyattn.nn.embedding import embed
 from pyattn.nn.kv_cache import KVCache
@@ -252,7 +252,7 @@ class GPT(Pretrained):
             width=fields.integer("n_embd"),
             norm="pre" if fields["model_type"] == "gpt2" else "post",
             dropout=fields.get("resid_pdrop", 0.1),
-            end=_end(fields),
+            end=fields.end(),
         )
 
     def config_fields(self) -> dict[str, Any]:
@@ -281,13 +281,3 @@ class GPT(Pretrained):
     def current_name(cls, name: str) -> str:
         """The files on the hub have no `transformer.` before their names."""
         return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-
-
-def _end(fields: Fields) -> int | None:
-    """The token that ends a text. One outside the vocabulary is transformers' default, and ends nothing."""
-    end = fields.get("eos_token_id")
-    if isinstance(end, list):
-        if len(end) != 1:
-            raise PretrainedError(f"model: expected one eos_token_id in {fields.path}, got {end}")
-        (end,) = end
-    return end if end is None or end < fields.integer("vocab_size") else None

@@ -210,6 +210,28 @@ class Fields:
                 wanted = " or ".join(map(repr, allowed))
                 raise PretrainedError(f"model: expected {name} {wanted} in {self.path}, got {self.values[name]!r}")
 
+    def end(self) -> int | None:
+        """The token that ends a text. One outside the vocabulary is transformers' default, and ends nothing."""
+        end = self.get("eos_token_id")
+        if isinstance(end, list):
+            if len(end) != 1:
+                raise PretrainedError(f"model: expected one eos_token_id in {self.path}, got {end}")
+            (end,) = end
+        return end if end is None or end < self.integer("vocab_size") else None
+
+    def label_names(self, labels: int) -> tuple[str, ...] | None:
+        """What a classifier's labels are called; None where they have no names of their own, or not one for each."""
+        given = self.get("id2label")
+        if not isinstance(given, dict) or given.keys() != {str(i) for i in range(labels)}:
+            return None
+        names = tuple(str(given[str(i)]) for i in range(labels))
+        return None if names == default_names(labels) else names
+
+
+def default_names(labels: int) -> tuple[str, ...]:
+    """Of a classifier's labels, as transformers calls them."""
+    return tuple(f"LABEL_{i}" for i in range(labels))
+
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the folder's weights."""

@@ -31,9 +31,7 @@ from torch.nn import functional as F
 from pyattn.api import relative_attention
 from pyattn.check import DtypeError, RangeError, ShapeError, is_traced
 from pyattn.decoding.protocol import check_prompt
-from pyattn.models.bert import _default_names, _label_names
-from pyattn.models.gpt import _end
-from pyattn.models.pretrained import Fields, Pretrained
+from pyattn.models.pretrained import Fields, Pretrained, default_names
 from pyattn.nn.embedding import embed, sinusoids
 from pyattn.nn.linear import Linear, linear
 from pyattn.spec import dtype_name
@@ -226,15 +224,15 @@ class _XLNetModel(Pretrained):
             causal=fields.get("attn_type", "bi") == "uni", clamp=clamp if clamp > 0 else None,
             two_ways=fields.get("bi_data", False),
             memory=fields.get("mem_len") or None, reuse=fields.get("reuse_len") or None,  # 0 is no limit, too
-            pad=fields.get("pad_token_id"), end=_end(fields),
-            labels=labels, label_names=_label_names(fields, labels),
+            pad=fields.get("pad_token_id"), end=fields.end(),
+            labels=labels, label_names=fields.label_names(labels),
             starts=fields.get("start_n_top", 5), ends=fields.get("end_n_top", 5),
         )  # fmt: skip
 
     def config_fields(self) -> dict[str, Any]:
         c, name = self.config, type(self).__name__
         name = {"XLNet": "XLNetModel", "XLNetLMHead": "XLNetLMHeadModel"}.get(name, name)
-        labels = c.label_names or _default_names(c.labels)
+        labels = c.label_names or default_names(c.labels)
         return {
             "model_type": "xlnet", "architectures": [name], "vocab_size": c.vocab,
             "n_layer": c.layers, "n_head": c.heads, "d_model": c.width, "d_inner": c.hidden,
