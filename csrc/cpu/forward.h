@@ -16,6 +16,7 @@ class Forward {
     using A = Accumulator<T>;
     using E = Operand<T>;
     static constexpr int W = kWidth<A>;
+    static constexpr int kAtOnce = 16;  // weights that are summed before their sum is
 
   public:
     static void run(const AttentionArgs& args) {
@@ -204,18 +205,23 @@ class Forward {
             }
             const Vec<A> top = running_max<A>(old_max, tile_max), shift = subtractable<A>(top);
             const Vec<A> shrink = weight<A>(old_max, shift, factor_);
-            Vec<A> sum = {};
+            Vec<A> sum = {}, part = {};  // a sum of sums rounds less than one long sum
             for (int64_t key = keys.begin; key < keys.end; key += S) {
                 Vec<A> p[S] = {};
 #pragma GCC unroll 2
                 for (int s = 0; s < S; ++s) {
                     if (s > 0 && key + s >= keys.end) break;
                     p[s] = weight<A>(load(scores_ + (key + s) * kQueries + lane), shift, factor_);
-                    sum += p[s];
+                    part += p[s];
                     if constexpr (Dropout) p[s] *= load(keep_ + (key + s) * kQueries + lane);
                 }
                 store_operand(weights + key / S * kQueries + lane, p);
+                if (key % kAtOnce == kAtOnce - S) {
+                    sum += part;
+                    part = Vec<A>{};
+                }
             }
+            sum += part;
             store(row_max_ + lane, top);
             store(row_sum_ + lane, load(row_sum_ + lane) * shrink + sum);
             store(rescale_ + lane, shrink);
