@@ -99,7 +99,8 @@ def _tensor_rows(kernel: str, capability: int, dtype: torch.dtype, head: int, fl
             continue
         family = f"Tensor<{_TYPES[dtype]}, {head}, {warps}, {streamed}, {stages}>"
         both = PART_K | PART_V
-        parts = () if kernel != "backward_kv" else (both,) if head <= 128 else (PART_K, PART_V)
+        together = 128 if capability >= _COPIES_FROM else 96  # the largest head whose two sums fit beside each other
+        parts = () if kernel != "backward_kv" else (both,) if head <= together else (PART_K, PART_V)
         return _instances(kernel, family, flags, parts, 32 * warps, shared, 16 * warps, streamed, head)
     raise AssertionError(f"no tile of {kernel} for head size {head} fits {limit} bytes")
 
@@ -108,13 +109,14 @@ def _most_streamed(kernel: str, capability: int, head: int, flags: int) -> int:
     """The rows whose products fit the registers beside the accumulators of results."""
     if kernel == "decode":
         return 64
+    old = capability < _COPIES_FROM  # what others copy goes through its registers
     if kernel == "forward":
-        return 64 if head <= 128 else 32
-    if head > (192 if kernel == "backward_kv" else 224):
+        return 64 if head <= 128 else 16 if old and head > 160 else 32
+    if head > (192 if kernel == "backward_kv" else 224) or (old and kernel == "backward_q" and head >= 160):
         return 16
-    if (kernel, capability, head, flags & RICH) == ("backward_kv", 90, 128, RICH):
-        return 16  # with 32 NVRTC 13.0 spilled 16 to 24 bytes; on other GPUs nothing, but with 16 on Turing 164
-    return 64 if kernel == "backward_q" and head <= 64 else 32
+    if kernel == "backward_kv" and capability in (86, 89, 90) and head == 128 and flags & RICH:
+        return 16  # with 32 NVRTC 13.0 spilled 8 to 24 bytes
+    return 64 if kernel == "backward_q" and head <= 64 and not old else 32
 
 
 def _tensor_bytes(kernel: str, head: int, warps: int, streamed: int, stages: int) -> int:
