@@ -348,13 +348,6 @@ WRONG: dict[str, tuple[Callable[[Border], object], str]] = {
 }
 
 
-@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
-def test_border_wrong_argument_is_refused(change, message):
-    border = Border("backward")
-    change(border)
-    border.assert_refused(message)
-
-
 def _drop(*names: str) -> Callable[[Border], None]:
     return lambda border: border.drop(*names)
 
@@ -380,13 +373,6 @@ WRONG_RELATIVE: dict[str, tuple[Callable[[Border], None], str]] = {
         lambda x: x.given.update(weight=Border("backward").given["weight"]), "^relative_k: excludes packed sequences",
     ),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize(("change", "message"), WRONG_RELATIVE.values(), ids=WRONG_RELATIVE)
-def test_border_wrong_relative_argument_is_refused(change, message):
-    border = Border("backward", "relative")
-    change(border)
-    border.assert_refused(message)
 
 
 def _starts(name: str, *starts: int) -> Callable[[Border], object]:
@@ -422,9 +408,16 @@ WRONG_PACKED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "message"), WRONG_PACKED.values(), ids=WRONG_PACKED)
-def test_border_wrong_packed_argument_is_refused(change, message):
-    border = Border("backward", "packed")
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        pytest.param(kind, *given, id=f"{kind} {name}")
+        for kind, wrong in (("batch", WRONG), ("relative", WRONG_RELATIVE), ("packed", WRONG_PACKED))
+        for name, given in wrong.items()
+    ],
+)
+def test_border_wrong_argument_is_refused(kind, change, message):
+    border = Border("backward", kind)
     change(border)
     border.assert_refused(message)
 

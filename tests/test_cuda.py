@@ -21,7 +21,7 @@ from cuda_host.mutants import MUTANTS
 from test_kvcache import OPTIONS, cache, held_against_definition
 
 from pyattn import core, dropout, registry, testing
-from pyattn.backends import cuda, cuda_config
+from pyattn.backends import cuda, cuda_config, sink_gradient
 from pyattn.backends.cpu import CpuBackend
 from pyattn.backends.cuda import Gpu
 from pyattn.backends.reference import dropout_keep
@@ -222,6 +222,12 @@ def test_cuda_kernel_that_failed_on_one_gpu_is_launched_on_another(emulated, mon
     for backend.gpu in (old, new, old):
         with nullcontext() if backend.gpu == new else pytest.raises(core.check.UnsupportedError, match="does not take"):
             testing.evaluate_backend(call, "emulated")
+
+
+def test_cuda_row_that_sees_nothing_has_no_part_in_the_gradient_of_a_sink_of_minus_infinity():
+    lse, d_lse = torch.tensor([[[0.0, -torch.inf]]]), torch.tensor([[[0.5, torch.nan]]])
+    found = sink_gradient(torch.tensor([-torch.inf]), lse, torch.tensor([[[2.0, 1.0]]]), d_lse)
+    assert found.tolist() == [0.0]
 
 
 @pytest.mark.parametrize("wide", [(False, True), (True, False)])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from stream_runs import open_on_text, results
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,7 +26,7 @@ from pyattn.training.checkpoint import CheckpointError
 from pyattn.training.language import Corpus, windows
 from pyattn.training.loop import evaluate
 from pyattn.training.recipes import TransformerXLSettings
-from pyattn.training.run import Run, open_run
+from pyattn.training.run import Run
 from pyattn.training.streams import MemoryTask
 from pyattn.training.task import micro_batches
 
@@ -56,21 +57,7 @@ def _model(memory: int, **options: Any) -> TransformerXL:
 
 
 def _open(folder: Path, resume: bool = False, **given: Any) -> Run:
-    folder.parent.mkdir(exist_ok=True)
-    text = folder.parent / "text"
-    text.write_text(Path(argparse.__file__).read_text("utf-8")[:160])
-    settings = TINY | {"text": str(text)} | given
-    return open_run(folder, TransformerXLSettings, settings, set(given), "cpu", resume=resume, overwrite=False)
-
-
-def _results(run: Run, last: int = 1000) -> list[tuple[float | None, ...]]:
-    found = []
-    for step in run.steps():
-        found.append((step.loss, step.grad_norm, step.val_loss))
-        if step.step == last:
-            run.save()
-            break
-    return found
+    return open_on_text(folder, TransformerXLSettings, TINY, resume, **given)
 
 
 def _losses(task: MemoryTask, model: TransformerXL, steps: int, parts: int = 1) -> list[float]:
@@ -137,8 +124,8 @@ def test_evaluation_reads_rows_in_segments_and_leaves_the_streams_alone(tmp_path
     with torch.no_grad():
         expected = F.cross_entropy(model(held_out.inputs)[0].flatten(0, 1), held_out.targets.flatten())
     assert evaluate(model, task, [held_out], torch.float32) == {"loss": pytest.approx(expected.item(), rel=1e-6)}
-    often = [result[:2] for result in _results(_open(tmp_path / "a", evaluate_every=1))]
-    assert often == [result[:2] for result in _results(_open(tmp_path / "b", evaluate_every=100))]
+    often = [result[:2] for result in results(_open(tmp_path / "a", evaluate_every=1))]
+    assert often == [result[:2] for result in results(_open(tmp_path / "b", evaluate_every=100))]
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"same_length": True, "norm": "pre"}], ids=str)
@@ -146,11 +133,11 @@ def test_evaluation_reads_rows_in_segments_and_leaves_the_streams_alone(tmp_path
 def test_resumed_run_equals_uninterrupted_bitwise(tmp_path: Path, last: int, options: dict[str, Any]) -> None:
     whole = _open(tmp_path / "whole", **options)
     assert whole.task.steps_per_epoch == 4
-    expected = _results(whole)
-    found = _results(_open(tmp_path / "parts", **options), last)
+    expected = results(whole)
+    found = results(_open(tmp_path / "parts", **options), last)
     torch.manual_seed(999)
     second = _open(tmp_path / "parts", resume=True)
-    assert found + _results(second) == expected
+    assert found + results(second) == expected
     ours, theirs = (run.model.state_dict() | run.task.carried(run.model) for run in (second, whole))
     assert ours["states"].any()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -158,23 +145,23 @@ def test_resumed_run_equals_uninterrupted_bitwise(tmp_path: Path, last: int, opt
 
 def test_resumed_run_needs_the_memory_of_its_checkpoint(tmp_path: Path) -> None:
     """A run that went on with another memory would not be the same."""
-    expected = _results(_open(tmp_path / "whole"))
-    _results(_open(tmp_path / "parts"), 3)
+    expected = results(_open(tmp_path / "whole"))
+    results(_open(tmp_path / "parts"), 3)
     run = _open(tmp_path / "parts", resume=True)
     run.task.restore_carried(run.model, {"states": torch.zeros(1, 2, 4, 12, 8)})
-    assert _results(run) != expected[3:]
+    assert results(run) != expected[3:]
 
 
 def test_accumulated_parts_are_the_whole_step(tmp_path: Path) -> None:
     options = {"dropout": 0.0, "attention_dropout": 0.0}
     whole, parts = (_open(tmp_path / str(n), accumulate=n, **options) for n in (1, 3))
-    for ours, theirs in zip(_results(parts), _results(whole), strict=True):
+    for ours, theirs in zip(results(parts), results(whole), strict=True):
         assert ours[:2] == pytest.approx(theirs[:2], rel=1e-4)
 
 
 def test_checkpoint_holds_the_memory(tmp_path: Path) -> None:
     run = _open(tmp_path / "run")
-    _results(run, 3)
+    results(run, 3)
     carried = {name: t for name, t in checkpoint.load(run.checkpoint_path).tensors.items() if name.startswith("carry")}
     assert {name: tensor.shape for name, tensor in carried.items()} == {"carry.states": (1, 2, 4, 12, 8)}
     assert torch.equal(carried["carry.states"], run.task.carried(run.model)["states"])
@@ -185,9 +172,9 @@ def test_checkpoint_holds_the_memory(tmp_path: Path) -> None:
 def test_bfloat16_and_torchs_attention_train_and_resume(tmp_path: Path) -> None:
     for options in ({"dtype": "bfloat16"}, {"attention": "torch"}):
         folder = tmp_path / "".join(options)
-        expected = _results(_open(folder / "whole", **options))
-        _results(_open(folder / "parts", **options), 3)
-        assert _results(_open(folder / "parts", resume=True)) == expected[3:]
+        expected = results(_open(folder / "whole", **options))
+        results(_open(folder / "parts", **options), 3)
+        assert results(_open(folder / "parts", resume=True)) == expected[3:]
         assert all(math.isfinite(loss) for loss, *_ in expected)
 
 
@@ -199,7 +186,7 @@ def test_network_learns_what_only_the_steps_before_tell(tmp_path: Path) -> None:
     losses = {}
     for memory in (4, 0):
         run = _open(tmp_path / str(memory), **settings, dropout=0.0, attention_dropout=0.0, memory=memory)
-        losses[memory] = _results(run)[-1][0]
+        losses[memory] = results(run)[-1][0]
     assert losses[4] < 0.1
     assert losses[0] == pytest.approx(math.log(2), abs=0.1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,6 +137,15 @@ def test_pretrained_weights_that_are_no_numbers_are_named(kind: str, tmp_path: P
 
 def test_pretrained_missing_config_is_named(kind: str, tmp_path: Path) -> None:
     _refused(kind, tmp_path, str(tmp_path / "config.json"), "there is none")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pretrained_pipe_in_the_place_of_a_config_is_not_waited_for(kind: str, tmp_path: Path) -> None:
+    model = _saved(kind, tmp_path)
+    (tmp_path / "config.json").unlink()
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(PretrainedError, match=r"expected a file .*config\.json"):
+        type(model).from_pretrained(tmp_path)
 
 
 def test_pretrained_name_on_the_hub_is_refused_and_says_how_to_get_its_folder(kind: str) -> None:

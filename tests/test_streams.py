@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stream_runs import open_on_text, results
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +28,7 @@ from pyattn.training.language import Corpus, LanguageTask, windows
 from pyattn.training.loop import evaluate
 from pyattn.training.recipes import GPTSettings
 from pyattn.training.recurrent_recipes import RNNSettings
-from pyattn.training.run import Run, open_run
+from pyattn.training.run import Run
 from pyattn.training.streams import StreamTask
 from pyattn.training.task import micro_batches
 
@@ -55,21 +56,7 @@ def _model(cell: str = "lstm") -> RNNLM:
 
 
 def _open(folder: Path, resume: bool = False, **given: Any) -> Run:
-    folder.parent.mkdir(exist_ok=True)
-    text = folder.parent / "text"
-    text.write_text(Path(argparse.__file__).read_text("utf-8")[:160])
-    settings = TINY | {"text": str(text)} | given
-    return open_run(folder, RNNSettings, settings, set(given), "cpu", resume=resume, overwrite=False)
-
-
-def _results(run: Run, last: int = 1000) -> list[tuple[float | None, ...]]:
-    found = []
-    for step in run.steps():
-        found.append((step.loss, step.grad_norm, step.val_loss))
-        if step.step == last:
-            run.save()
-            break
-    return found
+    return open_on_text(folder, RNNSettings, TINY, resume, **given)
 
 
 def _step(task: StreamTask, step: int, parts: int = 1) -> list[Any]:
@@ -186,8 +173,8 @@ def test_evaluation_reads_rows_in_segments_as_if_at_once() -> None:
 
 
 def test_evaluation_leaves_the_streams_alone(tmp_path: Path) -> None:
-    often = [result[:2] for result in _results(_open(tmp_path / "a", evaluate_every=1))]
-    assert often == [result[:2] for result in _results(_open(tmp_path / "b", evaluate_every=100))]
+    often = [result[:2] for result in results(_open(tmp_path / "a", evaluate_every=1))]
+    assert often == [result[:2] for result in results(_open(tmp_path / "b", evaluate_every=100))]
 
 
 class Memory(nn.Module):
@@ -221,11 +208,11 @@ def test_states_may_have_more_dimensions() -> None:
 def test_resumed_run_equals_uninterrupted_bitwise(tmp_path: Path, last: int, accumulate: int) -> None:
     whole = _open(tmp_path / "whole", accumulate=accumulate)
     assert whole.task.steps_per_epoch == 4
-    expected = _results(whole)
-    found = _results(_open(tmp_path / "parts", accumulate=accumulate), last)
+    expected = results(whole)
+    found = results(_open(tmp_path / "parts", accumulate=accumulate), last)
     torch.manual_seed(999)
     second = _open(tmp_path / "parts", resume=True)
-    assert found + _results(second) == expected
+    assert found + results(second) == expected
     ours, theirs = (run.model.state_dict() | run.task.carried(run.model) for run in (second, whole))
     assert ours["states"].any()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -233,13 +220,13 @@ def test_resumed_run_equals_uninterrupted_bitwise(tmp_path: Path, last: int, acc
 
 def test_accumulated_parts_are_the_whole_step(tmp_path: Path) -> None:
     whole, parts = (_open(tmp_path / str(n), accumulate=n, dropout=0.0) for n in (1, 3))
-    for ours, theirs in zip(_results(parts), _results(whole), strict=True):
+    for ours, theirs in zip(results(parts), results(whole), strict=True):
         assert ours[:2] == pytest.approx(theirs[:2], rel=1e-4)
 
 
 def test_checkpoint_holds_states_of_streams_and_nothing_of_other_tasks(tmp_path: Path) -> None:
     run = _open(tmp_path / "rnn")
-    _results(run, 3)
+    results(run, 3)
     carried = {name: t for name, t in checkpoint.load(run.checkpoint_path).tensors.items() if name.startswith("carry")}
     assert carried.keys() == {"carry.states"}
     assert torch.equal(carried["carry.states"], run.task.carried(run.model)["states"])
@@ -248,9 +235,9 @@ def test_checkpoint_holds_states_of_streams_and_nothing_of_other_tasks(tmp_path:
     small = {"layers": 1, "heads": 1, "width": 8, "context": 8, "vocab": 300, "attention": "torch", "steps": 3}
     gpt = Run(tmp_path / "gpt", GPTSettings(text=argparse.__file__, **small), "cpu")
     for other in (without, gpt):
-        _results(other, 3)
+        results(other, 3)
         assert not [name for name in checkpoint.load(other.checkpoint_path).tensors if name.startswith("carry")]
-    assert len(_results(_open(tmp_path / "windows", resume=True))) == 7
+    assert len(results(_open(tmp_path / "windows", resume=True))) == 7
 
 
 @pytest.mark.parametrize(
@@ -264,7 +251,7 @@ def test_checkpoint_holds_states_of_streams_and_nothing_of_other_tasks(tmp_path:
 )
 def test_states_that_do_not_fit_are_refused(tmp_path: Path, carried: dict[str, Tensor], message: str) -> None:
     run = _open(tmp_path / "run")
-    _results(run, 3)
+    results(run, 3)
     path = run.checkpoint_path
     saved = checkpoint.load(path)
     kept = {name: tensor for name, tensor in saved.tensors.items() if not name.startswith("carry.")}
@@ -276,7 +263,7 @@ def test_states_that_do_not_fit_are_refused(tmp_path: Path, carried: dict[str, T
 
 def test_states_where_none_are_carried_are_refused(tmp_path: Path) -> None:
     run = _open(tmp_path / "run", stateful=False)
-    _results(run, 3)
+    results(run, 3)
     saved = checkpoint.load(run.checkpoint_path)
     header = {"format": checkpoint.FORMAT, "meta": json.dumps(saved.meta)}
     save_file(saved.tensors | {"carry.states": torch.zeros(1)}, run.checkpoint_path, metadata=header)
@@ -292,7 +279,7 @@ def test_network_learns_what_only_the_step_before_tells(tmp_path: Path) -> None:
     losses = {}
     for stateful in (True, False):
         run = _open(tmp_path / str(stateful), **settings, stateful=stateful)
-        losses[stateful] = _results(run)[-1][0]
+        losses[stateful] = results(run)[-1][0]
     assert losses[True] < 0.1
     assert losses[False] == pytest.approx(math.log(2), abs=0.1)
 

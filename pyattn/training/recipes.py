@@ -26,19 +26,15 @@ if TYPE_CHECKING:
     from pyattn.training.translation import Files, TranslationTask
 
 
-@dataclass(frozen=True, kw_only=True)
-class WritingSettings(Settings):
-    """What Transformers share that learn to continue a text."""
+class OfText:
+    """What settings with these fields make of a text."""
 
-    text: str | None = option(
-        None, "UTF-8 file, or folder of such files.", shown="Python's standard library", path=True
-    )
-    tokens: str = option(
-        "bpe", "bpe: bytes joined to --vocab tokens; characters: one token for each.", one_of("bpe", "characters")
-    )
-    heads: int = option(2, "Attention heads per block.", SIZE)
-    batch: int = option(2, "Windows of context tokens in a step.", between(1, 2**24))
-    validation_tokens: int = option(8192, "Most tokens that an evaluation looks at.", at_least(1))
+    text: str | None
+    tokens: str
+    vocab: int
+    context: int
+    batch: int
+    validation_tokens: int
 
     @property
     def end(self) -> int | None:
@@ -61,6 +57,21 @@ class WritingSettings(Settings):
             batch=self.batch,
             cache=cache,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingSettings(OfText, Settings):
+    """What Transformers share that learn to continue a text."""
+
+    text: str | None = option(
+        None, "UTF-8 file, or folder of such files.", shown="Python's standard library", path=True
+    )
+    tokens: str = option(
+        "bpe", "bpe: bytes joined to --vocab tokens; characters: one token for each.", one_of("bpe", "characters")
+    )
+    heads: int = option(2, "Attention heads per block.", SIZE)
+    batch: int = option(2, "Windows of context tokens in a step.", between(1, 2**24))
+    validation_tokens: int = option(8192, "Most tokens that an evaluation looks at.", at_least(1))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from torch import nn
 from pyattn.check import RangeError
 from pyattn.models.seq2seq import BRIDGES, ORDERS, READOUTS, SCORES, Seq2SeqConfig
 from pyattn.nn.recurrent import CELLS
-from pyattn.training.recipes import TranslationSettings
+from pyattn.training.recipes import OfText, TranslationSettings
 from pyattn.training.settings import SIZE, Settings, at_least, between, one_of, option, shared
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RNNSettings(Settings):
+class RNNSettings(OfText, Settings):
     """A recurrent network that learns to continue a text, to tag words, or to label texts."""
 
     kind: ClassVar[str] = "rnn"
@@ -84,7 +84,7 @@ class RNNSettings(Settings):
             tied=self.tied,
             self_attention=self.self_attention,
             attention=self.attention,
-            end=0 if self.tokens == "bpe" and not labels else None,  # language.END_OF_TEXT
+            end=None if labels else self.end,
             labels=len(labels) or 2,
             label_names=labels or None,
         )
@@ -110,19 +110,11 @@ class RNNSettings(Settings):
         return LabelTask(corpus, batch=self.batch, seed=self.seed)
 
     def _language_task(self, cache: Path) -> Task:
-        from pyattn.training.language import LanguageTask, load_corpus
+        from pyattn.training.language import LanguageTask
         from pyattn.training.streams import StreamTask
 
-        corpus = load_corpus(
-            None if self.text is None else Path(self.text),
-            tokens=self.tokens,
-            vocab=self.vocab,
-            context=self.context,
-            batch=self.batch,
-            cache=cache,
-        )
-        sizes = {"batch": self.batch, "context": self.context, "validation_tokens": self.validation_tokens}
-        return StreamTask(corpus, **sizes) if self.stateful else LanguageTask(corpus, **sizes, seed=self.seed)
+        corpus = self.corpus(cache)
+        return StreamTask(corpus, **self.sizes) if self.stateful else LanguageTask(corpus, **self.sizes, seed=self.seed)
 
 
 # What the paper of an order has, where the user does not say.

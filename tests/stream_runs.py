@@ -1,0 +1,30 @@
+"""Runs on a text of 160 characters, for tests of models whose states go from step to step."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pyattn.training.run import Run, open_run
+from pyattn.training.settings import Settings
+
+
+def open_on_text(folder: Path, recipe: type[Settings], settings: dict[str, Any], resume: bool, **given: Any) -> Run:
+    """given: settings that the user names."""
+    folder.parent.mkdir(exist_ok=True)
+    text = folder.parent / "text"
+    text.write_text(Path(argparse.__file__).read_text("utf-8")[:160])
+    settings = settings | {"text": str(text)} | given
+    return open_run(folder, recipe, settings, set(given), "cpu", resume=resume, overwrite=False)
+
+
+def results(run: Run, last: int = 1000) -> list[tuple[float | None, ...]]:
+    """Of every step up to `last`, after which the run is saved as by Ctrl-C."""
+    found = []
+    for step in run.steps():
+        found.append((step.loss, step.grad_norm, step.val_loss))
+        if step.step == last:
+            run.save()
+            break
+    return found
