@@ -127,6 +127,16 @@ def test_ranks_are_the_masks_of_a_permuted_order(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_of_the_queries_own_rank_are_not_seen_in_whole_tiles_either(backend):
+    q, k = normal(1, 1, 70, 8), normal(1, 1, 130, 8, seed=1)
+    k_ranks = (torch.arange(130) >= 64).int()[None]  # a tile of the queries' rank less 1, the others of their own
+    x, numbers = pyattn.core.prepare(q, k, k, ranks=(torch.ones(1, 70, dtype=torch.int32), k_ranks))
+    out, _ = pyattn.core.run(x, numbers, backend)
+    expected = pyattn.attention(q, k[:, :, :64], k[:, :, :64], backend="reference")
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_of_distances_that_no_pair_has_are_not_read(backend):
     q, k, r = normal(1, 1, 3, 4), normal(1, 1, 5, 4, seed=1), normal(1, 1, 7, 4, seed=2)
     beyond = torch.full((1, 1, 9, 4), torch.nan, dtype=torch.float64)
