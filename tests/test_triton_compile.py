@@ -40,6 +40,12 @@ ADDITIVE_DECODING_ALL = ADDITIVE_DECODING | DECODING_ALL | {"h": 4}
 ADDITIVE_DROPOUT = DROPOUT | {"additive": True, "bias": "1hmn"}
 ADDITIVE_ALL = ADDITIVE | {"segments": True, "softcap": 30.0, "alibi": True, "sinks": True, "left": 100}
 
+RELATIVE = {"relative": 64}
+RELATIVE_RANKS = {"relative": 128, "ranks": True}  # of XLNet
+RELATIVE_MEMORY = {"relative": 64, "right": 0, "left": 500, "n": 1500}  # of Transformer-XL
+RELATIVE_ALL = {"relative": 16, "ranks": True, "segments": True, "mask": True, "bias": "1hmn", "dropout_p": 0.1,
+                "softcap": 30.0, "alibi": True, "sinks": True, "right": 0, "hk": 1}  # fmt: skip
+
 FEATURES = (CAUSAL, WINDOW, MASK, DROPOUT, SEGMENTS, BIAS, SHARED_BIAS, SOFTCAP, ALIBI, SINKS, PACKED)
 
 # Of what is compiled for several chips, every run of the tests has all on the first two of these; the rest is in
@@ -69,6 +75,11 @@ JOBS = [
     *(Job(chip, torch.bfloat16, {"d": 256} | ADDITIVE_DECODING) for chip in EACH),
     *(Job(chip, torch.bfloat16, {"d": 128} | ADDITIVE_DECODING_ALL) for chip in ("sm_80", "sm_90")),
     Job("sm_90", torch.float32, {"d": 256} | ADDITIVE_DECODING),
+    *(Job(chip, torch.bfloat16, {"d": 64} | f) for chip in EACH for f in (RELATIVE, RELATIVE_MEMORY)),
+    *(Job(chip, torch.bfloat16, {"d": 128} | RELATIVE_RANKS) for chip in EACH),
+    *(Job(chip, torch.bfloat16, {"d": 64} | RELATIVE_ALL) for chip in MAIN),
+    *(Job(chip, torch.bfloat16, {"d": 256, "relative": 256}) for chip in MAIN),
+    *(Job(chip, torch.float32, {"d": 64} | RELATIVE) for chip in MAIN),
 ]
 
 # Where a kernel takes all 255 registers, ptxas parks a few values in local memory: this many bytes per thread are let
@@ -119,7 +130,7 @@ def _jit_functions() -> dict[str, JITFunction]:
 
 
 def test_every_kernel_is_among_those_compiled():
-    each = ({"bias": "1hmn"}, DECODING, ADDITIVE, ADDITIVE_DECODING)
+    each = ({"bias": "1hmn", "relative": 64}, DECODING, ADDITIVE, ADDITIVE_DECODING)
     launches = [launch for options in each for launch in attention_launches("hopper", **options)]
     launched = {launch.kernel.__name__ for launch in launches}
     assert launched == {name for name in _jit_functions() if name.endswith("_kernel")}

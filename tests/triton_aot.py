@@ -26,6 +26,7 @@ from pyattn.triton_kernels.decode import decode
 from pyattn.triton_kernels.flash_bwd import flash_bwd
 from pyattn.triton_kernels.flash_fwd import flash_fwd
 from pyattn.triton_kernels.launch import Call
+from pyattn.triton_kernels.relative import Relative
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ def attention_launches(
     packed: int | None = None,
     decoding: bool = False,
     additive: bool = False,
+    relative: int | None = None,
+    ranks: bool = False,
     page_size: int | None = None,
     **call: Any,
 ) -> list[Launch]:
@@ -141,7 +144,7 @@ def attention_launches(
     Tensors are on the meta device: they have strides but no memory.
 
     bias: its shape's pattern, as in `pyattn.testing.Case`. packed: how many sequences lie in the one batch entry.
-    page_size: of a paged cache, which is a decoding step's.
+    relative: the size e of a relative term. page_size: of a paged cache, which is a decoding step's.
     """
     empty = partial(torch.empty, device="meta")
 
@@ -161,6 +164,12 @@ def attention_launches(
         call["key_lengths"] = empty(b, dtype=torch.int32)
     if segments:
         call |= {"q_segments": empty(b, m, dtype=torch.int32), "k_segments": empty(b, n, dtype=torch.int32)}
+    if ranks:
+        call |= {"q_ranks": empty(b, m, dtype=torch.int32), "k_ranks": empty(b, n, dtype=torch.int32)}
+    if relative is not None:
+        operands = tensor(h, m, relative), empty(1, h, m + n - 1, relative, dtype=dtype)
+        left, right = call.get("left"), call.get("right")
+        call["relative"] = Relative.of(*operands, 1 - m, n, n - m, left, right)
     if alibi:
         call["alibi_slopes"] = empty(b if packed is None else packed, h)
     if sinks:
@@ -187,6 +196,8 @@ def attention_launches(
             forward(q, k, v, *weights, out, lse, lse, lse, arguments)
         d_out, d_lse = torch.empty_like(out), torch.empty_like(lse)
         gradients = [None if t is None else torch.empty_like(t) for t in (q, k, v, *weights, arguments.bias)]
+        if not additive:
+            gradients.append(arguments.relative)
         backward(q, k, v, *weights, out, lse, lse, d_out, d_lse, *gradients, arguments)
 
     return record(run, architecture)

@@ -34,8 +34,9 @@ InterpreterBuilder.create_dot = _exact_dot
 # A case per feature, and what is empty. The PTX machine runs what the compiler makes of the kernels (tests/ptx).
 SMOKE = """plain cross odd-head-sizes scale-negative causal window key-lengths mask-full gqa dropout-gqa-causal segments
     bias-per-head softcap-causal-bias alibi-causal sinks packed-gqa-window packed-dropout-alibi-sinks everything
-    additive additive-saturated additive-packed"""
-EMPTY = "no-queries no-keys no-batch no-head-size no-value-size scores-huge"
+    additive additive-saturated additive-packed relative relative-one-query relative-learned-bias relative-memory
+    relative-window relative-ranks-everything ranks ranks-causal"""
+EMPTY = "no-queries no-keys no-batch no-head-size no-value-size scores-huge relative-no-keys relative-no-queries relative-large"
 RUNS = [(c, torch.float32) for c in CASES if c.id in (SMOKE + " " + EMPTY).split()]
 RUNS += [(c, torch.float16) for c in CASES if c.id in SMOKE.split()]
 

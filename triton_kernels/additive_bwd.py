@@ -27,7 +27,7 @@ from .additive import (
     set_column,
     sums_start,
 )
-from .flash_bwd import row_dots, through_softcap
+from .flash_bwd import row_dots
 from .flash_bwd_bias import flash_bwd_bias
 from .mask import visible
 from .philox import dropout_keep
@@ -35,8 +35,9 @@ from .schedule import (
     MASKED_RUN,
     block_start,
     first_run,
-    id_range,
+    hides_inside,
     keys_seen,
+    load_ids,
     locate,
     num_blocks,
     queries_seeing,
@@ -44,9 +45,9 @@ from .schedule import (
     stages,
     stop_run,
     visited_blocks,
-    within_segments,
+    within_ids,
 )
-from .score import to_scores
+from .score import through_softcap, to_scores
 from .softmax import LOG2_E, exp_scores, score_gradient
 from .tiles import head_start, load_tile, score_ptrs, statistics_start, store_tile
 
@@ -76,6 +77,9 @@ def _additive_bwd_dq_kernel(
     q_ids_ptr,  # [b, m]
     k_ids_ptr,  # [b, n]
     id_ranges_ptr,  # [b, blocks of keys, 2]
+    q_ranks_ptr,  # [b, m]
+    k_ranks_ptr,  # [b, n]
+    rank_ranges_ptr,  # [b, blocks of keys, 2]
     slopes_ptr,  # [sequences, h]
     seed_ptr,  # []
     cu_q_ptr,  # [S + 1]
@@ -153,18 +157,13 @@ def _additive_bwd_dq_kernel(
     dbias_base = dbias_ptr
     if dbias_ptr is not None:
         dbias_base = head_start(dbias_ptr, i_b, i_h, None, stride_dbias_b, stride_dbias_h, stride_dbias_m, 1)
-    q_ids_base = q_ids_ptr
-    k_ids_base = k_ids_ptr
-    if q_ids_ptr is not None:
-        q_ids_base = q_ids_ptr + i_b.to(tl.int64) * M
-        k_ids_base = k_ids_ptr + i_b.to(tl.int64) * N
     slope = slopes_ptr
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + i_s * H + i_h)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     EXACT: tl.constexpr = v_ptr.dtype.element_ty == tl.float32
-    HIDES: tl.constexpr = mask_ptr is not None or q_ids_ptr is not None
+    HIDES: tl.constexpr = hides_inside(mask_ptr, q_ids_ptr, q_ranks_ptr)
     unit = factor * LOG2_E
 
     q_rows = Q_TILES * MOST_ROWS
@@ -199,18 +198,17 @@ def _additive_bwd_dq_kernel(
     stop_m = tl.minimum(start_m + BLOCK_M, n_queries)
     first, last, first_full, last_full = keys_seen(start_m, stop_m, n_keys, offset, left, right)
     start, full_start, full_stop, stop = visited_blocks(first, last, first_full, last_full, mask_base, BLOCK_N)
-    q_ids = None
-    if q_ids_ptr is not None:
-        q_ids = tl.load(q_ids_base + start_m + rows, mask=in_m, other=0)
-        low, high = id_range(q_ids, in_m)
-        q_ids = q_ids[:, None]
-        ranges_base = id_ranges_ptr + i_b.to(tl.int64) * tl.cdiv(N, BLOCK_N) * 2
-        start, full_start, full_stop, stop = within_segments(
-            start, full_start, full_stop, stop, low, high, ranges_base, mask_base, BLOCK_N
-        )
+    q_ids = load_ids(q_ids_ptr, i_b, M, (start_m + rows)[:, None], in_m[:, None])
+    start, full_start, full_stop, stop = within_ids(
+        start, full_start, full_stop, stop, q_ids, in_m[:, None], id_ranges_ptr, i_b, N, "same", BLOCK_N
+    )
+    q_ranks = load_ids(q_ranks_ptr, i_b, M, (start_m + rows)[:, None], in_m[:, None])
+    start, full_start, full_stop, stop = within_ids(
+        start, full_start, full_stop, stop, q_ranks, in_m[:, None], rank_ranges_ptr, i_b, N, "lower", BLOCK_N
+    )
     for run in tl.static_range(stop_run(mask_ptr)):
         length = run_length(run, start, full_start, full_stop, stop)
-        for step in tl.range(0, length, BLOCK_N, num_stages=stages(run, q_ids_ptr is not None)):
+        for step in tl.range(0, length, BLOCK_N, num_stages=stages(run, q_ids_ptr, q_ranks_ptr)):
             start_n = block_start(run, step, start, full_start, full_stop, BLOCK_N)
             # A key that no query of the tile sees is not read: its NaN would survive multiplication by a ds of 0.
             wanted = (start_n + cols >= first) & (start_n + cols < last)
@@ -238,12 +236,12 @@ def _additive_bwd_dq_kernel(
                 dp = tl.where(keep, dp * inv_keep, 0.0)
             ds = score_gradient(p, dp, delta[:, None], d_lse)
             if run == MASKED_RUN:
-                k_ids = None
-                if q_ids_ptr is not None:
-                    k_ids = tl.load(k_ids_base + start_n + cols, mask=start_n + cols < n_keys, other=0)[None, :]
+                j_n = (start_n + cols)[None, :]
+                k_ids = load_ids(k_ids_ptr, i_b, N, j_n, j_n < n_keys)
+                k_ranks = load_ids(k_ranks_ptr, i_b, N, j_n, j_n < n_keys)
                 see = visible(
                     start_m, start_n, rows[:, None], cols[None, :], n_queries, n_keys, offset, left, right,
-                    q_ids, k_ids, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    q_ids, k_ids, q_ranks, k_ranks, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
                 )  # fmt: skip
                 ds = tl.where(see, ds, 0.0)
                 if HIDES:
@@ -298,6 +296,9 @@ def _additive_bwd_dkdv_kernel(
     q_ids_ptr,  # [b, m]
     k_ids_ptr,  # [b, n]
     id_ranges_ptr,  # [b, blocks of queries, 2]
+    q_ranks_ptr,  # [b, m]
+    k_ranks_ptr,  # [b, n]
+    rank_ranges_ptr,  # [b, blocks of queries, 2]
     slopes_ptr,  # [sequences, h]
     seed_ptr,  # []
     cu_q_ptr,  # [S + 1]
@@ -364,11 +365,6 @@ def _additive_bwd_dkdv_kernel(
     n_keys = all_keys
     if lengths_ptr is not None:
         n_keys = tl.minimum(tl.load(lengths_ptr + i_b), N)  # a wrong length must not read past the keys
-    q_ids_base = q_ids_ptr
-    k_ids_base = k_ids_ptr
-    if q_ids_ptr is not None:
-        q_ids_base = q_ids_ptr + i_b.to(tl.int64) * M
-        k_ids_base = k_ids_ptr + i_b.to(tl.int64) * N
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     unit = factor * LOG2_E
@@ -390,21 +386,20 @@ def _additive_bwd_dkdv_kernel(
         start_n, stop_n, tl.cdiv(n_queries, BLOCK_M) * BLOCK_M, offset, left, right
     )
     start, full_start, full_stop, stop = visited_blocks(first, last, first_full, last_full, mask_ptr, BLOCK_M)
-    k_ids = None
-    if q_ids_ptr is not None:
-        k_ids = tl.load(k_ids_base + start_n + cols, mask=in_keys, other=0)
-        low, high = id_range(k_ids, in_keys)
-        k_ids = k_ids[:, None]
-        ranges_base = id_ranges_ptr + i_b.to(tl.int64) * tl.cdiv(M, BLOCK_M) * 2
-        start, full_start, full_stop, stop = within_segments(
-            start, full_start, full_stop, stop, low, high, ranges_base, mask_ptr, BLOCK_M
-        )
-    HIDES: tl.constexpr = mask_ptr is not None or q_ids_ptr is not None
+    k_ids = load_ids(k_ids_ptr, i_b, N, (start_n + cols)[:, None], in_keys[:, None])
+    start, full_start, full_stop, stop = within_ids(
+        start, full_start, full_stop, stop, k_ids, in_keys[:, None], id_ranges_ptr, i_b, M, "same", BLOCK_M
+    )
+    k_ranks = load_ids(k_ranks_ptr, i_b, N, (start_n + cols)[:, None], in_keys[:, None])
+    start, full_start, full_stop, stop = within_ids(
+        start, full_start, full_stop, stop, k_ranks, in_keys[:, None], rank_ranges_ptr, i_b, M, "higher", BLOCK_M
+    )
+    HIDES: tl.constexpr = hides_inside(mask_ptr, q_ids_ptr, q_ranks_ptr)
     HAS_MASKED: tl.constexpr = left is not None or right is not None or HIDES
     # The query heads of the group follow one another in one loop, so that its pipeline never drains between them.
     for run in tl.static_range(first_run(HAS_MASKED), stop_run(mask_ptr)):
         length = run_length(run, start, full_start, full_stop, stop)
-        for step in tl.range(0, length * GROUP, BLOCK_M, num_stages=stages(run, q_ids_ptr is not None)):
+        for step in tl.range(0, length * GROUP, BLOCK_M, num_stages=stages(run, q_ids_ptr, q_ranks_ptr)):
             i_h = i_kv
             if GROUPED:
                 i_h = i_kv * GROUP + step // length
@@ -451,12 +446,11 @@ def _additive_bwd_dkdv_kernel(
                 mask_base = mask_ptr
                 if mask_ptr is not None:
                     mask_base = head_start(mask_ptr, i_b, i_h, None, stride_mask_b, stride_mask_h, stride_mask_m, 1)
-                q_ids = None
-                if q_ids_ptr is not None:
-                    q_ids = tl.load(q_ids_base + i_m, mask=in_m, other=0)[None, :]
+                q_ids = load_ids(q_ids_ptr, i_b, M, i_m[None, :], in_m[None, :])
+                q_ranks = load_ids(q_ranks_ptr, i_b, M, i_m[None, :], in_m[None, :])
                 see = visible(
                     start_m, start_n, rows[None, :], cols[:, None], n_queries, n_keys, offset, left, right,
-                    q_ids, k_ids, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    q_ids, k_ids, q_ranks, k_ranks, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
                 )  # fmt: skip
                 p_t = tl.where(see, p_t, 0.0)
             p_kept = p_t
@@ -528,7 +522,7 @@ def additive_bwd(
                 row_max_ptr=row_max, log_sum_ptr=log_sum, delta_ptr=delta, dlse_ptr=d_lse,
                 **launch.strides(v=v, o=out, do=d_out), **common, **sizes.arguments(),
                 **launch.score_tensor("dbias", dbias if owned else None, b, h, m, n),
-                id_ranges_ptr=launch.id_ranges(call.k_segments, sizes.block_n),
+                **launch.ranges(call.k_segments, call.k_ranks, sizes.block_n),
             )  # fmt: skip
         sizes = launch.sizes("additive dkdv", q, k, v, call)
         if b * n > 0:
@@ -536,7 +530,7 @@ def additive_bwd(
                 v_ptr=v, do_ptr=d_out, dk_ptr=dk_sums, dv_ptr=dv,
                 row_max_ptr=row_max, log_sum_ptr=log_sum, delta_ptr=delta, dlse_ptr=d_lse,
                 **launch.strides(v=v, do=d_out, dv=dv), **common, **sizes.arguments(),
-                GROUPED=h != hk, id_ranges_ptr=launch.id_ranges(call.q_segments, sizes.block_m),
+                GROUPED=h != hk, **launch.ranges(call.q_segments, call.q_ranks, sizes.block_m),
             )  # fmt: skip
         if dbias is not None and not owned and b * m * n > 0:
             additive = {name: common[name] for name in NOT_ADDITIVE}

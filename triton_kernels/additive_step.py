@@ -13,9 +13,9 @@ from torch import Tensor
 from . import config, launch
 from .additive import FEW_COLUMNS, scores_of_few
 from .decode import MOST_ADDITIVE_ROWS, split
-from .flash_bwd import row_dots, through_softcap
+from .flash_bwd import row_dots
 from .mask import visible
-from .score import tanh, to_scores
+from .score import tanh, through_softcap, to_scores
 from .softmax import LOG2_E, exp_scores, score_gradient
 from .tiles import gather_tile, head_start, load_tile, store_tile, tile_ptrs
 
@@ -155,7 +155,7 @@ def _additive_step_bwd_kernel(
         # [BLOCK_M, BLOCK_N]
         see = visible(
             0, start_n, i_m[:, None], cols[None, :], M, n_keys, offset, left, right,
-            None, None, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+            None, None, None, None, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
         )  # fmt: skip
         # What no row sees is not read: its NaN would survive multiplication by a ds of 0.
         wanted = tl.max(see.to(tl.int32), 0) > 0
@@ -237,6 +237,8 @@ def additive_step_bwd(
     for absent in (
         "q_ids_ptr",
         "k_ids_ptr",
+        "q_ranks_ptr",
+        "k_ranks_ptr",
         "seed_ptr",
         "cu_q_ptr",
         "cu_k_ptr",

@@ -115,6 +115,26 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
     ("additive forward", "any", 32): {64: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)},
     ("additive dq", "any", 32): {64: Config(16, 32, 4, 1), 256: Config(16, 16, 4, 1)},
     ("additive dkdv", "any", 32): {64: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1)},
+    # With a relative term, whose tiles are square, and whose rows take as much as two tiles of keys. Two stages, because
+    # they load past the registers.
+    ("relative forward", "hopper", 16): {
+        64: Config(64, 64, 4, 2),
+        128: Config(64, 64, 8, 2),
+        256: Config(32, 32, 4, 2),
+    },
+    ("relative dq", "hopper", 16): {128: Config(64, 64, 8, 2), 256: Config(32, 32, 4, 2)},
+    ("relative dkdv", "hopper", 16): {128: Config(64, 64, 8, 2), 256: Config(32, 32, 4, 2)},
+    ("relative forward", "ampere", 16): {
+        64: Config(64, 64, 4, 2),
+        128: Config(64, 64, 8, 2),
+        256: Config(32, 32, 4, 2),
+    },
+    **{(f"relative {k}", "cdna", 16): {256: Config(32, 32, 4, 1)} for k in ("forward", "dq", "dkdv", "rows")},
+    **{(f"relative {k}", "any", 16): {256: Config(32, 32, 4, 2)} for k in ("forward", "dq", "dkdv", "rows")},
+    **{
+        (f"relative {k}", "any", 32): {64: Config(32, 32, 8, 1), 256: Config(16, 16, 4, 1)}
+        for k in ("forward", "dq", "dkdv", "rows")
+    },
     # Small, so that small tests have several blocks in each direction.
     ("forward", "interpreter", 16): {256: Config(32, 32, 4, 1)},
     ("dq", "interpreter", 16): {256: Config(32, 32, 4, 1)},
@@ -123,6 +143,11 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
     **{
         (f"additive {k}", "interpreter", bits): {256: Config(64, 64, 4, 1)}
         for k in ("forward", "dq", "dkdv")  # a decoding step's are small already
+        for bits in (16, 32)
+    },
+    **{
+        (f"relative {k}", "interpreter", bits): {256: Config(32, 32, 4, 1)}
+        for k in ("forward", "dq", "dkdv", "rows")
         for bits in (16, 32)
     },
 }

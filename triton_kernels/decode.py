@@ -176,7 +176,7 @@ def _decode_kernel(
             if run == MASKED_RUN:
                 see = visible(
                     0, start_n, i_m[:, None], cols[None, :], M, n_keys, offset, left, right,
-                    None, None, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    None, None, None, None, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
                 )  # fmt: skip
                 s = tl.where(see, s, float("-inf"))
             p, row_max, row_sum, rescale = softmax_step(s, row_max, row_sum, unit)
@@ -261,7 +261,8 @@ def suits(q: Tensor, k: Tensor, call: launch.Call, additive: bool = False) -> bo
     (b, h, m, _), (hk, n) = q.shape, k.shape[1:3]
     if call.offset is None:
         return b * m > 0
-    taken = call.cu_seqlens_q is None and call.q_segments is None and call.dropout_p == 0
+    absent = (call.cu_seqlens_q, call.q_segments, call.q_ranks, call.relative)
+    taken = all(one is None for one in absent) and call.dropout_p == 0
     rows = h // hk * m
     if additive:
         return b * m > 0 and taken and rows <= MOST_ADDITIVE_ROWS
@@ -292,7 +293,18 @@ def decode(
     part = q.new_empty(chunks, b, h, m, dv, dtype=torch.float32)
     part_max, part_sum = (lse.new_empty(chunks, b, h, m) for _ in range(2))
     common = call.arguments(q, k, v) | launch.layout(q, k, v, scores=(call.mask, call.bias))
-    for absent in ("q_ids_ptr", "k_ids_ptr", "seed_ptr", "cu_q_ptr", "cu_k_ptr", "S", "threshold", "inv_keep"):
+    for absent in (
+        "q_ids_ptr",
+        "k_ids_ptr",
+        "q_ranks_ptr",
+        "k_ranks_ptr",
+        "seed_ptr",
+        "cu_q_ptr",
+        "cu_k_ptr",
+        "S",
+        "threshold",
+        "inv_keep",
+    ):
         del common[absent]
     with launch.on_device_of(q):
         _decode_kernel[(chunks * programs,)](

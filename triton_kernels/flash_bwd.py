@@ -16,14 +16,25 @@ from torch import Tensor
 
 from . import launch
 from .flash_bwd_bias import flash_bwd_bias
+from .flash_bwd_relative import flash_bwd_relative
 from .mask import drop_unseen, visible
 from .philox import dropout_keep
+from .relative import (
+    Relative,
+    add_query_gradient,
+    load_low_and_high,
+    load_rows,
+    matrix_start,
+    relative_products,
+    store_rows,
+)
 from .schedule import (
     MASKED_RUN,
     block_start,
     first_run,
-    id_range,
+    hides_inside,
     keys_seen,
+    load_ids,
     locate,
     num_blocks,
     queries_seeing,
@@ -31,9 +42,9 @@ from .schedule import (
     stages,
     stop_run,
     visited_blocks,
-    within_segments,
+    within_ids,
 )
-from .score import to_scores
+from .score import through_softcap, to_scores
 from .softmax import LOG2_E, exp_scores, score_gradient
 from .tiles import head_start, load_tile, score_ptrs, statistics_start, store_tile
 
@@ -50,15 +61,6 @@ def row_dots(x, y, EXACT: tl.constexpr):
     return tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
 
 
-@triton.jit
-def through_softcap(ds, t, softcap):
-    """From the gradient of the logits to that of scale * q.k; t is the softcap's tanh."""
-    if softcap is not None:
-        # Where a pair is not seen, ds is 0 and t may be anything.
-        ds = tl.where(ds == 0.0, 0.0, ds * (1 - t * t))
-    return ds
-
-
 @triton.jit(do_not_specialize=launch.RUNTIME_VALUES)
 def _flash_bwd_dq_kernel(
     q_ptr,
@@ -73,6 +75,7 @@ def _flash_bwd_dq_kernel(
     delta_ptr,  # written here
     dlse_ptr,  # or None
     dbias_ptr,  # [b, h, m, n] of zeros, or None
+    drq_ptr,  # [b, h, m, HEAD_DIM_E], contiguous, or None
     # Absent features are None.
     mask_ptr,  # uint8
     bias_ptr,
@@ -80,10 +83,16 @@ def _flash_bwd_dq_kernel(
     q_ids_ptr,  # [b, m]
     k_ids_ptr,  # [b, n]
     id_ranges_ptr,  # [b, blocks of keys, 2]
+    q_ranks_ptr,  # [b, m]
+    k_ranks_ptr,  # [b, n]
+    rank_ranges_ptr,  # [b, blocks of keys, 2]
     slopes_ptr,  # [sequences, h]
     seed_ptr,  # []
     cu_q_ptr,  # [S + 1]
     cu_k_ptr,  # [S + 1]
+    # Of a relative term, as `relative` has them.
+    rq_ptr,
+    rk_ptr,
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qm: tl.int64,
@@ -119,6 +128,9 @@ def _flash_bwd_dq_kernel(
     M,
     N,
     S,
+    rk_heads,
+    distances,
+    first_distance,
     offset,
     left,  # or None
     right,  # or None
@@ -134,8 +146,10 @@ def _flash_bwd_dq_kernel(
     OFFSET: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
+    HEAD_DIM_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -165,18 +179,13 @@ def _flash_bwd_dq_kernel(
     dbias_base = dbias_ptr
     if dbias_ptr is not None:
         dbias_base = head_start(dbias_ptr, i_b, i_h, None, stride_dbias_b, stride_dbias_h, stride_dbias_m, 1)
-    q_ids_base = q_ids_ptr
-    k_ids_base = k_ids_ptr
-    if q_ids_ptr is not None:
-        q_ids_base = q_ids_ptr + i_b.to(tl.int64) * M
-        k_ids_base = k_ids_ptr + i_b.to(tl.int64) * N
     slope = slopes_ptr
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + i_s * H + i_h)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
-    HIDES: tl.constexpr = mask_ptr is not None or q_ids_ptr is not None
+    HIDES: tl.constexpr = hides_inside(mask_ptr, q_ids_ptr, q_ranks_ptr)
     unit = factor * LOG2_E
 
     rows = tl.arange(0, BLOCK_M)
@@ -202,23 +211,30 @@ def _flash_bwd_dq_kernel(
     q_tile = load_tile(q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET)
     if SCALE_SIGN != 1:
         q_tile = q_tile * SCALE_SIGN
+    if rq_ptr is not None:
+        rq_base = matrix_start(rq_ptr, i_b * H + i_h, M, HEAD_DIM_E)
+        rq_tile = load_rows(rq_base, start_m, M, HEAD_DIM_E, BLOCK_M, BLOCK_E)
+        if SCALE_SIGN != 1:
+            rq_tile = rq_tile * SCALE_SIGN
+        rk_base = matrix_start(rk_ptr, i_b * rk_heads + i_h, distances, HEAD_DIM_E)
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    if rq_ptr is not None:
+        drq = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
 
     stop_m = tl.minimum(start_m + BLOCK_M, n_queries)
     first, last, first_full, last_full = keys_seen(start_m, stop_m, n_keys, offset, left, right)
     start, full_start, full_stop, stop = visited_blocks(first, last, first_full, last_full, mask_base, BLOCK_N)
-    q_ids = None
-    if q_ids_ptr is not None:
-        q_ids = tl.load(q_ids_base + start_m + rows, mask=in_m, other=0)
-        low, high = id_range(q_ids, in_m)
-        q_ids = q_ids[:, None]
-        ranges_base = id_ranges_ptr + i_b.to(tl.int64) * tl.cdiv(N, BLOCK_N) * 2
-        start, full_start, full_stop, stop = within_segments(
-            start, full_start, full_stop, stop, low, high, ranges_base, mask_base, BLOCK_N
-        )
+    q_ids = load_ids(q_ids_ptr, i_b, M, (start_m + rows)[:, None], in_m[:, None])
+    start, full_start, full_stop, stop = within_ids(
+        start, full_start, full_stop, stop, q_ids, in_m[:, None], id_ranges_ptr, i_b, N, "same", BLOCK_N
+    )
+    q_ranks = load_ids(q_ranks_ptr, i_b, M, (start_m + rows)[:, None], in_m[:, None])
+    start, full_start, full_stop, stop = within_ids(
+        start, full_start, full_stop, stop, q_ranks, in_m[:, None], rank_ranges_ptr, i_b, N, "lower", BLOCK_N
+    )
     for run in tl.static_range(stop_run(mask_ptr)):
         length = run_length(run, start, full_start, full_stop, stop)
-        for step in tl.range(0, length, BLOCK_N, num_stages=stages(run, q_ids_ptr is not None)):
+        for step in tl.range(0, length, BLOCK_N, num_stages=stages(run, q_ids_ptr, q_ranks_ptr)):
             start_n = block_start(run, step, start, full_start, full_stop, BLOCK_N)
             # A key that no query of the tile sees is not read: its NaN would survive multiplication by a ds of 0.
             wanted = (start_n + cols >= first) & (start_n + cols < last)
@@ -231,7 +247,12 @@ def _flash_bwd_dq_kernel(
                 v_base, stride_vn, start_n, wanted, run == MASKED_RUN, HEAD_DIM_V, BLOCK_N, BLOCK_DV, ALIGN, OFFSET
             )
             # [BLOCK_M, BLOCK_N]
-            s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            s = None
+            if rq_ptr is not None:
+                row = start_m - start_n + offset - first_distance
+                low, high = load_low_and_high(rk_base, row, distances, HEAD_DIM_E, BLOCK_N, BLOCK_E)
+                s = relative_products(rq_tile, low, high, start_n, 1)
+            s = tl.dot(q_tile, tl.trans(k_tile), s, input_precision="ieee")
             s, t = to_scores(
                 s, start_m, start_n, rows[:, None], cols[None, :], n_queries, n_keys, offset, magnitude, softcap,
                 slope, bias_base, stride_bias_m, stride_bias_n, OFFSET,
@@ -243,12 +264,12 @@ def _flash_bwd_dq_kernel(
                 dp = tl.where(keep, dp * inv_keep, 0.0)
             ds = score_gradient(p, dp, delta[:, None], d_lse)
             if run == MASKED_RUN:
-                k_ids = None
-                if q_ids_ptr is not None:
-                    k_ids = tl.load(k_ids_base + start_n + cols, mask=start_n + cols < n_keys, other=0)[None, :]
+                j_n = (start_n + cols)[None, :]
+                k_ids = load_ids(k_ids_ptr, i_b, N, j_n, j_n < n_keys)
+                k_ranks = load_ids(k_ranks_ptr, i_b, N, j_n, j_n < n_keys)
                 see = visible(
                     start_m, start_n, rows[:, None], cols[None, :], n_queries, n_keys, offset, left, right,
-                    q_ids, k_ids, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    q_ids, k_ids, q_ranks, k_ranks, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
                 )  # fmt: skip
                 ds = tl.where(see, ds, 0.0)
                 k_tile = drop_unseen(k_tile, see, HIDES)
@@ -260,9 +281,14 @@ def _flash_bwd_dq_kernel(
                 tl.store(dbias_ptrs, ds.to(dbias_ptr.dtype.element_ty), mask=inside)
             ds = through_softcap(ds, t, softcap)
             dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
+            if rq_ptr is not None:
+                drq = add_query_gradient(drq, ds, low, high, start_n)
 
     dq_base = head_start(dq_ptr, i_b, i_h, first_m, stride_dqb, stride_dqh, stride_dqm, ALIGN)
     store_tile(dq_base, stride_dqm, start_m, in_m, dq * scale, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET)
+    if rq_ptr is not None:
+        drq_base = matrix_start(drq_ptr, i_b * H + i_h, M, HEAD_DIM_E)
+        store_rows(drq_base, start_m, M, drq * scale, HEAD_DIM_E, BLOCK_M, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=launch.RUNTIME_VALUES)
@@ -285,10 +311,16 @@ def _flash_bwd_dkdv_kernel(
     q_ids_ptr,  # [b, m]
     k_ids_ptr,  # [b, n]
     id_ranges_ptr,  # [b, blocks of queries, 2]
+    q_ranks_ptr,  # [b, m]
+    k_ranks_ptr,  # [b, n]
+    rank_ranges_ptr,  # [b, blocks of queries, 2]
     slopes_ptr,  # [sequences, h]
     seed_ptr,  # []
     cu_q_ptr,  # [S + 1]
     cu_k_ptr,  # [S + 1]
+    # Of a relative term, as `relative` has them.
+    rq_ptr,
+    rk_ptr,
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qm: tl.int64,
@@ -320,6 +352,9 @@ def _flash_bwd_dkdv_kernel(
     M,
     N,
     S,
+    rk_heads,
+    distances,
+    first_distance,
     offset,
     left,  # or None
     right,  # or None
@@ -336,8 +371,10 @@ def _flash_bwd_dkdv_kernel(
     OFFSET: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
+    HEAD_DIM_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -358,11 +395,6 @@ def _flash_bwd_dkdv_kernel(
     n_keys = all_keys
     if lengths_ptr is not None:
         n_keys = tl.minimum(tl.load(lengths_ptr + i_b), N)  # a wrong length must not read past the keys
-    q_ids_base = q_ids_ptr
-    k_ids_base = k_ids_ptr
-    if q_ids_ptr is not None:
-        q_ids_base = q_ids_ptr + i_b.to(tl.int64) * M
-        k_ids_base = k_ids_ptr + i_b.to(tl.int64) * N
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     unit = factor * LOG2_E
@@ -386,21 +418,20 @@ def _flash_bwd_dkdv_kernel(
         start_n, stop_n, tl.cdiv(n_queries, BLOCK_M) * BLOCK_M, offset, left, right
     )
     start, full_start, full_stop, stop = visited_blocks(first, last, first_full, last_full, mask_ptr, BLOCK_M)
-    k_ids = None
-    if q_ids_ptr is not None:
-        k_ids = tl.load(k_ids_base + start_n + cols, mask=in_keys, other=0)
-        low, high = id_range(k_ids, in_keys)
-        k_ids = k_ids[:, None]
-        ranges_base = id_ranges_ptr + i_b.to(tl.int64) * tl.cdiv(M, BLOCK_M) * 2
-        start, full_start, full_stop, stop = within_segments(
-            start, full_start, full_stop, stop, low, high, ranges_base, mask_ptr, BLOCK_M
-        )
-    HIDES: tl.constexpr = mask_ptr is not None or q_ids_ptr is not None
+    k_ids = load_ids(k_ids_ptr, i_b, N, (start_n + cols)[:, None], in_keys[:, None])
+    start, full_start, full_stop, stop = within_ids(
+        start, full_start, full_stop, stop, k_ids, in_keys[:, None], id_ranges_ptr, i_b, M, "same", BLOCK_M
+    )
+    k_ranks = load_ids(k_ranks_ptr, i_b, N, (start_n + cols)[:, None], in_keys[:, None])
+    start, full_start, full_stop, stop = within_ids(
+        start, full_start, full_stop, stop, k_ranks, in_keys[:, None], rank_ranges_ptr, i_b, M, "higher", BLOCK_M
+    )
+    HIDES: tl.constexpr = hides_inside(mask_ptr, q_ids_ptr, q_ranks_ptr)
     HAS_MASKED: tl.constexpr = left is not None or right is not None or HIDES
     # The query heads of the group follow one another in one loop, so that its pipeline never drains between them.
     for run in tl.static_range(first_run(HAS_MASKED), stop_run(mask_ptr)):
         length = run_length(run, start, full_start, full_stop, stop)
-        for step in tl.range(0, length * GROUP, BLOCK_M, num_stages=stages(run, q_ids_ptr is not None)):
+        for step in tl.range(0, length * GROUP, BLOCK_M, num_stages=stages(run, q_ids_ptr, q_ranks_ptr)):
             i_h = i_kv
             if GROUPED:
                 i_h = i_kv * GROUP + step // length
@@ -425,7 +456,15 @@ def _flash_bwd_dkdv_kernel(
             if slopes_ptr is not None:
                 slope = tl.load(slopes_ptr + i_s * H + i_h)
             # [BLOCK_N, BLOCK_M]
-            s_t = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+            s_t = None
+            if rq_ptr is not None:
+                rq_base = matrix_start(rq_ptr, i_b * H + i_h, M, HEAD_DIM_E)
+                rq_tile = load_rows(rq_base, start_m, M, HEAD_DIM_E, BLOCK_M, BLOCK_E)
+                rk_base = matrix_start(rk_ptr, i_b * rk_heads + i_h, distances, HEAD_DIM_E)
+                row = start_m - start_n + offset - first_distance
+                low, high = load_low_and_high(rk_base, row, distances, HEAD_DIM_E, BLOCK_N, BLOCK_E)
+                s_t = relative_products(rq_tile * SCALE_SIGN, low, high, start_m, 0)
+            s_t = tl.dot(k_tile, tl.trans(q_tile), s_t, input_precision="ieee")
             s_t, t_t = to_scores(
                 s_t, start_m, start_n, rows[None, :], cols[:, None], n_queries, n_keys, offset, magnitude, softcap,
                 slope, bias_base, stride_bias_m, stride_bias_n, OFFSET,
@@ -442,12 +481,11 @@ def _flash_bwd_dkdv_kernel(
                 mask_base = mask_ptr
                 if mask_ptr is not None:
                     mask_base = head_start(mask_ptr, i_b, i_h, None, stride_mask_b, stride_mask_h, stride_mask_m, 1)
-                q_ids = None
-                if q_ids_ptr is not None:
-                    q_ids = tl.load(q_ids_base + i_m, mask=in_m, other=0)[None, :]
+                q_ids = load_ids(q_ids_ptr, i_b, M, i_m[None, :], in_m[None, :])
+                q_ranks = load_ids(q_ranks_ptr, i_b, M, i_m[None, :], in_m[None, :])
                 see = visible(
                     start_m, start_n, rows[None, :], cols[:, None], n_queries, n_keys, offset, left, right,
-                    q_ids, k_ids, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    q_ids, k_ids, q_ranks, k_ranks, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
                 )  # fmt: skip
                 p_t = tl.where(see, p_t, 0.0)
             p_kept = p_t
@@ -485,17 +523,20 @@ def flash_bwd(
     dk: Tensor,
     dv: Tensor,
     dbias: Tensor | None,
+    drelative: Relative | None,
     call: launch.Call,
 ) -> Tensor:
-    """Writes the gradients dq, dk, dv and dbias, whose zeros need not be written. Returns delta [b, h, m].
+    """Writes the gradients dq, dk, dv, dbias, whose zeros need not be written, and drelative. Returns delta [b, h, m].
 
     Every tensor [b, heads, rows, size] has a last stride of 1. row_max, log_sum and d_lse are float32 [b, h, m] and
     contiguous, the first two as the forward left them.
     """
     (b, h, m, _), (hk, n) = q.shape, k.shape[1:3]
     delta = torch.empty_like(log_sum)
-    common = call.arguments(q, k, v) | launch.layout(
-        q, k, v, out, d_out, dq, dk, dv, scores=(call.mask, call.bias, dbias)
+    common = (
+        call.arguments(q, k, v)
+        | call.relative_arguments()
+        | launch.layout(q, k, v, out, d_out, dq, dk, dv, scores=(call.mask, call.bias, dbias))
     )
     common["scale"] = call.scale
     owned = dbias is not None and dbias.shape == (b, h, m, n)
@@ -506,15 +547,18 @@ def flash_bwd(
                 q, k, v, out, d_out, dq, row_max, log_sum, delta, d_lse,
                 **launch.strides(q=q, k=k, v=v, o=out, do=d_out, dq=dq), **common, **sizes.arguments(),
                 **launch.score_tensor("dbias", dbias if owned else None, b, h, m, n),
-                id_ranges_ptr=launch.id_ranges(call.k_segments, sizes.block_n),
+                drq_ptr=None if drelative is None else drelative.q,
+                **launch.ranges(call.k_segments, call.k_ranks, sizes.block_n),
             )  # fmt: skip
         sizes = launch.sizes("dkdv", q, k, v, call)
         if b * n > 0:
             _flash_bwd_dkdv_kernel[(call.blocks(n, sizes.block_n) * hk * b,)](
                 q, k, v, d_out, dk, dv, row_max, log_sum, delta, d_lse,
                 **launch.strides(q=q, k=k, v=v, do=d_out, dk=dk, dv=dv), **common, **sizes.arguments(),
-                GROUPED=h != hk, id_ranges_ptr=launch.id_ranges(call.q_segments, sizes.block_m),
+                GROUPED=h != hk, **launch.ranges(call.q_segments, call.q_ranks, sizes.block_m),
             )  # fmt: skip
         if dbias is not None and not owned and b * m * n > 0:
             flash_bwd_bias(q, k, v, row_max, log_sum, delta, d_lse, d_out, dbias, call)
+        if drelative is not None:
+            flash_bwd_relative(q, k, v, row_max, log_sum, delta, d_lse, d_out, drelative.k, call)
     return delta

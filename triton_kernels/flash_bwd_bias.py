@@ -14,7 +14,11 @@ from . import launch
 from .additive import MOST_ROWS, NOT_ADDITIVE, additive_scores, is_mild, parts_start
 from .mask import visible
 from .philox import dropout_keep
-from .schedule import keys_seen
+from .relative import load_low_and_high, load_rows, matrix_start, relative_products
+from .schedule import (
+    keys_seen,
+    load_ids,
+)
 from .score import to_scores
 from .softmax import LOG2_E, exp_scores, score_gradient
 from .tiles import head_start, load_tile, score_ptrs, statistics_start
@@ -44,8 +48,13 @@ def _flash_bwd_dbias_kernel(
     lengths_ptr,  # [b]
     q_ids_ptr,  # [b, m]
     k_ids_ptr,  # [b, n]
+    q_ranks_ptr,  # [b, m]
+    k_ranks_ptr,  # [b, n]
     slopes_ptr,  # [sequences, h]
     seed_ptr,  # []
+    # Of a relative term, as `relative` has them.
+    rq_ptr,
+    rk_ptr,
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qm: tl.int64,
@@ -77,6 +86,9 @@ def _flash_bwd_dbias_kernel(
     Q_TILES,
     K_TILES,
     B,
+    rk_heads,
+    distances,
+    first_distance,
     offset,
     left,  # or None
     right,  # or None
@@ -95,10 +107,12 @@ def _flash_bwd_dbias_kernel(
     OFFSET: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
+    HEAD_DIM_E: tl.constexpr,
     NATIVE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -164,6 +178,12 @@ def _flash_bwd_dbias_kernel(
                 q_tile = load_tile(q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET)
                 if SCALE_SIGN != 1:
                     q_tile = q_tile * SCALE_SIGN
+                if rq_ptr is not None:
+                    rq_base = matrix_start(rq_ptr, i_b * H + i_h, M, HEAD_DIM_E)
+                    rq_tile = load_rows(rq_base, start_m, M, HEAD_DIM_E, BLOCK_M, BLOCK_E)
+                    if SCALE_SIGN != 1:
+                        rq_tile = rq_tile * SCALE_SIGN
+                    rk_base = matrix_start(rk_ptr, i_b * rk_heads + i_h, distances, HEAD_DIM_E)
             do_tile = load_tile(do_base, stride_dom, start_m, in_m, True, HEAD_DIM_V, BLOCK_M, BLOCK_DV, ALIGN, OFFSET)
             for block_n in tl.range(0, each_n):
                 start_n = (own_n + block_n) * BLOCK_N
@@ -176,7 +196,12 @@ def _flash_bwd_dbias_kernel(
                     k_tile = load_tile(
                         k_base, stride_kn, start_n, wanted, True, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN, OFFSET
                     )
-                    s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+                    s = None
+                    if rq_ptr is not None:
+                        row = start_m - start_n + offset - first_distance
+                        low, high = load_low_and_high(rk_base, row, distances, HEAD_DIM_E, BLOCK_N, BLOCK_E)
+                        s = relative_products(rq_tile, low, high, start_n, 1)
+                    s = tl.dot(q_tile, tl.trans(k_tile), s, input_precision="ieee")
                 else:
                     j_n = start_n + cols
                     k_reach_ptrs = statistics_start(k_reach_ptr, i_b, i_h // GROUP, H // GROUP, k_rows, None) + j_n
@@ -195,15 +220,14 @@ def _flash_bwd_dbias_kernel(
                 if seed_ptr is not None:
                     keep = dropout_keep(seed, threshold, i_b, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N)
                     dp = tl.where(keep, dp * inv_keep, 0.0)
-                q_ids = None
-                k_ids = None
-                if q_ids_ptr is not None:
-                    q_ids = tl.load(q_ids_ptr + i_b.to(tl.int64) * M + i_m, mask=in_m, other=0)[:, None]
-                    j_n = start_n + cols
-                    k_ids = tl.load(k_ids_ptr + i_b.to(tl.int64) * N + j_n, mask=j_n < n_keys, other=0)[None, :]
+                q_ids = load_ids(q_ids_ptr, i_b, M, i_m[:, None], in_m[:, None])
+                q_ranks = load_ids(q_ranks_ptr, i_b, M, i_m[:, None], in_m[:, None])
+                j_n = (start_n + cols)[None, :]
+                k_ids = load_ids(k_ids_ptr, i_b, N, j_n, j_n < n_keys)
+                k_ranks = load_ids(k_ranks_ptr, i_b, N, j_n, j_n < n_keys)
                 see = visible(
                     start_m, start_n, rows[:, None], cols[None, :], M, n_keys, offset, left, right,
-                    q_ids, k_ids, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    q_ids, k_ids, q_ranks, k_ranks, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
                 )  # fmt: skip
                 acc += tl.where(see, score_gradient(p, dp, delta[:, None], d_lse), 0.0)
 
@@ -242,7 +266,12 @@ def flash_bwd_bias(
     one_b, one_h, one_m, one_n = (size == 1 for size in dbias.shape)
     blocks_m, blocks_n = launch.parts(m, sizes.block_m), launch.parts(n, sizes.block_n)
     programs = (1 if one_b else b) * (1 if one_h else h) * (1 if one_m else blocks_m) * (1 if one_n else blocks_n)
-    common = call.arguments(q, k, v) | additive | launch.layout(q, k, v, d_out, scores=(call.mask, call.bias, dbias))
+    common = (
+        call.arguments(q, k, v)
+        | additive
+        | call.relative_arguments()
+        | launch.layout(q, k, v, d_out, scores=(call.mask, call.bias, dbias))
+    )
     for of_packed in ("S", "cu_q_ptr", "cu_k_ptr"):
         del common[of_packed]
     _flash_bwd_dbias_kernel[(programs,)](

@@ -11,18 +11,20 @@ from torch import Tensor
 from . import launch
 from .mask import drop_unseen, visible
 from .philox import dropout_keep
+from .relative import load_low_and_high, load_rows, matrix_start, relative_products
 from .schedule import (
     MASKED_RUN,
     block_start,
-    id_range,
+    hides_inside,
     keys_seen,
+    load_ids,
     locate,
     num_blocks,
     run_length,
     stages,
     stop_run,
     visited_blocks,
-    within_segments,
+    within_ids,
 )
 from .score import to_scores
 from .softmax import LOG2_E, finish_rows, softmax_step
@@ -46,11 +48,17 @@ def _flash_fwd_kernel(
     q_ids_ptr,  # [b, m]
     k_ids_ptr,  # [b, n]
     id_ranges_ptr,  # [b, blocks of keys, 2]
+    q_ranks_ptr,  # [b, m]
+    k_ranks_ptr,  # [b, n]
+    rank_ranges_ptr,  # [b, blocks of keys, 2]
     slopes_ptr,  # [sequences, h]
     sinks_ptr,  # [h]
     seed_ptr,  # []
     cu_q_ptr,  # [S + 1]
     cu_k_ptr,  # [S + 1]
+    # Of a relative term, as `relative` has them.
+    rq_ptr,
+    rk_ptr,
     stride_qb: tl.int64,
     stride_qh: tl.int64,
     stride_qm: tl.int64,
@@ -76,6 +84,9 @@ def _flash_fwd_kernel(
     M,
     N,
     S,
+    rk_heads,
+    distances,
+    first_distance,
     offset,
     left,  # or None
     right,  # or None
@@ -90,8 +101,10 @@ def _flash_fwd_kernel(
     OFFSET: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
+    HEAD_DIM_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -118,17 +131,12 @@ def _flash_fwd_kernel(
     bias_base = bias_ptr
     if bias_ptr is not None:
         bias_base = head_start(bias_ptr, i_b, i_h, None, stride_bias_b, stride_bias_h, stride_bias_m, 1)
-    q_ids_base = q_ids_ptr
-    k_ids_base = k_ids_ptr
-    if q_ids_ptr is not None:
-        q_ids_base = q_ids_ptr + i_b.to(tl.int64) * M
-        k_ids_base = k_ids_ptr + i_b.to(tl.int64) * N
     slope = slopes_ptr
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + i_s * H + i_h)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    HIDES: tl.constexpr = mask_ptr is not None or q_ids_ptr is not None
+    HIDES: tl.constexpr = hides_inside(mask_ptr, q_ids_ptr, q_ranks_ptr)
     unit = factor * LOG2_E
 
     rows = tl.arange(0, BLOCK_M)
@@ -139,6 +147,12 @@ def _flash_fwd_kernel(
     q_tile = load_tile(q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK_M, BLOCK_D, ALIGN, OFFSET)
     if SCALE_SIGN != 1:
         q_tile = q_tile * SCALE_SIGN
+    if rq_ptr is not None:
+        rq_base = matrix_start(rq_ptr, i_b * H + i_h, M, HEAD_DIM_E)
+        rq_tile = load_rows(rq_base, start_m, M, HEAD_DIM_E, BLOCK_M, BLOCK_E)
+        if SCALE_SIGN != 1:
+            rq_tile = rq_tile * SCALE_SIGN
+        rk_base = matrix_start(rk_ptr, i_b * rk_heads + i_h, distances, HEAD_DIM_E)
     # [BLOCK_M, BLOCK_DV]
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
@@ -147,18 +161,17 @@ def _flash_fwd_kernel(
     stop_m = tl.minimum(start_m + BLOCK_M, n_queries)
     first, last, first_full, last_full = keys_seen(start_m, stop_m, n_keys, offset, left, right)
     start, full_start, full_stop, stop = visited_blocks(first, last, first_full, last_full, mask_base, BLOCK_N)
-    q_ids = None
-    if q_ids_ptr is not None:
-        q_ids = tl.load(q_ids_base + start_m + rows, mask=in_m, other=0)
-        low, high = id_range(q_ids, in_m)
-        q_ids = q_ids[:, None]
-        ranges_base = id_ranges_ptr + i_b.to(tl.int64) * tl.cdiv(N, BLOCK_N) * 2
-        start, full_start, full_stop, stop = within_segments(
-            start, full_start, full_stop, stop, low, high, ranges_base, mask_base, BLOCK_N
-        )
+    q_ids = load_ids(q_ids_ptr, i_b, M, (start_m + rows)[:, None], in_m[:, None])
+    start, full_start, full_stop, stop = within_ids(
+        start, full_start, full_stop, stop, q_ids, in_m[:, None], id_ranges_ptr, i_b, N, "same", BLOCK_N
+    )
+    q_ranks = load_ids(q_ranks_ptr, i_b, M, (start_m + rows)[:, None], in_m[:, None])
+    start, full_start, full_stop, stop = within_ids(
+        start, full_start, full_stop, stop, q_ranks, in_m[:, None], rank_ranges_ptr, i_b, N, "lower", BLOCK_N
+    )
     for run in tl.static_range(stop_run(mask_ptr)):
         length = run_length(run, start, full_start, full_stop, stop)
-        for step in tl.range(0, length, BLOCK_N, num_stages=stages(run, q_ids_ptr is not None)):
+        for step in tl.range(0, length, BLOCK_N, num_stages=stages(run, q_ids_ptr, q_ranks_ptr)):
             start_n = block_start(run, step, start, full_start, full_stop, BLOCK_N)
             # A key that no query of the tile sees is not read: its NaN would survive multiplication by a weight of 0.
             wanted = (start_n + cols >= first) & (start_n + cols < last)
@@ -167,18 +180,23 @@ def _flash_fwd_kernel(
                 k_base, stride_kn, start_n, wanted, run == MASKED_RUN, HEAD_DIM, BLOCK_N, BLOCK_D, ALIGN, OFFSET
             )
             # [BLOCK_M, BLOCK_N]
-            s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            s = None
+            if rq_ptr is not None:
+                row = start_m - start_n + offset - first_distance
+                low, high = load_low_and_high(rk_base, row, distances, HEAD_DIM_E, BLOCK_N, BLOCK_E)
+                s = relative_products(rq_tile, low, high, start_n, 1)
+            s = tl.dot(q_tile, tl.trans(k_tile), s, input_precision="ieee")
             s, _ = to_scores(
                 s, start_m, start_n, rows[:, None], cols[None, :], n_queries, n_keys, offset, magnitude, softcap,
                 slope, bias_base, stride_bias_m, stride_bias_n, OFFSET,
             )  # fmt: skip
             if run == MASKED_RUN:
-                k_ids = None
-                if q_ids_ptr is not None:
-                    k_ids = tl.load(k_ids_base + start_n + cols, mask=start_n + cols < n_keys, other=0)[None, :]
+                j_n = (start_n + cols)[None, :]
+                k_ids = load_ids(k_ids_ptr, i_b, N, j_n, j_n < n_keys)
+                k_ranks = load_ids(k_ranks_ptr, i_b, N, j_n, j_n < n_keys)
                 see = visible(
                     start_m, start_n, rows[:, None], cols[None, :], n_queries, n_keys, offset, left, right,
-                    q_ids, k_ids, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    q_ids, k_ids, q_ranks, k_ranks, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
                 )  # fmt: skip
                 s = tl.where(see, s, float("-inf"))
             p, row_max, row_sum, rescale = softmax_step(s, row_max, row_sum, unit)
@@ -214,10 +232,12 @@ def flash_fwd(
     b, h, m, _ = q.shape
     if b * m == 0:
         return
-    common = call.arguments(q, k, v) | launch.layout(q, k, v, out, scores=(call.mask, call.bias))
+    common = (
+        call.arguments(q, k, v) | call.relative_arguments() | launch.layout(q, k, v, out, scores=(call.mask, call.bias))
+    )
     sizes = launch.sizes("forward", q, k, v, call)
     with launch.on_device_of(q):
         _flash_fwd_kernel[(call.blocks(m, sizes.block_m) * h * b,)](
             q, k, v, out, lse, row_max, log_sum, **launch.strides(q=q, k=k, v=v, o=out), **common, **sizes.arguments(),
-            sinks_ptr=launch.contiguous(call.sinks), id_ranges_ptr=launch.id_ranges(call.k_segments, sizes.block_n),
+            sinks_ptr=launch.contiguous(call.sinks), **launch.ranges(call.k_segments, call.k_ranks, sizes.block_n),
         )  # fmt: skip

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
+from .relative import NO_RELATIVE, Relative
 
 # The arguments that say a tensor's strides, of [b, heads, rows, size] and of [b, h, m, n]. They are put together once,
 # because a launch on the host would spend as long on a name as on its value.
@@ -28,6 +29,7 @@ RUNTIME_VALUES = (
     *("H", "GROUP", "M", "N", "S", "offset", "left", "right"),
     *("magnitude", "factor", "scale", "softcap", "threshold", "inv_keep"),
     *("B", "CHUNKS", "PAGES", "page_size"),
+    *("rk_heads", "distances", "first_distance", "first_row"),
     *(f"outer_{tensor}" for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv")),
     *("BLOCKS", "SECTION", "HEADS", "Q_TILES", "K_TILES"),
 )
@@ -53,6 +55,9 @@ class Call(NamedTuple):
     key_lengths: Tensor | None = None  # int32 [b]
     q_segments: Tensor | None = None  # int32 or int64 [b, m]
     k_segments: Tensor | None = None  # int32 or int64 [b, n]
+    q_ranks: Tensor | None = None  # int32 [b, m]
+    k_ranks: Tensor | None = None  # int32 [b, n]
+    relative: Relative | None = None
     alibi_slopes: Tensor | None = None  # float32 [sequences, h]
     sinks: Tensor | None = None  # float32 [h]
     seed: Tensor | None = None  # int64 []
@@ -90,6 +95,8 @@ class Call(NamedTuple):
             "lengths_ptr": contiguous(self.key_lengths),
             "q_ids_ptr": contiguous(self.q_segments),
             "k_ids_ptr": contiguous(self.k_segments),
+            "q_ranks_ptr": contiguous(self.q_ranks),
+            "k_ranks_ptr": contiguous(self.k_ranks),
             "slopes_ptr": contiguous(self.alibi_slopes),
             "seed_ptr": self.seed if self.dropout_p > 0 else None,
             "cu_q_ptr": self.cu_seqlens_q,
@@ -114,6 +121,10 @@ class Call(NamedTuple):
             "BLOCK_DV": padded_head_dim(dv),
         }
 
+    def relative_arguments(self) -> dict[str, Any]:
+        """Those of `relative`, of kernels whose scores are products."""
+        return NO_RELATIVE if self.relative is None else self.relative.arguments()
+
 
 def contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
@@ -127,8 +138,13 @@ def score_tensor(name: str, t: Tensor | None, b: int, h: int, m: int, n: int) ->
     return {f"{name}_ptr": t, **dict(zip(SCORE_STRIDES[name], t.stride(), strict=True))}
 
 
-def id_ranges(ids: Tensor | None, block: int) -> Tensor | None:
-    """The least and greatest of every block of segment ids [b, rows], as [b, blocks, 2]."""
+def ranges(segments: Tensor | None, ranks: Tensor | None, block: int) -> dict[str, Tensor | None]:
+    """id_ranges_ptr and rank_ranges_ptr for kernels that visit blocks of this side."""
+    return {"id_ranges_ptr": _ranges(segments, block), "rank_ranges_ptr": _ranges(ranks, block)}
+
+
+def _ranges(ids: Tensor | None, block: int) -> Tensor | None:
+    """The least and greatest of every block of ids [b, rows], as [b, blocks, 2]."""
     if ids is None:
         return None
     b, rows = ids.shape
@@ -167,6 +183,8 @@ def sizes(kernel: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> config.Co
     """The launch sizes of `kernel` for this call."""
     # The columns of additive scores are walked over: they make no tile wide.
     head_dim = padded_head_dim(v.shape[3] if kernel.startswith("additive") else max(q.shape[3], v.shape[3]))
+    if call.relative is not None:
+        kernel, head_dim = f"relative {kernel}", max(head_dim, padded_head_dim(call.relative.k.shape[3]))
     architecture, bits = config.architecture_of(q.device), 8 * q.element_size()
     return config.choose(kernel, architecture, bits, head_dim, _load(q, k, v, call))
 

@@ -17,6 +17,8 @@ def visible(
     right,
     q_ids,
     k_ids,
+    q_ranks,
+    k_ranks,
     mask_base,
     stride_mask_m,
     stride_mask_n,
@@ -25,8 +27,8 @@ def visible(
 ):
     """Which keys `start_n + cols` the queries `start_m + rows` see; rows and cols broadcast, in either orientation.
 
-    `left`, `right`, `mask_base` and the rows' and columns' segment ids, which broadcast as they do, are None where the
-    call has no such limit. Only elements that the other limits leave visible are read from the mask.
+    `left`, `right`, `mask_base` and the rows' and columns' segment ids and ranks, which broadcast as they do, are None
+    where the call has no such limit. Only elements that the other limits leave visible are read from the mask.
     """
     i_m = start_m + rows
     j_n = start_n + cols
@@ -37,6 +39,8 @@ def visible(
         see = see & (j_n <= i_m + (offset + right))
     if q_ids is not None:
         see = see & (q_ids == k_ids)
+    if q_ranks is not None:
+        see = see & (q_ranks > k_ranks)
     if mask_base is not None:
         first = mask_base + (start_m * stride_mask_m + start_n * stride_mask_n)
         inner_n = cols.to(OFFSET)
@@ -51,7 +55,7 @@ def visible(
 def drop_unseen(tile, see, HIDES: tl.constexpr):
     """Rows of keys or values that no query of the tile sees as 0: a NaN there would survive a weight of 0.
 
-    Only needed where a mask or segments may hide keys in the middle; what lies outside the band is not even loaded.
+    Only needed where a mask, segments or ranks may hide keys in the middle: what lies outside the band is not loaded.
     """
     if HIDES:
         tile = tl.where((tl.max(see.to(tl.int32), 0) > 0)[:, None], tile, 0.0)

@@ -4,8 +4,8 @@ The keys a block of queries sees form one range [first, last); the keys that *al
 Blocks outside the first are skipped, blocks inside the second run without any mask arithmetic, and the blocks between
 the two, at either end, are masked. The queries that see a block of keys are found the same way.
 
-Segment ids narrow both, by the least and greatest id of every block: exactly where ids are sorted, as they are where
-documents follow one another, and never wrongly where they are not.
+Segment ids and ranks narrow both, by the least and greatest of every block: exactly where they are sorted, as ids are
+where documents follow one another, and never wrongly where they are not.
 
 A kernel visits its blocks in two runs, each a loop compiled on its own: run 0 the masked ones, run 1 the full ones.
 
@@ -31,12 +31,18 @@ def stop_run(mask_base):
 
 
 @triton.constexpr_function
-def stages(run, has_ids):
+def hides_inside(mask_base, q_ids, q_ranks):
+    """Whether keys may be hidden in the middle of others, as no band and no length hides them."""
+    return mask_base is not None or q_ids is not None or q_ranks is not None
+
+
+@triton.constexpr_function
+def stages(run, q_ids, q_ranks):
     """num_stages of a run's loop; None is the launch's.
 
-    With segment ids that is 1, because the masked run needs the registers; the full run, next to nothing.
+    With segment ids or ranks that is 1, because the masked run needs the registers; the full run, next to nothing.
     """
-    return 2 if run == 1 and has_ids else None
+    return 2 if run == 1 and (q_ids is not None or q_ranks is not None) else None
 
 
 @triton.jit
@@ -92,42 +98,59 @@ def visited_blocks(first, last, first_full, last_full, mask_base, BLOCK: tl.cons
 
 
 @triton.jit
-def id_range(ids, inside):
-    """The least and the greatest of the segment ids that are `inside`."""
-    MOST: tl.constexpr = 2 ** (ids.dtype.primitive_bitwidth - 1) - 1
-    return tl.min(tl.where(inside, ids, MOST), 0), tl.max(tl.where(inside, ids, -MOST - 1), 0)
+def load_ids(ptr, i_b, LENGTH, positions, inside):
+    """The segment ids or ranks [b, LENGTH] of one batch entry's `positions`; None where ptr is."""
+    ids = ptr
+    if ptr is not None:
+        ids = tl.load(ptr + i_b.to(tl.int64) * LENGTH + positions, mask=inside, other=0)
+    return ids
 
 
 @triton.jit
-def within_segments(start, full_start, full_stop, stop, low, high, ranges_base, mask_base, BLOCK: tl.constexpr):
-    """`visited_blocks`, narrowed to those that share a segment with rows whose ids lie in [low, high].
+def within_ids(
+    start, full_start, full_stop, stop, ids, inside, ranges_ptr, i_b, LENGTH, SEES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`visited_blocks`, narrowed to those whose ids some row sees, out of rows with the `ids` that are `inside`.
 
-    ranges_base: the (least, greatest) id of each block [blocks, 2]. Full are blocks of one id only, the rows'.
+    ids: None where the call has none. ranges_ptr: the (least, greatest) id of each block of the other side, which is
+    LENGTH long, [b, blocks, 2]. SEES says which of those are visible: "same" ids, as of segments; "lower" ones, as
+    queries see the ranks of keys; "higher" ones, as keys are seen.
     """
-    SCAN: tl.constexpr = 128
-    first_met = stop // BLOCK
-    last_met = start // BLOCK - 1
-    first_same = first_met
-    last_same = last_met
-    same_blocks = 0
-    for scan in tl.range(start // BLOCK, stop // BLOCK, SCAN):
-        block = scan + tl.arange(0, SCAN)
-        exists = block < stop // BLOCK
-        least = tl.load(ranges_base + 2 * block, mask=exists, other=0)
-        greatest = tl.load(ranges_base + 2 * block + 1, mask=exists, other=0)
-        met = exists & (least <= high) & (greatest >= low)
-        same = exists & (least == high) & (greatest == low)
-        first_met = tl.minimum(first_met, tl.min(tl.where(met, block, stop // BLOCK), 0))
-        last_met = tl.maximum(last_met, tl.max(tl.where(met, block, -1), 0))
-        first_same = tl.minimum(first_same, tl.min(tl.where(same, block, stop // BLOCK), 0))
-        last_same = tl.maximum(last_same, tl.max(tl.where(same, block, -1), 0))
-        same_blocks += tl.sum(same.to(tl.int32), 0)
-    stop = tl.maximum((last_met + 1) * BLOCK, start)
-    start = tl.minimum(first_met * BLOCK, stop)
-    in_a_row = last_same - first_same + 1 == same_blocks
-    full_start = tl.minimum(tl.maximum(full_start, first_same * BLOCK), stop)
-    full_stop = tl.minimum(full_stop, tl.where(in_a_row, (last_same + 1) * BLOCK, 0))
-    return start, full_start, tl.maximum(full_stop, full_start), stop
+    if ids is not None:
+        MOST: tl.constexpr = 2 ** (ids.dtype.primitive_bitwidth - 1) - 1
+        low, high = tl.min(tl.where(inside, ids, MOST)), tl.max(tl.where(inside, ids, -MOST - 1))
+        ranges = ranges_ptr + i_b.to(tl.int64) * tl.cdiv(LENGTH, BLOCK) * 2
+        SCAN: tl.constexpr = 128
+        first_met = stop // BLOCK
+        last_met = start // BLOCK - 1
+        first_whole = first_met
+        last_whole = last_met
+        whole_blocks = 0
+        for scan in tl.range(start // BLOCK, stop // BLOCK, SCAN):
+            block = scan + tl.arange(0, SCAN)
+            exists = block < stop // BLOCK
+            least = tl.load(ranges + 2 * block, mask=exists, other=0)
+            greatest = tl.load(ranges + 2 * block + 1, mask=exists, other=0)
+            if SEES == "same":
+                met = exists & (least <= high) & (greatest >= low)
+                whole = exists & (least == high) & (greatest == low)
+            elif SEES == "lower":
+                met = exists & (least < high)
+                whole = exists & (greatest < low)
+            else:
+                met = exists & (greatest > low)
+                whole = exists & (least > high)
+            first_met = tl.minimum(first_met, tl.min(tl.where(met, block, stop // BLOCK), 0))
+            last_met = tl.maximum(last_met, tl.max(tl.where(met, block, -1), 0))
+            first_whole = tl.minimum(first_whole, tl.min(tl.where(whole, block, stop // BLOCK), 0))
+            last_whole = tl.maximum(last_whole, tl.max(tl.where(whole, block, -1), 0))
+            whole_blocks += tl.sum(whole.to(tl.int32), 0)
+        stop = tl.maximum((last_met + 1) * BLOCK, start)
+        start = tl.minimum(first_met * BLOCK, stop)
+        in_a_row = last_whole - first_whole + 1 == whole_blocks
+        full_start = tl.minimum(tl.maximum(full_start, first_whole * BLOCK), stop)
+        full_stop = tl.maximum(tl.minimum(full_stop, tl.where(in_a_row, (last_whole + 1) * BLOCK, 0)), full_start)
+    return start, full_start, full_stop, stop
 
 
 @triton.jit

@@ -54,3 +54,12 @@ def to_scores(
     if slope is not None:
         s -= slope * tl.abs(start_m + rows + offset - (start_n + cols)).to(tl.float32)
     return s, t
+
+
+@triton.jit
+def through_softcap(ds, t, softcap):
+    """From the gradient of the logits to that of scale * q.k; t is the softcap's tanh."""
+    if softcap is not None:
+        # Where a pair is not seen, ds is 0 and t may be anything.
+        ds = tl.where(ds == 0.0, 0.0, ds * (1 - t * t))
+    return ds

@@ -15,6 +15,7 @@ from pyattn.spec import AttentionSpec, Grads, Inputs, Results, empty_gradients, 
 
 if TYPE_CHECKING:
     from pyattn.triton_kernels.launch import Call
+    from pyattn.triton_kernels.relative import Relative
 
 # The releases that compile every kernel, and the first torch that brings each. Triton's language moves between them.
 TORCH = {"3.6": "2.10", "3.7": "2.12", "3.8": "2.14", "3.9": "2.15"}
@@ -31,7 +32,7 @@ class TritonBackend(Backend):
     dtypes = frozenset({torch.float16, torch.bfloat16, torch.float32})
     features = frozenset({
         "causal", "window", "key_lengths", "segment_ids", "mask", "bias", "softcap", "alibi", "sinks", "dropout", "gqa",
-        "dv", "packed", "cached", "paged", "additive",
+        "dv", "packed", "cached", "paged", "additive", "relative", "ranks",
     })  # fmt: skip
     max_head_dim = 256
     max_value_dim = 1 << 30  # what does not fit a tile is taken in parts
@@ -159,7 +160,11 @@ def _backward(x: Inputs, y: Results, d_out: Tensor, d_lse: Tensor | None, grads:
         grads.bias.zero_()
     given = (y.out, y.row_max, y.row_sum, d_out, d_lse, grads.q, grads.k, grads.v)
     if x.weight is None or grads.weight is None:
-        return flash_bwd(x.q, x.k, x.v, *given, grads.bias, call)
+        d_relative = call.relative and call.relative.like(grads.relative_q)
+        delta = flash_bwd(x.q, x.k, x.v, *given, grads.bias, d_relative, call)
+        if d_relative is not None:
+            d_relative.store(grads.relative_q, grads.relative_k)
+        return delta
     backward = additive_step_bwd if suits(x.q, x.k, call, True) else additive_bwd  # as the forward chose
     return backward(x.q, x.k, x.v, x.weight, *given, grads.weight, grads.bias, call)
 
@@ -168,7 +173,11 @@ def _backward_of_parts(
     parts: Sequence[slice | None], x: Inputs, y: Results, d_out: Tensor, d_lse: Tensor | None, grads: Grads, call: Call
 ) -> Tensor:
     """`_backward` for values that are taken in parts: gradients are linear in d_out, so those of parts add up."""
-    shared = {name: g for name in ("q", "k", "bias", "weight") if (g := getattr(grads, name)) is not None}
+    shared = {
+        name: g
+        for name in ("q", "k", "bias", "weight", "relative_q", "relative_k")
+        if (g := getattr(grads, name)) is not None
+    }
     sums = {name: torch.zeros_like(g, dtype=torch.float32) for name, g in shared.items()}
     deltas: list[Tensor] = []
     for part in parts:
@@ -187,9 +196,17 @@ def call_of(spec: AttentionSpec, x: Inputs) -> Call:
 
     return Call(
         spec.scale, spec.offset, spec.left, spec.right, spec.softcap, spec.dropout_p,
-        x.mask, x.bias, x.key_lengths, x.q_segments, x.k_segments, x.alibi_slopes, x.sinks, x.seed,
-        x.cu_seqlens_q, x.cu_seqlens_k, x.block_table,
+        x.mask, x.bias, x.key_lengths, x.q_segments, x.k_segments, x.q_ranks, x.k_ranks, relative_of(spec, x),
+        x.alibi_slopes, x.sinks, x.seed, x.cu_seqlens_q, x.cu_seqlens_k, x.block_table,
     )  # fmt: skip
+
+
+def relative_of(spec: AttentionSpec, x: Inputs) -> Relative | None:
+    from pyattn.triton_kernels.relative import Relative
+
+    if x.relative_q is None or x.relative_k is None or spec.first is None or spec.offset is None:
+        return None
+    return Relative.of(x.relative_q, x.relative_k, spec.first, spec.n, spec.offset, spec.left, spec.right)
 
 
 def _parts_bytes(spec: AttentionSpec) -> tuple[int, int]:
