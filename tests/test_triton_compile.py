@@ -43,8 +43,9 @@ ADDITIVE_ALL = ADDITIVE | {"segments": True, "softcap": 30.0, "alibi": True, "si
 RELATIVE = {"relative": 64}
 RELATIVE_RANKS = {"relative": 128, "ranks": True}  # of XLNet
 RELATIVE_MEMORY = {"relative": 64, "right": 0, "left": 500, "n": 1500}  # of Transformer-XL
-RELATIVE_ALL = {"relative": 16, "ranks": True, "segments": True, "mask": True, "bias": "1hmn", "dropout_p": 0.1,
-                "softcap": 30.0, "alibi": True, "sinks": True, "right": 0, "hk": 1}  # fmt: skip
+RELATIVE_DROPOUT = {"relative": 64, "ranks": True, "dropout_p": 0.1}
+RELATIVE_BIAS = {"relative": 16, "bias": "1hmn", "segments": True, "hk": 1}
+RELATIVE_LOGITS = {"relative": 16, "softcap": 30.0, "alibi": True, "sinks": True, "right": 0, "scale": -0.1}
 
 FEATURES = (CAUSAL, WINDOW, MASK, DROPOUT, SEGMENTS, BIAS, SHARED_BIAS, SOFTCAP, ALIBI, SINKS, PACKED)
 
@@ -77,7 +78,11 @@ JOBS = [
     Job("sm_90", torch.float32, {"d": 256} | ADDITIVE_DECODING),
     *(Job(chip, torch.bfloat16, {"d": 64} | f) for chip in EACH for f in (RELATIVE, RELATIVE_MEMORY)),
     *(Job(chip, torch.bfloat16, {"d": 128} | RELATIVE_RANKS) for chip in EACH),
-    *(Job(chip, torch.bfloat16, {"d": 64} | RELATIVE_ALL) for chip in MAIN),
+    *(
+        Job(chip, torch.bfloat16, {"d": 64} | f)
+        for chip in MAIN
+        for f in (RELATIVE_DROPOUT, RELATIVE_BIAS, RELATIVE_LOGITS)
+    ),
     *(Job(chip, torch.bfloat16, {"d": 256, "relative": 256}) for chip in MAIN),
     *(Job(chip, torch.float32, {"d": 64} | RELATIVE) for chip in MAIN),
 ]

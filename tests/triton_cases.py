@@ -36,7 +36,8 @@ SMOKE = """plain cross odd-head-sizes scale-negative causal window key-lengths m
     bias-per-head softcap-causal-bias alibi-causal sinks packed-gqa-window packed-dropout-alibi-sinks everything
     additive additive-saturated additive-packed relative relative-one-query relative-learned-bias relative-memory
     relative-window relative-ranks-everything ranks ranks-causal"""
-EMPTY = "no-queries no-keys no-batch no-head-size no-value-size scores-huge relative-no-keys relative-no-queries relative-large"
+EMPTY = """no-queries no-keys no-batch no-head-size no-value-size scores-huge relative-no-keys relative-no-queries
+    relative-large"""
 RUNS = [(c, torch.float32) for c in CASES if c.id in (SMOKE + " " + EMPTY).split()]
 RUNS += [(c, torch.float16) for c in CASES if c.id in SMOKE.split()]
 
