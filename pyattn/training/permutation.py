@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple, cast
 
 import numpy
@@ -250,22 +251,18 @@ def draw_order(
 
 
 def draw_spans(length: int, count: int, generator: numpy.random.Generator) -> numpy.ndarray:
-    """Which `count` of `length` tokens to predict, bool [length].
+    """Which `count` of `length` tokens to predict, bool [length]: spans of 1 to 5 tokens, a shorter one more often.
 
-    Spans of 1 to 5 tokens, a shorter one more often, each at random within `length / count` times its own length. What
-    is missing in the end is made up of single tokens.
+    Each is at random within a context of `length / count` times its own length, and these fill the whole (section 2.3).
     """
+    spans: list[int] = []
+    while (left := count - sum(spans)) > 0:
+        spans.append(min(int(generator.choice(_SPANS, p=_SPAN_PROBABILITIES)), left))
+    ends = [total * length // count for total in accumulate(spans)]
     chosen = numpy.zeros(length, bool)
-    begin, left = 0, count
-    while left and begin < length:
-        span = min(int(generator.choice(_SPANS, p=_SPAN_PROBABILITIES)), left)
-        around = span * length // count
-        start = begin + int(generator.integers(around - span + 1))
-        if start + span > length:
-            break
+    for span, begin, end in zip(spans, [0, *ends], ends, strict=False):
+        start = int(generator.integers(begin, end - span + 1))
         chosen[start : start + span] = True
-        begin, left = begin + around, left - span
-    chosen[generator.choice(numpy.flatnonzero(~chosen), left, replace=False)] = True
     return chosen
 
 
