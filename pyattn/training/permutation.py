@@ -168,6 +168,7 @@ class PermutationTask(CarryingTask):
         return self._states
 
     def _held_out(self, most: int) -> list[HeldOutRows]:
+        """As `validation` says, of `most` tokens at most."""
         text, sizes = self.corpus.validation.numpy(), self.sizes
         tokens = min(len(text), most)
         places = max(1, min(self.batch, tokens // (_LEAST_ROWS * sizes.first + sizes.second)))
