@@ -56,6 +56,7 @@ def test_help_shows_every_command_and_an_example() -> None:
         ("bert", "--cased"),
         ("rnn", "--tagged"),
         ("transformer-xl", "--memory"),
+        ("xlnet", "--predict"),
         ("seq2seq", "--score"),
     ):
         text = _run("train", model, "--help").output

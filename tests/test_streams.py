@@ -26,7 +26,7 @@ from pyattn.training import checkpoint, metrics
 from pyattn.training.checkpoint import CheckpointError
 from pyattn.training.language import Corpus, LanguageTask, windows
 from pyattn.training.loop import evaluate
-from pyattn.training.recipes import GPTSettings
+from pyattn.training.recipes import GPTSettings, XLNetSettings
 from pyattn.training.recurrent_recipes import RNNSettings
 from pyattn.training.run import Run
 from pyattn.training.streams import StreamTask
@@ -38,6 +38,11 @@ VOCAB = 11
 TINY = {
     "tokens": "characters", "layers": 2, "width": 8, "hidden": 12, "context": 8, "batch": 4, "steps": 10, "lr": 1e-2,
     "dropout": 0.3, "validation_tokens": 24, "evaluate_every": 5,
+}  # fmt: skip
+# 4 streams that go on by 8 tokens a step; the text is 3 steps long.
+XLNET = {
+    "tokens": "characters", "layers": 2, "heads": 2, "width": 8, "hidden": 12, "context": 16, "memory": 12, "batch": 4,
+    "steps": 8, "lr": 1e-2, "dropout": 0.2, "validation_tokens": 24, "evaluate_every": 4,
 }  # fmt: skip
 
 
@@ -218,8 +223,40 @@ def test_resumed_run_equals_uninterrupted_bitwise(tmp_path: Path, last: int, acc
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("last", [1, 3, 4, 7])
+def test_resumed_xlnet_equals_uninterrupted_bitwise(tmp_path: Path, last: int, options: dict[str, Any]) -> None:
+    whole = open_on_text(tmp_path / "whole", XLNetSettings, XLNET, False, **options)
+    assert whole.task.steps_per_epoch == 3
+    expected = results(whole)
+    found = results(open_on_text(tmp_path / "parts", XLNetSettings, XLNET, False, **options), last)
+    torch.manual_seed(999)
+    second = open_on_text(tmp_path / "parts", XLNetSettings, XLNET, True)
+    assert found + results(second) == expected
+    ours, theirs = (run.model.state_dict() | run.task.carried(run.model) for run in (second, whole))
+    assert ours["states"].shape == (1, 2, 4, 12, 8) and ours["states"].any()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_resumed_xlnet_needs_the_memory_of_its_checkpoint(tmp_path: Path) -> None:
+    """A run that went on with another memory would not be the same."""
+    expected = results(open_on_text(tmp_path / "whole", XLNetSettings, XLNET, False))
+    results(open_on_text(tmp_path / "parts", XLNetSettings, XLNET, False), 2)
+    run = open_on_text(tmp_path / "parts", XLNetSettings, XLNET, True)
+    run.task.restore_carried(run.model, {"states": torch.zeros(1, 2, 4, 12, 8)})
+    assert results(run) != expected[2:]
+
+
 def test_accumulated_parts_are_the_whole_step(tmp_path: Path) -> None:
     whole, parts = (_open(tmp_path / str(n), accumulate=n, dropout=0.0) for n in (1, 3))
+    for ours, theirs in zip(results(parts), results(whole), strict=True):
+        assert ours[:2] == pytest.approx(theirs[:2], rel=1e-4)
+
+
+def test_accumulated_parts_of_xlnet_are_the_whole_step(tmp_path: Path) -> None:
+    whole, parts = (
+        open_on_text(tmp_path / str(n), XLNetSettings, XLNET, False, accumulate=n, dropout=0.0) for n in (1, 3)
+    )
     for ours, theirs in zip(results(parts), results(whole), strict=True):
         assert ours[:2] == pytest.approx(theirs[:2], rel=1e-4)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pyattn.training import metrics, parallel
-from pyattn.training.recipes import BertSettings, GPTSettings, TransformerSettings, TransformerXLSettings
+from pyattn.training.recipes import BertSettings, GPTSettings, TransformerSettings, TransformerXLSettings, XLNetSettings
 from pyattn.training.recurrent_recipes import RNNSettings
 from pyattn.training.run import Run
 from pyattn.training.settings import Settings
@@ -43,6 +43,7 @@ def _cases(folder: Path) -> dict[str, Settings]:
         "rnn": RNNSettings(**rnn, batch=5, accumulate=2),
         "idle rnn": RNNSettings(**rnn, batch=1),
         "transformer-xl": TransformerXLSettings(**rnn, heads=2, memory=24, batch=5, accumulate=2),
+        "xlnet": XLNetSettings(**rnn, heads=2, memory=24, batch=5, accumulate=2),
         "idle": GPTSettings(**gpt, batch=1),
     }
 
@@ -62,6 +63,7 @@ def _train(folder: Path) -> None:
         _stop_and_go_on(folder / "rnn", RNNSettings(**RECURRENT, **options, hidden=32, accumulate=2))
         memory: dict[str, Any] = {"heads": 2, "hidden": 32, "memory": 48, "accumulate": 2}
         _stop_and_go_on(folder / "transformer-xl", TransformerXLSettings(**RECURRENT, **options, **memory))
+        _stop_and_go_on(folder / "xlnet", XLNetSettings(**RECURRENT, **options, **memory))
         _stop_and_go_on(folder / "idle rnn", RNNSettings(**RECURRENT, **(options | {"batch": 1}), hidden=32))
 
 
@@ -90,7 +92,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt", "accumulated", "transformer", "bert", "rnn", "idle rnn", "transformer-xl", "idle"]
+    "name", ["gpt", "accumulated", "transformer", "bert", "rnn", "idle rnn", "transformer-xl", "xlnet", "idle"]
 )
 def test_two_processes_train_like_one(trained: Path, name: str) -> None:
     run = Run(trained / "one" / name, _cases(trained)[name], "cpu")
@@ -108,7 +110,7 @@ def test_two_processes_train_like_one(trained: Path, name: str) -> None:
         assert (first - tensor).abs().max() < 1e-3  # far below what four steps change
 
 
-@pytest.mark.parametrize("name", ["gpt", "rnn", "idle rnn", "transformer-xl"])
+@pytest.mark.parametrize("name", ["gpt", "rnn", "idle rnn", "transformer-xl", "xlnet"])
 def test_two_processes_resumed_equal_uninterrupted_bitwise(trained: Path, name: str) -> None:
     whole, parts = (metrics.read(trained / name / run) for run in ("whole", "parts"))
     for line in whole + parts:
@@ -119,7 +121,7 @@ def test_two_processes_resumed_equal_uninterrupted_bitwise(trained: Path, name: 
 def test_two_processes_leave_the_states_of_one(trained: Path) -> None:
     from pyattn.training import checkpoint
 
-    for name in ("rnn", "idle rnn", "transformer-xl"):
+    for name in ("rnn", "idle rnn", "transformer-xl", "xlnet"):
         run = Run(trained / "alone" / name, _cases(trained)[name], "cpu")
         list(run.steps())
         states = checkpoint.load(trained / "two" / name / "checkpoint.safetensors").tensors["carry.states"]

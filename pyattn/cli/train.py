@@ -16,7 +16,13 @@ from pyattn.cli.console import chosen_device, console, say
 from pyattn.cli.options import settings_options, settings_values
 from pyattn.files import held
 from pyattn.training import parallel
-from pyattn.training.recipes import BertSettings, GPTSettings, TransformerSettings, TransformerXLSettings
+from pyattn.training.recipes import (
+    BertSettings,
+    GPTSettings,
+    TransformerSettings,
+    TransformerXLSettings,
+    XLNetSettings,
+)
 from pyattn.training.recurrent_recipes import RNNSettings, Seq2SeqSettings
 from pyattn.training.settings import Settings
 
@@ -196,6 +202,32 @@ def train_bert(
     With --resume every setting comes from the checkpoint; --steps and --patience may be raised.
     """
     with _training(ctx, BertSettings, out, device, resume=resume, overwrite=overwrite):
+        pass
+
+
+@app.command("xlnet")
+@settings_options(XLNetSettings)
+def train_xlnet(
+    ctx: typer.Context,
+    out: Out = Path("runs/xlnet"),
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    **settings: Any,
+) -> None:
+    """Train an XLNet on a text: it learns to predict tokens from those that come before them in permuted orders.
+
+    The text is read as --batch streams side by side, each step with a memory of what the steps before have read.
+    Evaluations show the loss of the predicted tokens next to what guessing by frequency would reach.
+
+    [bold]A whole example[/bold]
+
+    pyattn train xlnet --text my-book.txt --out runs/xlnet --steps 20000\n
+    pyattn train xlnet --out runs/xlnet --resume          [dim]# after Ctrl-C, or with more --steps[/dim]
+
+    With --resume every setting comes from the checkpoint; --steps and --patience may be raised.
+    """
+    with _training(ctx, XLNetSettings, out, device, resume=resume, overwrite=overwrite):
         pass
 
 

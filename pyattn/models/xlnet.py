@@ -281,9 +281,9 @@ class XLNet(_XLNetModel):
             segments: [b, m] integer in [0, 8), of which only matters which are equal; all the same by default.
             lengths: [b] integer, tokens of each text, at least 1; all m by default. transformers' attention_mask, with
                 its ones behind, is lengths = attention_mask.sum(1).
-            order: [b, m] integer, each token's place in the order of prediction: numbers from 0 that come once in a
-                text, or -1. A token is not seen from places up to its own, except by itself; one with -1 is seen by
-                all, and sees those with -1. By default all see all.
+            order: [b, m] integer, each token's place in the order of prediction, in [-1, m). A token is not seen from
+                lower places, nor by a target of its own; one with -1 is seen by all, and sees those with -1. Tokens
+                that share a place see one another, and targets there are predicted apart. By default all see all.
             masked: [b, m] bool, which tokens the order hides; by default those with a place. One that is not masked is
                 seen by all, and sees what comes before its place (separators, when pre-training).
             targets: [b, p] integer, positions whose tokens are to be predicted: from those of lower places, not from
@@ -298,8 +298,8 @@ class XLNet(_XLNetModel):
                 `config.reuse` of this text, in each layer; None unless wanted.
         Raises:
             ShapeError, DtypeError: a tensor of another shape or dtype; two_ways and an odd number of texts.
-            RangeError: on the CPU, ids outside their tables, lengths or targets outside the text, an order in which a
-                place comes twice. Reading a GPU's would stall it.
+            RangeError: on the CPU, ids outside their tables, lengths, places or targets outside the text. Reading a
+                GPU's would stall it.
         """
         _check_texts(tokens, lengths, self.config, segments=segments, order=order, masked=masked)
         _check_order(len(tokens), tokens.shape[1], order, masked, targets)
@@ -367,7 +367,7 @@ class XLNet(_XLNetModel):
             if lengths is not None:
                 keys = keys.masked_fill(_padding(lengths, tokens), _NEVER)
             keys = F.pad(keys, (past, 0), value=_SEEN)
-            # In the content's stream a masked token sees itself. Nobody else has its place.
+            # In the content's stream a masked token sees its own place, and so itself.
             content, query = content._replace(ranks=(place + masked, keys)), query._replace(ranks=(place, keys))
         if targets is not None:
             targets, numbers = targets.long(), torch.arange(targets.shape[1], device=targets.device)
@@ -552,10 +552,6 @@ def _check_texts(tokens: Tensor, lengths: Tensor | None, config: XLNetConfig, **
 def _check_order(b: int, m: int, order: Tensor | None, masked: Tensor | None, targets: Tensor | None) -> None:
     if order is not None:
         _check_integers("order", order, -1, m - 1)
-        if _is_readable(order):
-            lower, higher = (places := order.sort(1).values)[:, :-1], places[:, 1:]
-            if bool(((lower == higher) & (lower >= 0)).any()):
-                raise RangeError("order: expected each place once in a text, or -1, got one twice")
     if masked is not None:
         if masked.dtype is not torch.bool:
             raise DtypeError(f"masked: expected bool, got {dtype_name(masked.dtype)}")

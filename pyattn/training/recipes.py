@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from pyattn.models.gpt import GPTConfig
     from pyattn.models.transformer import TransformerConfig
     from pyattn.models.transformer_xl import TransformerXLConfig
+    from pyattn.models.xlnet import XLNetConfig
     from pyattn.training.language import Corpus, LanguageTask
     from pyattn.training.masked import MaskedTask
+    from pyattn.training.permutation import PermutationTask
     from pyattn.training.streams import MemoryTask
     from pyattn.training.task import Task
     from pyattn.training.translation import Files, TranslationTask
@@ -157,6 +159,67 @@ class TransformerXLSettings(WritingSettings):
         from pyattn.training.streams import MemoryTask
 
         return MemoryTask(self.corpus(cache), **self.sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class XLNetSettings(WritingSettings):
+    """An XLNet that learns to predict tokens in permuted orders, and remembers what it has read in the steps before."""
+
+    kind: ClassVar[str] = "xlnet"
+
+    hidden: int = option(512, "Size of the layer between a block's two linear maps.", SIZE)
+    memory: int = option(128, "Positions before the step's tokens that these see at most.", between(1, 2**24))
+    clamp: int | None = option(
+        None, "Distances beyond this count as this one.", between(1, 2**24), shown="all are told apart"
+    )
+    predict: int | None = option(
+        None, "Tokens of each stream to predict in a step.", between(1, 2**24), shown="a sixth of context"
+    )
+    batch: int = option(8, "Streams of text in a step.", between(1, 2**24))
+    attention: str = option("pyattn", "pyattn, which has relative scores.", one_of("pyattn"))
+    context: int = option(
+        128, "Tokens of each stream in a step. It goes on by half of them, which enter the memory.", between(9, 2**24)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Half of them at most in the second part, which has three marks.
+        most = 2 * (self.context - self.context // 2 - 3) + 1
+        if self.predicted > most:
+            raise RangeError(f"predict: expected at most {most} of context={self.context}, got {self.predict}")
+
+    @property
+    def predicted(self) -> int:
+        """Targets of a row: by default a sixth, the authors' 85 of 512."""
+        return self.predict or self.context // 6
+
+    def config(self, vocab: int) -> XLNetConfig:
+        from pyattn.models.xlnet import XLNetConfig
+
+        return XLNetConfig(
+            vocab=vocab,
+            layers=self.layers,
+            heads=self.heads,
+            width=self.width,
+            hidden=self.hidden,
+            dropout=self.dropout,
+            attention=self.attention,
+            clamp=self.clamp,
+            memory=self.memory,
+            reuse=self.context // 2,
+            pad=None,
+            end=self.end,
+        )
+
+    def model(self, task: Task) -> nn.Module:
+        from pyattn.models.xlnet import XLNetLMHead
+
+        return XLNetLMHead(self.config(task.tokenizer.get_vocab_size()))
+
+    def task(self, cache: Path) -> PermutationTask:
+        from pyattn.training.permutation import PermutationTask
+
+        return PermutationTask(self.corpus(cache), **self.sizes, predicted=self.predicted, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,41 @@ class Segments(NamedTuple):
         return self.places == 0
 
 
-class StreamTask(Task):
+class CarryingTask(Task):
+    """What tasks share that read `batch` streams of a text side by side, each step from the states that the step before
+    has left. A state is one tensor [parts, layers, b, ...]."""
+
+    def __init__(self, corpus: Corpus, batch: int) -> None:
+        self.corpus = corpus
+        self.tokenizer = corpus.tokenizer
+        self.digest = corpus.digest
+        self.baselines: dict[str, float] = {}
+        self.batch = batch
+        self.stream_tokens = (len(corpus.train) - 1) // batch
+        self._states: Tensor | None = None  # [parts, layers, batch, ...]
+        self._own = torch.zeros(batch, dtype=torch.bool)  # the streams that this process has read
+
+    def carried(self, model: nn.Module) -> dict[str, Tensor]:
+        """The states of all streams, each from the first process that has read it."""
+        whole = self._states_of(model)
+        everyones = zip(parallel.gathered(whole), parallel.gathered(self._own.to(whole.device)), strict=True)
+        for states, own in reversed(list(everyones)):
+            whole = _chosen(own, states, whole)
+        return {"states": whole}
+
+    def restore_carried(self, model: nn.Module, carried: dict[str, Tensor]) -> None:
+        self._states_of(model).copy_(carried["states"])
+
+    def _states_of(self, model: nn.Module) -> Tensor:
+        """Where the streams' states are kept, [parts, layers, batch, ...]; at first the initial ones."""
+        raise NotImplementedError
+
+    def _read_here(self, streams: Tensor) -> None:
+        """Notes that this process has read these streams [b]."""
+        self._own = self._own.to(streams.device).index_fill(0, streams, True)
+
+
+class StreamTask(CarryingTask):
     """Predicting each token of a text from all before it: `model(tokens [b, m], state=state) -> (logits [b, m, vocab],
     state)`, where `model.initial(b)` is the state before a text. A state is one tensor [parts, layers, b, ...].
 
@@ -47,16 +81,9 @@ class StreamTask(Task):
     argument: ClassVar[str] = "state"  # the model's, for what the step before has left
 
     def __init__(self, corpus: Corpus, *, batch: int, context: int, validation_tokens: int) -> None:
-        self.corpus = corpus
-        self.tokenizer = corpus.tokenizer
-        self.digest = corpus.digest
-        self.baselines: dict[str, float] = {}
-        self.batch = batch
+        super().__init__(corpus, batch)
         self.context = context
         self.validation_tokens = validation_tokens
-        self.stream_tokens = (len(corpus.train) - 1) // batch
-        self._states: Tensor | None = None  # [parts, layers, batch, ...]
-        self._own = torch.zeros(batch, dtype=torch.bool)  # the streams that this process has read
 
     @property
     def steps_per_epoch(self) -> int:
@@ -82,7 +109,7 @@ class StreamTask(Task):
         if isinstance(batch, Windows):
             return {"loss": self._held_out_loss(model, batch, smoothing)}
         logits = self._read(model, batch, self._states_of(model))
-        self._own = self._own.to(batch.streams.device).index_fill(0, batch.streams, True)
+        self._read_here(batch.streams)
         return {"loss": token_loss(logits, batch.targets, smoothing)}
 
     def validation(self) -> list[Windows]:
@@ -101,17 +128,6 @@ class StreamTask(Task):
             f"{tokens:,} tokens of text, {self.batch} streams with {self.context} tokens of each in a step, "
             f"{self.steps_per_epoch:,} steps per epoch"
         )
-
-    def carried(self, model: nn.Module) -> dict[str, Tensor]:
-        """The states of all streams, each from the first process that has read it."""
-        whole = self._states_of(model)
-        everyones = zip(parallel.gathered(whole), parallel.gathered(self._own.to(whole.device)), strict=True)
-        for states, own in reversed(list(everyones)):
-            whole = _chosen(own, states, whole)
-        return {"states": whole}
-
-    def restore_carried(self, model: nn.Module, carried: dict[str, Tensor]) -> None:
-        self._states_of(model).copy_(carried["states"])
 
     def _states_of(self, model: nn.Module) -> Tensor:
         """Where the streams' states are kept, [parts, layers, batch, ...]."""
