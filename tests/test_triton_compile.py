@@ -121,9 +121,8 @@ def test_kernels_fit_the_chip(job, compiled):
 def test_rows_are_read_16_bytes_at_a_time_and_multiplied_as_the_chip_does_it_best(job, compiled):
     for usage in compiled[job.id].result():
         assert usage.narrow_loads == 0, usage
-        # Two rows of 256 columns that are summed up leave room for 32 keys, half of what a warpgroup multiplies.
-        too_wide = usage.kernel == "_flash_bwd_dkdv_kernel" and job.options["d"] == 256
-        if job.chip == "sm_90" and usage.kernel.startswith("_flash") and not too_wide:
+        # A warpgroup multiplies 64 rows; some sums leave room for 32.
+        if job.chip == "sm_90" and usage.kernel.startswith("_flash") and usage.block >= 64:
             assert usage.wgmma > 0, usage
 
 

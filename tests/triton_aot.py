@@ -94,6 +94,7 @@ class Usage:
     """What a compiled kernel takes."""
 
     kernel: str
+    block: int  # rows of its longer tile
     registers: int
     spilled: int  # bytes on NVIDIA, registers on AMD
     shared: int  # bytes
@@ -221,7 +222,8 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Usage:
     compiled = triton.compile(source, target=target, options=options.__dict__)
     read = _nvidia_usage if target.backend == "cuda" else _amd_usage
     registers, spilled, narrow_loads, wgmma = read(compiled.asm)
-    return Usage(launch.kernel.__name__, registers, spilled, compiled.metadata.shared, narrow_loads, wgmma)
+    block = max(launch.kwargs.get(name, 0) for name in ("BLOCK_M", "BLOCK_N"))
+    return Usage(launch.kernel.__name__, block, registers, spilled, compiled.metadata.shared, narrow_loads, wgmma)
 
 
 def _nvidia_usage(assembly: dict[str, Any]) -> tuple[int, int, int, int]:

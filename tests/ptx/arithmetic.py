@@ -27,6 +27,7 @@ def _integers() -> None:
         lower = kind.lower()
         rule(f"mul.wide.{lower}16", f"MULWIDE_{kind}16", "=32 16 16")
         rule(f"mul.wide.{lower}32", f"MULWIDE_{kind}32", "=64 32 32")
+        rule(f"mad.wide.{lower}16", f"MADWIDE_{kind}16", "=32 16 16 32")
         rule(f"mad.wide.{lower}32", f"MADWIDE_{kind}32", "=64 32 32 64")
         rule(f"bfe.{lower}32", f"BFE_{kind}32", "=32 32 32 32")
         rule(f"bfe.{lower}64", f"BFE_{kind}64", "=64 64 32 32")

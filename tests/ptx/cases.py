@@ -65,6 +65,7 @@ LARGE = (
 # Branches that no case of the contract enters.
 FURTHER = (
     Case("bias-scale-negative", bias="1hmn", scale=-0.3),
+    Case("relative-scale-negative", relative=20, b=1, h=2, hk=1, m=40, n=70, scale=-0.3, bias="1hmn"),
     Case("additive-bias-full", additive=True, b=1, m=40, n=70, d=17, scale=-0.3, bias="bhmn", mask="b11n",
          unseen_nan=True),
 )  # fmt: skip
@@ -93,6 +94,7 @@ CHOSEN: dict[str, tuple[str, dict[str, str]]] = {
         "packed sequences": "packed-causal:f16 packed-dropout-alibi-sinks:bf16",
         "segments and their ranges": "segments-causal:f16",
         "bias gradient": "bias-full:bf16 bias-scale-negative:f16 bias-shared:bf16 bias-scalar:f16",
+        "relative term and ranks": "relative:bf16 relative-ranks-everything:bf16 relative-scale-negative:f16 ranks:f16",
         "decode, join": "decode-causal:f16 decode-everything:f16 decode-scale-negative:bf16",
         "additive": "additive:f16 additive-everything:bf16 additive-packed:bf16 additive-saturated:f16 "
                     "additive-bias-full:bf16",
@@ -103,6 +105,7 @@ CHOSEN: dict[str, tuple[str, dict[str, str]]] = {
         "packed sequences": "packed-causal:f16",
         "segments and their ranges": "segments-causal:bf16",
         "bias gradient": "bias-shared:f16",
+        "relative term and ranks": "relative:f16 relative-ranks-everything:bf16",
         "decode, join": "decode-everything:bf16",
         "additive": "additive-everything:f16",
         "additive steps": "additive-one-query:bf16",
@@ -118,6 +121,7 @@ CHOSEN: dict[str, tuple[str, dict[str, str]]] = {
         "packed sequences": "packed-causal:bf16",
         "segments and their ranges": "segments-causal:f16",
         "bias gradient": "bias-shared:bf16",
+        "relative term and ranks": "relative:bf16 relative-ranks-everything:f16",
         "decode, join": "decode-everything:f16",
         "additive": "additive-everything:bf16",
         "additive steps": "additive-one-query:f16",

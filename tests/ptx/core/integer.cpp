@@ -89,6 +89,8 @@ PTX_BINARY(MULWIDE_S32, s64, s32, s32, s64(x) * y)
 PTX_BINARY(MULWIDE_U32, u64, u32, u32, u64(x) * y)
 PTX_TERNARY(MADLO32, u32, u32, u32, u32, x * y + z)
 PTX_TERNARY(MADLO64, u64, u64, u64, u64, x * y + z)
+PTX_TERNARY(MADWIDE_S16, u32, u32, u32, u32, static_cast<u32>(s32(int16_t(x)) * s32(int16_t(y))) + z)
+PTX_TERNARY(MADWIDE_U16, u32, u32, u32, u32, (x & 0xffff) * (y & 0xffff) + z)
 PTX_TERNARY(MADWIDE_S32, u64, s32, s32, u64, static_cast<u64>(s64(x) * y) + z)
 PTX_TERNARY(MADWIDE_U32, u64, u32, u32, u64, u64(x) * y + z)
 
