@@ -89,6 +89,7 @@ ADDITIVE = [
 WIDE = {"b": 1, "m": 20, "n": 30, "d": 8, "dv": 300}
 WIDE_VALUES = [
     Case("wide-values", **WIDE, causal=True, bias="1hmn", sinks=True),
+    Case("wide-values-relative", **WIDE, relative=5, ranks=7),
     Case("wide-values-additive", **WIDE, additive=True, bias="bhmn"),
     Case("wide-values-additive-step", **WIDE | {"m": 2}, additive=True, key_lengths=(23,)),
 ]  # fmt: skip
@@ -195,6 +196,33 @@ def test_segments_longer_than_a_block_are_right_in_full_and_skipped_blocks(ids):
         call.options["segment_ids"] = (block[:, :230], block)
     results = testing.reference(call).compare(testing.evaluate_backend(call, "triton"))
     assert [r for r in results if not r.excess <= 1] == []
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "of-blocks", "permuted"])
+def test_ranks_of_whole_blocks_are_right_in_full_and_skipped_blocks(order):
+    call = testing.make_inputs(Case("long-ranks", m=230, n=260, h=2, hk=1, ranks=1), torch.float32)
+    keys = {
+        "rising": torch.arange(260),
+        "falling": torch.arange(260).flip(0),
+        "of-blocks": torch.arange(260) // 32,  # a block of queries has the rank of a whole block of keys
+        "permuted": torch.randperm(260, generator=torch.Generator().manual_seed(0)),
+    }[order].expand(2, 260)
+    call.options["ranks"] = (keys[:, 30:], keys)
+    results = testing.reference(call).compare(testing.evaluate_backend(call, "triton"))
+    assert [r for r in results if not r.excess <= 1] == []
+
+
+def test_rows_of_distances_that_no_pair_has_are_not_read():
+    case = Case("rows", b=1, h=2, hk=1, m=40, n=70, relative=20, window=(50, 9))
+    plain, call = testing.make_inputs(case, torch.float32), testing.make_inputs(case, torch.float32)
+    beyond = torch.full((1, 2, 33, 20), torch.nan)
+    call.tensors["relative_k"] = torch.cat([beyond, call.tensors["relative_k"], beyond], 2)
+    call.options["first"] -= 33
+    expected, found = (testing.evaluate_backend(c, "triton") for c in (plain, call))
+    d_rows = found.pop("d_relative_k")
+    assert torch.equal(d_rows[:, :, 33:-33], expected.pop("d_relative_k"))
+    assert not d_rows[:, :, :33].any() and not d_rows[:, :, -33:].any()
+    assert all(torch.equal(found[name], t) for name, t in expected.items())
 
 
 def test_segment_ids_are_told_apart_by_their_upper_bits_too():

@@ -118,6 +118,10 @@ class TritonBackend(Backend):
         elif spec.additive:
             forward, sums = _parts_bytes(spec)
             backward += forward + sums
+        if spec.relative is not None:  # its operands as the kernels take them, and their gradients
+            distances, e = spec.relative
+            operands = (rows + spec.b * spec.h * distances) * (e + -e % 8) * spec.dtype.itemsize
+            forward, backward = forward + operands, backward + 2 * operands
         if spec.dv > dv:  # sums over parts of the values
             backward += 8 * (rows * spec.d + spec.b * spec.hk * spec.n * spec.d)
         return forward, backward
