@@ -136,6 +136,22 @@ def test_keys_of_the_queries_own_rank_are_not_seen_in_whole_tiles_either(backend
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_relative_gradients_are_those_of_q_and_k_where_rows_are_keys(backend, n, dtype):
+    """One query, whose few keys are parallel and whose values nearly are: gradients are what is left of sums that
+    cancel, and show the rounding of out. Both terms are to take it back alike."""
+    q, d_out = normal(4, 8, 1, 32), normal(4, 8, 1, 32, seed=1)
+    k = q / q.square().sum(-1, keepdim=True) * (20 - torch.arange(n, dtype=torch.float64)[:, None] / 2)
+    v = normal(4, 8, 1, 32, seed=2) + normal(4, 8, n, 32, seed=3) / 20
+    leaves = [t.to(dtype).requires_grad_() for t in (q, k, v, q, k.flip(2))]
+    out = pyattn.relative_attention(*leaves, 0, scale=1.0, backend=backend)
+    d_q, d_k, _, d_relative_q, d_relative_k = torch.autograd.grad(out, leaves, d_out.to(dtype))
+    for got, expected in ((d_relative_q, d_q), (d_relative_k.flip(2), d_k)):
+        assert (got.double() - expected.double()).norm() <= torch.finfo(dtype).eps * expected.double().norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_of_distances_that_no_pair_has_go_nowhere(backend, dtype):
