@@ -418,7 +418,9 @@ def check_distances(first: Any, x: Inputs, offset: int | None, left: int | None,
     assert x.relative_k is not None
     rows = x.relative_k.shape[2]
     lowest, highest = band_distances(x.q.shape[2], x.k.shape[2], offset, left, right)
-    if lowest <= highest and not (first <= lowest and highest < first + rows):
+    if lowest > highest:
+        return 0  # no pair has a distance: `first` has no meaning, and may have more bits than the operator takes
+    if not (first <= lowest and highest < first + rows):
         raise RangeError(
             f"relative_k: expected rows for the distances {lowest} to {highest} from key to query, got "
             f"{rows} from {first} on"

@@ -231,6 +231,22 @@ def test_relative_wrong_argument_is_named(change, kind, message):
         pyattn.relative_attention(**GIVEN | change)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_relative_first_distance_of_no_pair_may_be_any(backend):
+    for first in (10**30, -(2**50)):
+        no_queries = {name: GIVEN[name][:, :, :0] for name in ("q", "relative_q")}
+        out = pyattn.relative_attention(**GIVEN | no_queries | {"first": first}, backend=backend)
+        assert out.shape == (2, 3, 0, 6)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_relative_term_wider_than_a_backend_takes_is_refused(backend):
+    e = pyattn.registry.BACKENDS[backend].max_head_dim + 1
+    wide = {"relative_q": torch.zeros(2, 3, 5, e), "relative_k": torch.zeros(1, 3, 11, e)}
+    with pytest.raises(pyattn.UnsupportedError, match=f"size of a relative term is at most {e - 1}, got e={e}"):
+        pyattn.relative_attention(**GIVEN | wide, backend=backend)
+
+
 @pytest.mark.parametrize("backend", ["hopper", "triton", "cuda"])
 def test_relative_is_refused_by_name_where_no_kernel_does_it(backend):
     given = {name: t.half() if isinstance(t, Tensor) else t for name, t in GIVEN.items()}
