@@ -88,6 +88,8 @@ TensorArg tensor(const std::string& name, const py::tuple& given, const Form& fo
     TensorArg tensor;
     tensor.ptr = reinterpret_cast<void*>(given[0].cast<uintptr_t>());
     int64_t next = 1;  // the stride that a contiguous tensor would have
+    bool empty = false;
+    for (size_t place = 0; place < rank; ++place) empty |= size[place].cast<int64_t>() == 0;
     for (int axis = form.rank - 1; axis >= 0; --axis) {
         const auto place = static_cast<size_t>(axis);
         const int64_t expected = form.size[axis], got = size[place].cast<int64_t>();
@@ -98,7 +100,7 @@ TensorArg tensor(const std::string& name, const py::tuple& given, const Form& fo
         tensor.size[axis] = got;
         tensor.stride[axis] = got == 1 ? 0 : stride[place].cast<int64_t>();
         // A tensor without elements is contiguous, whatever its strides.
-        REQUIRE(!form.contiguous || got <= 1 || next == 0 || tensor.stride[axis] == next,
+        REQUIRE(!form.contiguous || got <= 1 || empty || tensor.stride[axis] == next,
                 name + ": expected a contiguous tensor");
         next = checked(next, got, 0, name);
     }
@@ -279,6 +281,14 @@ void check_values(const AttentionArgs& args) {
     REQUIRE(!args.relative_q == !args.relative_k, "relative_q, relative_k: expected both or neither");
     REQUIRE(!args.relative_k || !(args.cu_seqlens_q || args.cached || args.weight),
             "relative_k: excludes packed sequences, caches and additive scores");
+    if (args.relative_k && args.m > 0 && args.n > 0) {
+        const int64_t lowest = std::max(args.offset - args.n + 1, -args.right);
+        const int64_t highest = std::min(args.offset + args.m - 1, args.left);
+        REQUIRE(lowest > highest || (args.first <= lowest && highest < args.first + args.distances),
+                "relative_k: expected rows for the distances " + std::to_string(lowest) + " to " +
+                    std::to_string(highest) + ", got " + std::to_string(args.distances) + " from " +
+                    std::to_string(args.first) + " on");
+    }
     if (args.cu_seqlens_q) {
         check_ends("cu_seqlens_q", args.cu_seqlens_q, args.sequences, args.m);
         check_ends("cu_seqlens_k", args.cu_seqlens_k, args.sequences, args.n);

@@ -402,7 +402,7 @@ def relative_attention(
         v: [b, hk, n, dv] in q's dtype.
         relative_q: [b, h, m, e] in q's dtype, with a size e of its own.
         relative_k: [1|b, h, distances, e] in q's dtype: row r is the distance first + r. It has a row for every
-            distance that causal and window leave.
+            distance that causal and window leave; what other rows hold has no effect.
         first: the distance of relative_k's first row, negative for keys that follow their query.
         ranks: integer (q_ranks [b, m], k_ranks [b, n]); a query sees the keys of lower rank, as the permuted order of
             XLNet has it.

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from pyattn.spec import Inputs, as_batch, as_packed, dtype_name, unit_stride
+from pyattn.spec import Inputs, as_batch, as_packed, band_distances, dtype_name, unit_stride
 
 Result = TypeVar("Result")
 
@@ -416,11 +416,11 @@ def check_distances(first: Any, x: Inputs, offset: int | None, left: int | None,
     if offset is None:
         raise RangeError("relative_k: expected None over a cache whose queries stand at key_lengths")
     assert x.relative_k is not None
-    m, n, rows = x.q.shape[2], x.k.shape[2], x.relative_k.shape[2]
-    lowest, highest = offset - (n - 1), offset + m - 1
-    lowest = lowest if right is None else max(lowest, -right)
-    highest = highest if left is None else min(highest, left)
-    if m > 0 and n > 0 and lowest <= highest and not (first <= lowest and highest < first + rows):
+    rows = x.relative_k.shape[2]
+    lowest, highest = band_distances(x.q.shape[2], x.k.shape[2], offset, left, right)
+    if lowest > highest:
+        return 0  # no pair has a distance: `first` has no meaning, and may have more bits than the operator takes
+    if not (first <= lowest and highest < first + rows):
         raise RangeError(
             f"relative_k: expected rows for the distances {lowest} to {highest} from key to query, got "
             f"{rows} from {first} on"

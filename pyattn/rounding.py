@@ -39,7 +39,7 @@ def expected_errors(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor
         "d_v": _over_groups(spec, f.of_kept2.transpose(-1, -2) @ d_out.square()),
     }
     if x.relative_q is not None and x.relative_k is not None:
-        found |= _of_relative(spec, x, x.relative_q, x.relative_k, of_product2)
+        found |= _of_relative(spec, x, x.relative_q, reference.band_rows(spec, x), of_product2)
     if x.weight is None or f.hidden is None:
         of_q2, of_k2 = of_product2 @ f.k.square(), of_product2.transpose(-1, -2) @ x.q.square()
     else:

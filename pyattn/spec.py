@@ -22,7 +22,8 @@ Query `i` stands at key position `i + offset`. `offset = n - m` aligns the last 
     mask[b, h, i, j]                                               True means attend
 
 The relative term is a product with the row of `relative_k` for the distance `i + offset - j` from key to query, of
-which row 0 is the distance `first`. Its size `e` is its own. Rows for all distances that the band leaves are there.
+which row 0 is the distance `first`. Its size `e` is its own. Rows for all distances that the band leaves are there;
+what others hold has no effect.
 
 Packed sequences lie one after the other on one axis, `b = 1`: sequence `t` is the queries `cu_seqlens_q[t]` to
 `cu_seqlens_q[t + 1]` and the keys `cu_seqlens_k[t]` to `cu_seqlens_k[t + 1]`. Each is attention of its own: `i` and `j`
@@ -229,6 +230,17 @@ class AttentionSpec(NamedTuple):
     def score_bytes(self) -> int:
         """Bytes of one [b, h, m, n] matrix in `dtype`: what an unfused implementation allocates several times."""
         return self.b * self.h * self.m * self.n * self.dtype.itemsize
+
+
+def band_distances(m: int, n: int, offset: int, left: int | None, right: int | None) -> tuple[int, int]:
+    """The lowest and the highest distance of a key and a query inside the band; of no pair, the lowest is higher."""
+    if m == 0 or n == 0:
+        return 0, -1
+    lowest, highest = offset - (n - 1), offset + m - 1
+    return (
+        lowest if right is None else max(lowest, -right),
+        highest if left is None else min(highest, left),
+    )
 
 
 def empty_output(q: Tensor, dv: int) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pyattn import core, registry
-from pyattn.backends.reference import cast, definition, visible
+from pyattn.backends.reference import cast, definition, in_band, visible
 from pyattn.face import showing
 from pyattn.rounding import expected_errors
 from pyattn.spec import AttentionSpec, as_batch, as_packed
@@ -80,7 +80,7 @@ class Case:
     powers: tuple[int, int] = (0, 0)  # of ten that queries are multiplied by, from the first one's to the last one's
     k_power: int = 0  # of ten that keys are multiplied by
     bias_level: float = 0.0  # added to the bias of every other query; what a dtype cannot hold becomes its extreme
-    unseen_nan: bool = False  # keys and values that nobody sees hold NaN and infinity
+    unseen_nan: bool = False  # keys and values that nobody sees, and rows of no pair's distance, hold NaN and infinity
     packed: tuple[tuple[int, int], ...] | None = None  # (queries, keys) of each sequence
     additive: bool = False  # scores by a weight and the tanh of sums
     relative: int = 0  # columns of a relative term
@@ -436,13 +436,15 @@ def _laid_out(t: Tensor, layout: str) -> Tensor:
 
 
 def _spoil_unseen(tensors: dict[str, Any], options: dict[str, Any]) -> None:
-    """NaN and infinity in every key and value that no query sees."""
+    """NaN and infinity in every key and value that no query sees, and in rows for distances outside the band."""
     x, numbers = core.prepare(**tensors, **options)
     spec = AttentionSpec.of(x, numbers)
     seen = visible(spec, x).unflatten(1, (spec.hk, spec.h // spec.hk)).any((2, 3))[..., None]
     seen = seen if spec.sequences is None else as_packed(seen)
     tensors["k"] = torch.where(seen, tensors["k"], torch.nan)
     tensors["v"] = torch.where(seen, tensors["v"], torch.inf)
+    if spec.relative is not None:
+        tensors["relative_k"] = torch.where(in_band(spec, x), tensors["relative_k"], torch.nan)
 
 
 @contextmanager

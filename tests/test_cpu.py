@@ -190,6 +190,14 @@ def test_gradient_that_is_expanded_or_transposed_is_read_by_its_strides():
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("b", [0, 2])
+def test_ids_of_any_strides_are_taken_also_of_an_empty_batch(b):
+    q, ids = torch.randn(b, 2, 5, 4), torch.arange(10, dtype=torch.int32).expand(b, 10)[:, ::2]
+    x, numbers = core.prepare(q, q, q, segment_ids=(ids, ids), ranks=(ids, ids - 1))
+    out, _ = core.run(x, numbers, "cpu")
+    assert torch.equal(out, q)  # every query sees itself alone
+
+
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 def test_elements_that_lie_askew_in_memory_are_read_as_a_copy():
     def askew(t: torch.Tensor) -> torch.Tensor:

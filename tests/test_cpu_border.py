@@ -361,6 +361,8 @@ WRONG_RELATIVE: dict[str, tuple[Callable[[Border], None], str]] = {
     "first out of range": (_relative(0, 2**40), "^first: out of range"),
     "distances out of range": (_relative(1, -1), "^distances: out of range"),
     "distances other than in relative_k": (_relative(1, 5), r"^d?_?relative_k: expected size 5"),
+    "first too late": (_relative(0, 2 - M), r"^relative_k: expected rows for the distances -4 to 6, got 12 from -3 on"),
+    "first too early": (_relative(0, -6 - M), "^relative_k: expected rows for .*got 12 from -11 on"),
     "e 0": (_relative(2, 0), "^e: expected 1 to 4096, got 0"),
     "e 4097": (_relative(2, 4097), "^e: expected 1 to 4096, got 4097"),
     "relative_q missing": (_drop("relative_q"), "^relative_q, relative_k: expected both or neither"),

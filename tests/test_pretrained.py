@@ -15,6 +15,7 @@ from torch import Tensor
 from pyattn.models.gpt import GPT, GPTConfig
 from pyattn.models.pretrained import Pretrained, PretrainedError
 from pyattn.models.transformer import Transformer, TransformerConfig
+from pyattn.models.xlnet import XLNetConfig, XLNetLMHead
 
 MODELS: dict[str, Callable[[], Pretrained]] = {
     "gpt": lambda: GPT(GPTConfig(vocab=31, context=8, layers=1, heads=2, width=8)),
@@ -299,3 +300,24 @@ def test_pretrained_gpt_end_token(tmp_path: Path, stored: object, end: int | Non
     assert GPT.from_pretrained(tmp_path).config.end == end
     (tmp_path / "config.json").write_text(json.dumps(fields | {"eos_token_id": [1, 2]}))
     _refused("gpt", tmp_path, "one eos_token_id")
+
+
+@pytest.mark.parametrize(
+    ("field", "wanted"),
+    [
+        *((name, "a whole number") for name in ("clamp_len", "mem_len", "reuse_len", "start_n_top", "end_n_top")),
+        *((name, "a whole number") for name in ("pad_token_id", "eos_token_id", "num_labels")),
+        ("dropout", "a number"),
+        ("bi_data", "true or false"),
+    ],
+)
+def test_pretrained_xlnet_field_of_another_type_is_refused(tmp_path: Path, field: str, wanted: str) -> None:
+    XLNetLMHead(XLNetConfig(vocab=31, layers=1, heads=2, width=8, hidden=12)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text("utf-8"))
+    for value in ("1", [1, 2], {}, *(() if wanted == "a number" else (0.5, float("nan")))):
+        path.write_text(json.dumps(fields | {field: value}), "utf-8")
+        with pytest.raises(PretrainedError, match=f"expected (one {field}|{wanted} for {field} in .*config.json)"):
+            XLNetLMHead.from_pretrained(tmp_path)
+    path.write_text(json.dumps(fields | {field: None}), "utf-8")
+    XLNetLMHead.from_pretrained(tmp_path)  # null is the default, as in transformers

@@ -136,16 +136,62 @@ def test_keys_of_the_queries_own_rank_are_not_seen_in_whole_tiles_either(backend
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
+@pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_of_distances_that_no_pair_has_are_not_read(backend):
-    q, k, r = normal(1, 1, 3, 4), normal(1, 1, 5, 4, seed=1), normal(1, 1, 7, 4, seed=2)
-    beyond = torch.full((1, 1, 9, 4), torch.nan, dtype=torch.float64)
-    whole = torch.cat([beyond, r, beyond], 2).requires_grad_()
-    out = pyattn.relative_attention(q, k, k, q, whole, -2 - 9, backend=backend)
-    torch.testing.assert_close(out, pyattn.relative_attention(q, k, k, q, r, -2, backend=backend))
-    (gradient,) = torch.autograd.grad(out.sum(), whole)
-    assert (gradient[:, :, :9] == 0).all() and (gradient[:, :, 16:] == 0).all()
-    assert (gradient[:, :, 9:16] != 0).any(-1).all()
+def test_relative_gradients_are_those_of_q_and_k_where_rows_are_keys(backend, n, dtype):
+    """One query, whose few keys are parallel and whose values nearly are: gradients are what is left of sums that
+    cancel, and show the rounding of out. Both terms are to take it back alike."""
+    q, d_out = normal(4, 8, 1, 32), normal(4, 8, 1, 32, seed=1)
+    k = q / q.square().sum(-1, keepdim=True) * (20 - torch.arange(n, dtype=torch.float64)[:, None] / 2)
+    v = normal(4, 8, 1, 32, seed=2) + normal(4, 8, n, 32, seed=3) / 20
+    leaves = [t.to(dtype).requires_grad_() for t in (q, k, v, q, k.flip(2))]
+    out = pyattn.relative_attention(*leaves, 0, scale=1.0, backend=backend)
+    d_q, d_k, _, d_relative_q, d_relative_k = torch.autograd.grad(out, leaves, d_out.to(dtype))
+    for got, expected in ((d_relative_q, d_q), (d_relative_k.flip(2), d_k)):
+        assert (got.double() - expected.double()).norm() <= torch.finfo(dtype).eps * expected.double().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_distances_that_no_pair_has_go_nowhere(backend, dtype):
+    for m, n, options, band in (
+        (3, 5, {}, (-2, 4)),
+        (70, 90, {"window": (5, 2)}, (-2, 5)),
+        (70, 200, {"causal": True}, (0, 199)),
+        (130, 20, {"causal": True, "window": (65, None)}, (0, 19)),
+        (40, 60, {"window": (None, 3)}, (-3, 59)),
+        (0, 5, {}, (0, -1)),
+        (5, 0, {}, (0, -1)),
+    ):
+        first = -m - 7
+        distance = torch.arange(m + n + 20) + first
+        has = (distance >= band[0]) & (distance <= band[1])
+        q, k, v, relative_q = (normal(2, 2, t, 4, seed=i, dtype=dtype) for i, t in enumerate((m, n, n, m)))
+        rows, found = normal(1, 2, len(distance), 4, seed=4, dtype=dtype), []
+        for filling in (0.0, torch.nan, torch.inf):
+            leaves = [q, k, v, relative_q, torch.where(has[:, None], rows, filling)]
+            leaves = [t.clone().requires_grad_() for t in leaves]
+            out = pyattn.relative_attention(*leaves, first, backend=backend, **options)
+            found.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+        for others in found[1:]:
+            for got, expected in zip(others, found[0], strict=True):
+                torch.testing.assert_close(got, expected, atol=0, rtol=0)
+        d_rows = found[0][-1]
+        assert (d_rows[:, :, ~has] == 0).all() and (d_rows[:, :, has] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_relative_query_that_sees_nothing_goes_nowhere(backend):
+    q, k, rows = normal(1, 2, 70, 4), normal(1, 2, 60, 4, seed=1), normal(1, 2, 129, 4, seed=2)
+    found = []
+    for filling in (0.0, torch.nan):
+        relative_q = normal(1, 2, 70, 4, seed=3)
+        relative_q[:, :, :10] = filling  # under the causal mask they stand before the first key
+        leaves = [t.clone().requires_grad_() for t in (q, k, relative_q, rows)]
+        out = pyattn.relative_attention(leaves[0], leaves[1], k, *leaves[2:], -69, causal=True, backend=backend)
+        found.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(map(torch.equal, *found))
 
 
 Q, R, RANKS = torch.randn(2, 3, 5, 8), torch.randn(1, 3, 11, 4), torch.zeros(2, 5, dtype=torch.int32)
@@ -183,6 +229,22 @@ def test_relative_wrong_argument_is_named(change, kind, message):
     pyattn.relative_attention(**GIVEN)
     with pytest.raises(kind, match=message):
         pyattn.relative_attention(**GIVEN | change)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_relative_first_distance_of_no_pair_may_be_any(backend):
+    for first in (10**30, -(2**50)):
+        no_queries = {name: GIVEN[name][:, :, :0] for name in ("q", "relative_q")}
+        out = pyattn.relative_attention(**GIVEN | no_queries | {"first": first}, backend=backend)
+        assert out.shape == (2, 3, 0, 6)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_relative_term_wider_than_a_backend_takes_is_refused(backend):
+    e = pyattn.registry.BACKENDS[backend].max_head_dim + 1
+    wide = {"relative_q": torch.zeros(2, 3, 5, e), "relative_k": torch.zeros(1, 3, 11, e)}
+    with pytest.raises(pyattn.UnsupportedError, match=f"size of a relative term is at most {e - 1}, got e={e}"):
+        pyattn.relative_attention(**GIVEN | wide, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["hopper", "cuda"])

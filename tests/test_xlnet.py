@@ -529,6 +529,8 @@ def _memory(*shape: int, layers: int = 2) -> list[Tensor]:
         ({"memory": _memory(B, 3, 16)}, r"memory: expected \[b=4, 3, width=32\] each, got \[4, 3, 16\]"),
         ({"memory": _memory(B, 32)}, r"memory: expected \[b=4, any, width=32\] each, got \[4, 32\]"),
         ({"memory": [*_memory(B, 3, 32, layers=1), *_memory(B, 4, 32, layers=1)]}, r"memory: .* got \[4, 4, 32\]"),
+        ({"memory": [x.double() for x in _memory(B, 3, 32)]}, "memory: expected float32, got float64"),
+        ({"memory": [x.long() for x in _memory(B, 3, 32)]}, "memory: expected float32, got int64"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from pyattn.spec import band_distances
 from pyattn.triton_kernels import config
 from pyattn.triton_kernels.additive_bwd import additive_bwd
 from pyattn.triton_kernels.additive_fwd import additive_fwd
@@ -169,8 +170,8 @@ def attention_launches(
         call |= {"q_ranks": empty(b, m, dtype=torch.int32), "k_ranks": empty(b, n, dtype=torch.int32)}
     if relative is not None:
         operands = tensor(h, m, relative), empty(1, h, m + n - 1, relative, dtype=dtype)
-        left, right = call.get("left"), call.get("right")
-        call["relative"] = Relative.of(*operands, 1 - m, n, n - m, left, right)
+        band = band_distances(m, n, n - m, call.get("left"), call.get("right"))
+        call["relative"] = Relative.of(*operands, 1 - m, *band)
     if alibi:
         call["alibi_slopes"] = empty(b if packed is None else packed, h)
     if sinks:

@@ -25,22 +25,10 @@ class Relative(NamedTuple):
     rows: slice  # which rows of relative_k those are
 
     @classmethod
-    def of(
-        cls,
-        relative_q: Tensor,
-        relative_k: Tensor,
-        first: int,
-        n: int,
-        offset: int,
-        left: int | None,
-        right: int | None,
-    ) -> Relative:
-        """As `pyattn.spec` has them, for n keys."""
-        least, most = offset - (n - 1), offset + relative_q.shape[2] - 1
-        least = max(first, least if right is None else max(least, -right))
-        most = most if left is None else min(most, left)
-        rows = slice(least - first, max(most, least - 1) - first + 1)
-        return cls(_whole(relative_q), _whole(relative_k[:, :, rows]), least, rows)
+    def of(cls, relative_q: Tensor, relative_k: Tensor, first: int, lowest: int, highest: int) -> Relative:
+        """As `pyattn.spec` has them, of the distances from the lowest to the highest that some pair has."""
+        rows = slice(lowest - first, highest - first + 1) if lowest <= highest else slice(0, 0)
+        return cls(_whole(relative_q), _whole(relative_k[:, :, rows]), lowest, rows)
 
     def arguments(self) -> dict[str, Any]:
         """As the kernels take them; rk_heads are the heads between one batch entry of k and the next."""

@@ -94,7 +94,7 @@ class BackwardTile {
                        q_along_, q_);
         }
         relative_.load_queries(rows_);
-        relative_gradient_.load_queries(rows_);
+        relative_gradient_.load_queries(rows_, wanted);
         load_sides(query_row<T>(args_.d_out, sequence, head, i), args_.d_out.stride[2], args_.dv, wanted, d_out_rows_,
                    d_out_t_, d_out_along_, d_out_);
     }

@@ -6,7 +6,7 @@
 // Source: Dai et al. 2019, arXiv:1901.02860, appendix B, whose shift of a whole matrix this is within a tile.
 #pragma once
 
-#include "rows.h"
+#include "mask.h"
 
 namespace pyattn {
 namespace PYATTN_ISA {
@@ -63,6 +63,14 @@ class Relative {
         return rows_->query[0] + rows_->sequence.offset + kFirst - j - args_.first;
     }
 
+    // Places among the tile's distances, counted from the largest one, that pairs of its queries and keys [j, j + keys)
+    // have inside the band.
+    Range places(int64_t j, int64_t keys) const {
+        const int64_t distance = largest(j) + args_.first;
+        return {larger(kQueries - rows_->count, distance - args_.left),
+                smaller(kFirst + keys, distance + args_.right + 1)};
+    }
+
     void multiply(int64_t j) {
         const int64_t top = largest(j), stride = args_.relative_k.stride[2];
         uint8_t wanted[kSpan];
@@ -108,10 +116,11 @@ class RelativeGradient {
           k_across_(scratch.take<E>(forward.here() * kSpan * width_)),
           d_q_(scratch.take<A>(forward.here() * kQueries * width_)) {}
 
-    void load_queries(const Rows& rows) {
+    // wanted: which queries see anything; null where all do.
+    void load_queries(const Rows& rows, const uint8_t* wanted) {
         if (!args_.relative_k) return;
         const T* const q = query_row<const T>(args_.relative_q, rows.sequence, rows.head[0], rows.query[0]);
-        q_ = load_rows_across(q, args_.relative_q.stride[2], rows.count, args_.e, q_across_, nullptr, true);
+        q_ = load_rows_across(q, args_.relative_q.stride[2], rows.count, args_.e, q_across_, wanted, true);
         std::memset(d_q_, 0, static_cast<size_t>(kQueries * width_) * sizeof(A));
     }
 
@@ -120,12 +129,12 @@ class RelativeGradient {
         const int64_t count = forward_.rows_->count, top = forward_.largest(j);
         std::memset(runs_, 0, static_cast<size_t>(kQueries * kSpan) * sizeof(A));
         transpose<A>({ds, kQueries}, keys, lanes, {runs_ + kFirst, kSpan - 1}, round_up(keys, W));
-        const int64_t first = larger(0, top - args_.distances + 1), end = smaller(kSpan, top + 1);
-        if (first >= end) return;
-        gemm<E>(width_, end - first, operands<E>(count), q_, {across() + first, 1, kSpan},
-                {d_k + (top - first) * width_, -width_}, {true, nullptr});
+        const Range places = forward_.places(j, keys);
+        gemm<E>(width_, places.end - places.begin, operands<E>(count), q_, {across() + places.begin, 1, kSpan},
+                {d_k + (top - places.begin) * width_, -width_}, {true, nullptr});
+        // All other rows have gradients of 0 here, of which a product with a NaN would make one.
         uint8_t wanted[kSpan];
-        for (int64_t c = 0; c < kSpan; ++c) wanted[c] = first <= c && c < end;
+        for (int64_t c = 0; c < kSpan; ++c) wanted[c] = places.begin <= c && c < places.end;
         const Lanes<const E> k = load_rows_across(forward_.row(top), -args_.relative_k.stride[2], kSpan, args_.e,
                                                   k_across_, wanted, true);
         const E* const along = along_lanes<E>(runs_, 2 * count, kQueries);  // every run in two halves

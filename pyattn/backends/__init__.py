@@ -111,6 +111,8 @@ def _undeclared(backend: Backend, spec: AttentionSpec) -> str | None:
         return f"does not do {_listed(FEATURES[name] for name in missing)}"
     if spec.d > backend.max_head_dim or spec.dv > (backend.max_value_dim or backend.max_head_dim):
         return f"head size is at most {backend.max_head_dim}, got d={spec.d}, dv={spec.dv}"
+    if spec.relative is not None and (e := spec.relative[1]) > backend.max_head_dim:
+        return f"size of a relative term is at most {backend.max_head_dim}, got e={e}"
     return None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyattn import dropout
 from pyattn.backends import Backend, Proof
-from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, Results
+from pyattn.spec import FEATURES, AttentionSpec, Grads, Inputs, Results, band_distances
 
 
 class ReferenceBackend(Backend):
@@ -124,11 +124,25 @@ def scores(spec: AttentionSpec, x: Inputs, k: Tensor) -> Tensor:
 
 def relative(spec: AttentionSpec, x: Inputs) -> Tensor:
     """relative_q_i . relative_k of the distance from key j to query i, [b, h, m, n]; 0 where there is no such row."""
-    assert x.relative_q is not None and x.relative_k is not None
-    products = x.relative_q @ x.relative_k.transpose(-1, -2)  # [b, h, m, distances]
+    assert x.relative_q is not None
+    products = x.relative_q @ band_rows(spec, x).transpose(-1, -2)  # [b, h, m, distances]
     row, has = distance_rows(spec, x)
     products = torch.nn.functional.pad(products, (0, 1))  # a column of zeros
     return products.gather(-1, torch.where(has, row, products.shape[-1] - 1).expand(spec.b, spec.h, spec.m, spec.n))
+
+
+def band_rows(spec: AttentionSpec, x: Inputs) -> Tensor:
+    """relative_k, with 0 for distances that no pair inside the band has: a NaN there goes nowhere."""
+    assert x.relative_k is not None
+    return torch.where(in_band(spec, x), x.relative_k, 0.0)
+
+
+def in_band(spec: AttentionSpec, x: Inputs) -> Tensor:
+    """Which rows of relative_k are of distances that a pair inside the band has, bool [distances, 1]."""
+    assert spec.relative is not None and spec.first is not None and spec.offset is not None
+    lowest, highest = band_distances(spec.m, spec.n, spec.offset, spec.left, spec.right)
+    distance = torch.arange(spec.relative[0], device=x.q.device)[:, None] + spec.first
+    return (lowest <= distance) & (distance <= highest)
 
 
 def distance_rows(spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:

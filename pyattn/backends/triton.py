@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from pyattn.backends import Backend, KernelError, Proof, kind_of, sink_gradient
-from pyattn.spec import AttentionSpec, Grads, Inputs, Results, empty_gradients, empty_results, unit_stride
+from pyattn.spec import (
+    AttentionSpec,
+    Grads,
+    Inputs,
+    Results,
+    band_distances,
+    empty_gradients,
+    empty_results,
+    unit_stride,
+)
 
 if TYPE_CHECKING:
     from pyattn.triton_kernels.launch import Call
@@ -210,7 +219,8 @@ def relative_of(spec: AttentionSpec, x: Inputs) -> Relative | None:
 
     if x.relative_q is None or x.relative_k is None or spec.first is None or spec.offset is None:
         return None
-    return Relative.of(x.relative_q, x.relative_k, spec.first, spec.n, spec.offset, spec.left, spec.right)
+    band = band_distances(spec.m, spec.n, spec.offset, spec.left, spec.right)
+    return Relative.of(x.relative_q, x.relative_k, spec.first, *band)
 
 
 def _parts_bytes(spec: AttentionSpec) -> tuple[int, int]:

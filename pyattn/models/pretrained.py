@@ -202,6 +202,10 @@ class Fields:
         wanted = " or ".join("a list of strings" if get_origin(each) is tuple else KINDS[each][1] for each in kinds)
         raise PretrainedError(f"model: expected {wanted} for {name} in {self.path}, got {value!r}")
 
+    def optional(self, name: str, kind: Any, default: Any = None) -> Any:
+        """A field that may be missing, null counting as missing, and else is of a type, as for `typed`."""
+        return default if self.values.get(name) is None else self.typed(name, kind)
+
     def expect(self, **expected: Any) -> None:
         """Raises PretrainedError unless each field, where it is given, has its value (or one out of a tuple)."""
         for name, value in expected.items():
@@ -217,6 +221,8 @@ class Fields:
             if len(end) != 1:
                 raise PretrainedError(f"model: expected one eos_token_id in {self.path}, got {end}")
             (end,) = end
+        if end is not None and not is_kind(end, int):
+            raise PretrainedError(f"model: expected {KINDS[int][1]} for eos_token_id in {self.path}, got {end!r}")
         return end if end is None or end < self.integer("vocab_size") else None
 
     def label_names(self, labels: int) -> tuple[str, ...] | None:

@@ -216,17 +216,18 @@ class _XLNetModel(Pretrained):
         width, heads = fields.integer("d_model"), fields.integer("n_head")
         fields.expect(model_type="xlnet", ff_activation="gelu", layer_norm_eps=_EPS, tie_word_embeddings=True)
         fields.expect(attn_type=("bi", "uni"), same_length=False, untie_r=True, d_head=width // max(heads, 1))
-        labels = fields.get("num_labels") or len(fields.get("id2label", range(2)))
-        clamp = fields.get("clamp_len", -1)
+        labels = fields.optional("num_labels", int) or len(fields.get("id2label", range(2)))
+        clamp = fields.optional("clamp_len", int, -1)
         return XLNetConfig(
             vocab=fields.integer("vocab_size"), layers=fields.integer("n_layer"), heads=heads, width=width,
-            hidden=fields.integer("d_inner"), dropout=fields.get("dropout", 0.1),
+            hidden=fields.integer("d_inner"), dropout=fields.optional("dropout", float, 0.1),
             causal=fields.get("attn_type", "bi") == "uni", clamp=clamp if clamp > 0 else None,
-            two_ways=fields.get("bi_data", False),
-            memory=fields.get("mem_len") or None, reuse=fields.get("reuse_len") or None,  # 0 is no limit, too
-            pad=fields.get("pad_token_id"), end=fields.end(),
+            two_ways=fields.optional("bi_data", bool, False),
+            memory=fields.optional("mem_len", int) or None,  # 0 is no limit, too
+            reuse=fields.optional("reuse_len", int) or None,
+            pad=fields.optional("pad_token_id", int), end=fields.end(),
             labels=labels, label_names=fields.label_names(labels),
-            starts=fields.get("start_n_top", 5), ends=fields.get("end_n_top", 5),
+            starts=fields.optional("start_n_top", int, 5), ends=fields.optional("end_n_top", int, 5),
         )  # fmt: skip
 
     def config_fields(self) -> dict[str, Any]:
@@ -289,8 +290,8 @@ class XLNet(_XLNetModel):
             targets: [b, p] integer, positions whose tokens are to be predicted: from those of lower places, not from
                 the tokens there. Without an order they see their own tokens, and one that sees nothing has no
                 attention. To fill up, repeat a position.
-            memory: what was returned for the pieces of text before: `layers` tensors [b, any, width]. All of it is
-                seen, also what had been padding, and is of segment 0.
+            memory: what was returned for the pieces of text before: `layers` tensors [b, any, width] in the model's
+                dtype. All of it is seen, also what had been padding, and is of segment 0.
             remember: whether to return such a memory.
         Returns:
             hidden [b, m, width], or [b, p, width] of targets. Rows of padding are without meaning.
@@ -303,7 +304,7 @@ class XLNet(_XLNetModel):
         """
         _check_texts(tokens, lengths, self.config, segments=segments, order=order, masked=masked)
         _check_order(len(tokens), tokens.shape[1], order, masked, targets)
-        (b, m), past = tokens.shape, _check_memory(memory, tokens, self.config)
+        (b, m), past = tokens.shape, _check_memory(memory, tokens, self.config, self.mask_emb.dtype)
         h, ids = self.embed(tokens), _one_hot(segments, past, self.mask_emb)
         content, query = self._streams(tokens, lengths, order, masked, targets, ids, past)
         g = None if targets is None else self._dropped(self.mask_emb.expand(b, targets.shape[1], -1))
@@ -563,7 +564,7 @@ def _check_order(b: int, m: int, order: Tensor | None, masked: Tensor | None, ta
         _check_integers("targets", targets, 0, m - 1)
 
 
-def _check_memory(memory: Sequence[Tensor] | None, tokens: Tensor, config: XLNetConfig) -> int:
+def _check_memory(memory: Sequence[Tensor] | None, tokens: Tensor, config: XLNetConfig, dtype: torch.dtype) -> int:
     """How many rows the memory has."""
     if memory is None:
         return 0
@@ -573,6 +574,8 @@ def _check_memory(memory: Sequence[Tensor] | None, tokens: Tensor, config: XLNet
     for x in memory:
         if list(x.shape) != [b, past, config.width]:
             raise ShapeError(f"memory: expected [b={b}, {past}, width={config.width}] each, got {list(x.shape)}")
+        if x.dtype is not dtype:
+            raise DtypeError(f"memory: expected {dtype_name(dtype)}, got {dtype_name(x.dtype)}")
     return cast(int, past)
 
 
