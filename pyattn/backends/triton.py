@@ -173,10 +173,11 @@ def _backward(x: Inputs, y: Results, d_out: Tensor, d_lse: Tensor | None, grads:
         grads.bias.zero_()
     given = (y.out, y.row_max, y.row_sum, d_out, d_lse, grads.q, grads.k, grads.v)
     if x.weight is None or grads.weight is None:
-        d_relative = call.relative and call.relative.like(grads.relative_q)
-        delta = flash_bwd(x.q, x.k, x.v, *given, grads.bias, d_relative, call)
-        if d_relative is not None:
-            d_relative.store(grads.relative_q, grads.relative_k)
+        if call.relative is None or grads.relative_q is None or grads.relative_k is None:
+            return flash_bwd(x.q, x.k, x.v, *given, grads.bias, None, call)
+        of_operands = call.relative.like(grads.relative_q)
+        delta = flash_bwd(x.q, x.k, x.v, *given, grads.bias, of_operands, call)
+        of_operands.store(grads.relative_q, grads.relative_k)
         return delta
     backward = additive_step_bwd if suits(x.q, x.k, call, True) else additive_bwd  # as the forward chose
     return backward(x.q, x.k, x.v, x.weight, *given, grads.weight, grads.bias, call)
