@@ -533,11 +533,9 @@ def flash_bwd(
     """
     (b, h, m, _), (hk, n) = q.shape, k.shape[1:3]
     delta = torch.empty_like(log_sum)
-    common = (
-        call.arguments(q, k, v)
-        | call.relative_arguments()
-        | launch.layout(q, k, v, out, d_out, dq, dk, dv, scores=(call.mask, call.bias, dbias))
-    )
+    common = call.arguments(q, k, v)
+    common |= call.relative_arguments()
+    common |= launch.layout(q, k, v, out, d_out, dq, dk, dv, scores=(call.mask, call.bias, dbias))
     common["scale"] = call.scale
     owned = dbias is not None and dbias.shape == (b, h, m, n)
     with launch.on_device_of(q):

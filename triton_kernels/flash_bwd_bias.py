@@ -266,12 +266,10 @@ def flash_bwd_bias(
     one_b, one_h, one_m, one_n = (size == 1 for size in dbias.shape)
     blocks_m, blocks_n = launch.parts(m, sizes.block_m), launch.parts(n, sizes.block_n)
     programs = (1 if one_b else b) * (1 if one_h else h) * (1 if one_m else blocks_m) * (1 if one_n else blocks_n)
-    common = (
-        call.arguments(q, k, v)
-        | additive
-        | call.relative_arguments()
-        | launch.layout(q, k, v, d_out, scores=(call.mask, call.bias, dbias))
-    )
+    common = call.arguments(q, k, v)
+    common |= additive
+    common |= call.relative_arguments()
+    common |= launch.layout(q, k, v, d_out, scores=(call.mask, call.bias, dbias))
     for of_packed in ("S", "cu_q_ptr", "cu_k_ptr"):
         del common[of_packed]
     _flash_bwd_dbias_kernel[(programs,)](

@@ -241,7 +241,8 @@ def flash_bwd_relative(
     first_row = (call.offset - call.relative.first + 1) % sizes.block_m - sizes.block_m
     batch, h, distances, _ = drk.shape
     blocks = launch.parts(distances - first_row, sizes.block_m)
-    common = call.arguments(q, k, v) | call.relative_arguments()
+    common = call.arguments(q, k, v)
+    common |= call.relative_arguments()
     common |= launch.layout(q, k, v, d_out, scores=(call.mask, call.bias))
     for of_packed in ("S", "cu_q_ptr", "cu_k_ptr"):
         del common[of_packed]

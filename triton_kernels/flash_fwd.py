@@ -232,9 +232,9 @@ def flash_fwd(
     b, h, m, _ = q.shape
     if b * m == 0:
         return
-    common = (
-        call.arguments(q, k, v) | call.relative_arguments() | launch.layout(q, k, v, out, scores=(call.mask, call.bias))
-    )
+    common = call.arguments(q, k, v)
+    common |= call.relative_arguments()
+    common |= launch.layout(q, k, v, out, scores=(call.mask, call.bias))
     sizes = launch.sizes("forward", q, k, v, call)
     with launch.on_device_of(q):
         _flash_fwd_kernel[(call.blocks(m, sizes.block_m) * h * b,)](
