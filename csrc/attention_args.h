@@ -59,6 +59,8 @@ struct AttentionArgs {
     TensorArg relative_q, relative_k;      // [b, h, m, e], [1|b, h, distances, e]; last stride 1
     const int32_t* q_ranks = nullptr;      // [b, m] contiguous
     const int32_t* k_ranks = nullptr;      // [b, n] contiguous
+    const int32_t* row_first = nullptr;    // [b, m] contiguous
+    const int32_t* row_stop = nullptr;     // [b, m] contiguous
     const void* weight = nullptr;          // [h, d] contiguous, in the accumulator's dtype; null for scores q.k
 
     // Backward only.

@@ -247,6 +247,8 @@ void fill_tensors(AttentionArgs& args, const py::dict& tensors) {
         else if (name == "d_relative_k") args.d_relative_k = given(distances(name, value.cast<py::tuple>()));
         else if (name == "q_ranks") point(args.q_ranks, given(table(args.b, args.m)));
         else if (name == "k_ranks") point(args.k_ranks, given(table(args.b, args.n)));
+        else if (name == "row_first") point(args.row_first, given(table(args.b, args.m)));
+        else if (name == "row_stop") point(args.row_stop, given(table(args.b, args.m)));
         else if (name == "d_weight") point(args.d_weight, given(weight));
         else if (name == "d_out") args.d_out = given(out);
         else if (name == "d_q") args.d_q = given(q);
@@ -272,12 +274,14 @@ void check_ends(const std::string& name, const int32_t* ends, int64_t sequences,
 void check_values(const AttentionArgs& args) {
     REQUIRE(!args.cu_seqlens_q == !args.cu_seqlens_k, "cu_seqlens_q, cu_seqlens_k: expected both or neither");
     REQUIRE(args.cu_seqlens_q ? args.b == 1 : args.sequences == args.b, "sequences: not the batch size");
-    REQUIRE(!args.cu_seqlens_q || !(args.mask || args.bias || args.key_lengths || args.q_segments || args.q_ranks),
-            "cu_seqlens_q: excludes mask, bias, key_lengths, segments and ranks");
+    REQUIRE(!args.cu_seqlens_q || !(args.mask || args.bias || args.key_lengths || args.q_segments || args.q_ranks ||
+                                    args.row_first),
+            "cu_seqlens_q: excludes mask, bias, key_lengths, segments, ranks and row windows");
     REQUIRE(!args.cached || (args.key_lengths && !args.cu_seqlens_q), "offset: expected a number, without key_lengths");
     REQUIRE(!args.block_table || args.cached, "block_table: expected no offset");
     REQUIRE(!args.q_segments == !args.k_segments, "q_segments, k_segments: expected both or neither");
     REQUIRE(!args.q_ranks == !args.k_ranks, "q_ranks, k_ranks: expected both or neither");
+    REQUIRE(!args.row_first == !args.row_stop, "row_first, row_stop: expected both or neither");
     REQUIRE(!args.relative_q == !args.relative_k, "relative_q, relative_k: expected both or neither");
     REQUIRE(!args.relative_k || !(args.cu_seqlens_q || args.cached || args.weight),
             "relative_k: excludes packed sequences, caches and additive scores");

@@ -37,9 +37,8 @@ if TYPE_CHECKING:
         bias: Tensor | None
         key_lengths: Tensor | None
         segment_ids: tuple[Tensor, Tensor] | None
-
-    class RelativeOptions(Options, total=False):
         ranks: tuple[Tensor, Tensor] | None
+        row_windows: tuple[Tensor, Tensor] | None
 
     class AdditiveOptions(Options, total=False):
         exp_keys: Tensor | None
@@ -70,6 +69,8 @@ def attention(
     window: Sequence[int | None] | None = None,
     key_lengths: Tensor | None = None,
     segment_ids: tuple[Tensor, Tensor] | None = None,
+    ranks: tuple[Tensor, Tensor] | None = None,
+    row_windows: tuple[Tensor, Tensor] | None = None,
     scale: SupportsFloat | None = None,
     softcap: SupportsFloat | None = None,
     alibi_slopes: Tensor | None = None,
@@ -83,7 +84,7 @@ def attention(
     """out = softmax(cap(scale * q @ k.T) + bias, over the visible keys) @ v, without an m x n matrix in memory.
 
     `pyattn.spec` states the definition. A key is visible to a query when every one of `mask`, `causal`, `window`,
-    `key_lengths` and `segment_ids` lets it. A query that sees no key gets 0.
+    `key_lengths`, `segment_ids`, `ranks` and `row_windows` lets it. A query that sees no key gets 0.
 
     Args:
         q: [b, h, m, d] float16, bfloat16, float32 or float64.
@@ -97,6 +98,8 @@ def attention(
             side is unlimited.
         key_lengths: integer [b]; batch element b sees its first key_lengths[b] keys.
         segment_ids: integer (q_ids [b, m], k_ids [b, n]); a query sees the keys of its own segment.
+        ranks: integer (q_ranks [b, m], k_ranks [b, n]); a query sees the keys of lower rank, as in a permuted order.
+        row_windows: integer (first [b, m], stop [b, m]); a query sees the keys from its first to before its stop.
         scale: factor of q @ k.T; 1 / sqrt(d) by default.
         softcap: scores become softcap * tanh(score / softcap), before the bias.
         alibi_slopes: [h] or [b, h]; adds -slope * |i + n - m - j| (Press et al. 2022).
@@ -121,7 +124,8 @@ def attention(
         check.refuse_unknown("attention", others)
     x, numbers = core.prepare(
         q, k, v, mask=mask, bias=bias, causal=causal, window=window, key_lengths=key_lengths, segment_ids=segment_ids,
-        scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=seed,
+        ranks=ranks, row_windows=row_windows, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+        dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
     out, lse = core.run(x, numbers, backend)
     return (out, lse) if return_lse else out
@@ -296,6 +300,8 @@ def additive_attention(
     window: Sequence[int | None] | None = None,
     key_lengths: Tensor | None = None,
     segment_ids: tuple[Tensor, Tensor] | None = None,
+    ranks: tuple[Tensor, Tensor] | None = None,
+    row_windows: tuple[Tensor, Tensor] | None = None,
     scale: SupportsFloat | None = None,
     softcap: SupportsFloat | None = None,
     alibi_slopes: Tensor | None = None,
@@ -324,10 +330,10 @@ def additive_attention(
             there. The gradient is k's.
         scale: a factor of the scores; 1 by default.
         cu_seqlens_q, cu_seqlens_k: as for `attention_varlen`, for packed sequences. They exclude mask, bias,
-            key_lengths and segment_ids.
+            key_lengths, segment_ids, ranks and row_windows.
         alibi_slopes: as for `attention`; of s packed sequences [h] or [s, h].
-        mask, bias, causal, window, key_lengths, segment_ids, softcap, sinks, dropout_p, seed, return_lse, backend: as
-            for `attention`.
+        mask, bias, causal, window, key_lengths, segment_ids, ranks, row_windows, softcap, sinks, dropout_p, seed,
+            return_lse, backend: as for `attention`.
 
     Returns:
         As `attention`, or for packed sequences as `attention_varlen`. There are gradients for q, k, v, weight, bias and
@@ -343,8 +349,9 @@ def additive_attention(
     check.check_dense("weight", weight)  # without it the scores would be products
     x, numbers = core.prepare(
         q, k, v, weight=weight, exp_keys=exp_keys, mask=mask, bias=bias, causal=causal, window=window,
-        key_lengths=key_lengths, segment_ids=segment_ids, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
-        sinks=sinks, dropout_p=dropout_p, seed=seed, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        key_lengths=key_lengths, segment_ids=segment_ids, ranks=ranks, row_windows=row_windows, scale=scale,
+        softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=seed,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
     out, lse = core.run(x, numbers, backend)
     return (out, lse) if return_lse else out
@@ -353,17 +360,17 @@ def additive_attention(
 @overload
 def relative_attention(
     q: Tensor, k: Tensor, v: Tensor, relative_q: Tensor, relative_k: Tensor, first: int, *,
-    return_lse: Literal[False] = False, **options: Unpack[RelativeOptions],
+    return_lse: Literal[False] = False, **options: Unpack[Options],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def relative_attention(
     q: Tensor, k: Tensor, v: Tensor, relative_q: Tensor, relative_k: Tensor, first: int, *, return_lse: Literal[True],
-    **options: Unpack[RelativeOptions],
+    **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def relative_attention(
     q: Tensor, k: Tensor, v: Tensor, relative_q: Tensor, relative_k: Tensor, first: int, *, return_lse: bool,
-    **options: Unpack[RelativeOptions],
+    **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def relative_attention(
     q: Tensor,
@@ -373,13 +380,14 @@ def relative_attention(
     relative_k: Tensor,
     first: int,
     *,
-    ranks: tuple[Tensor, Tensor] | None = None,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     causal: bool = False,
     window: Sequence[int | None] | None = None,
     key_lengths: Tensor | None = None,
     segment_ids: tuple[Tensor, Tensor] | None = None,
+    ranks: tuple[Tensor, Tensor] | None = None,
+    row_windows: tuple[Tensor, Tensor] | None = None,
     scale: SupportsFloat | None = None,
     softcap: SupportsFloat | None = None,
     alibi_slopes: Tensor | None = None,
@@ -404,11 +412,9 @@ def relative_attention(
         relative_k: [1|b, h, distances, e] in q's dtype: row r is the distance first + r. It has a row for every
             distance that causal and window leave; what other rows hold has no effect.
         first: the distance of relative_k's first row, negative for keys that follow their query.
-        ranks: integer (q_ranks [b, m], k_ranks [b, n]); a query sees the keys of lower rank, as the permuted order of
-            XLNet has it.
         scale: factor of the sum of both products; 1 / sqrt(d) by default.
-        mask, bias, causal, window, key_lengths, segment_ids, softcap, alibi_slopes, sinks, dropout_p, seed, return_lse,
-        backend: as for `attention`.
+        mask, bias, causal, window, key_lengths, segment_ids, ranks, row_windows, softcap, alibi_slopes, sinks,
+            dropout_p, seed, return_lse, backend: as for `attention`.
 
     Returns:
         As `attention`. There are gradients for q, k, v, relative_q, relative_k, bias and sinks.
@@ -422,9 +428,10 @@ def relative_attention(
         check.refuse_unknown("relative_attention", others)
     check.check_dense("relative_k", relative_k)  # without it the scores would be products
     x, numbers = core.prepare(
-        q, k, v, relative_q=relative_q, relative_k=relative_k, first=first, ranks=ranks, mask=mask, bias=bias,
-        causal=causal, window=window, key_lengths=key_lengths, segment_ids=segment_ids, scale=scale, softcap=softcap,
-        alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=seed,
+        q, k, v, relative_q=relative_q, relative_k=relative_k, first=first, mask=mask, bias=bias,
+        causal=causal, window=window, key_lengths=key_lengths, segment_ids=segment_ids, ranks=ranks,
+        row_windows=row_windows, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+        dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
     out, lse = core.run(x, numbers, backend)
     return (out, lse) if return_lse else out

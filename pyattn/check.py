@@ -113,19 +113,21 @@ def check_inputs(
     relative_q: Tensor | None,
     relative_k: Tensor | None,
     ranks: tuple[Tensor, Tensor] | None,
+    row_windows: tuple[Tensor, Tensor] | None,
 ) -> Inputs:
     """Checks every tensor by its metadata alone and returns them in the form `Inputs` promises."""
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if packed:
         _refuse_packed(
-            mask=mask, bias=bias, key_lengths=key_lengths, segment_ids=segment_ids, relative_k=relative_k, ranks=ranks
-        )
+            mask=mask, bias=bias, key_lengths=key_lengths, segment_ids=segment_ids, relative_k=relative_k, ranks=ranks,
+            row_windows=row_windows,
+        )  # fmt: skip
     q, k, v = _check_qkv(q, k, v, packed, block_table is not None, "d" if weight is None else "a")
     n = k.shape[2]
     if block_table is not None:
         block_table = _check_block_table(block_table, q, k)
         n *= block_table.shape[1]
-    q_segments = k_segments = q_ranks = k_ranks = None
+    q_segments = k_segments = q_ranks = k_ranks = row_first = row_stop = None
     if mask is not None:
         mask = _broadcastable("mask", mask, (torch.bool,), q, n)
     if bias is not None:
@@ -136,6 +138,8 @@ def check_inputs(
         q_segments, k_segments = _check_segments(segment_ids, q, k)
     if ranks is not None:
         q_ranks, k_ranks = _check_ranks(ranks, q, k)
+    if row_windows is not None:
+        row_first, row_stop = _check_row_windows(row_windows, q)
     if packed:
         cu_seqlens_q, cu_seqlens_k = check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, q)
     if alibi_slopes is not None:
@@ -153,7 +157,7 @@ def check_inputs(
     return Inputs(
         unit_stride(q), unit_stride(k), unit_stride(v), mask, bias, key_lengths, q_segments, k_segments, alibi_slopes,
         sinks, _check_seed(seed, q.device) if dropout_p > 0 else None, cu_seqlens_q, cu_seqlens_k,
-        block_table, weight, exp_keys, relative_q, relative_k, q_ranks, k_ranks,
+        block_table, weight, exp_keys, relative_q, relative_k, q_ranks, k_ranks, row_first, row_stop,
     )  # fmt: skip
 
 
@@ -231,7 +235,7 @@ def check_dtypes(x: Inputs) -> None:
     expected |= ids | dict.fromkeys(integers, (torch.int32,)) | {"alibi_slopes": (torch.float32,), "sinks": (sums,)}
     expected |= {"seed": (torch.int64,), "weight": (x.q.dtype, torch.float32), "exp_keys": (sums,)}
     expected |= dict.fromkeys(("relative_q", "relative_k"), (x.q.dtype,))
-    expected |= dict.fromkeys(("q_ranks", "k_ranks"), (torch.int32,))
+    expected |= dict.fromkeys(("q_ranks", "k_ranks", "row_first", "row_stop"), (torch.int32,))
     for name, dtypes in expected.items():
         t = getattr(x, name)
         if t is not None and t.dtype not in dtypes:
@@ -388,6 +392,16 @@ def _check_ranks(ranks: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> tuple[Te
     return (
         check_integers("ranks[0]", ranks[0], (b, q.shape[2]), q),
         check_integers("ranks[1]", ranks[1], (b, k.shape[2]), q),
+    )
+
+
+def _check_row_windows(windows: tuple[Tensor, Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
+    if not isinstance(windows, (tuple, list)) or len(windows) != 2:
+        raise DtypeError(f"row_windows: expected a pair (first [b, m], stop [b, m]), got {type(windows).__name__}")
+    shape = (q.shape[0], q.shape[2])
+    return (
+        check_integers("row_windows[0]", windows[0], shape, q),
+        check_integers("row_windows[1]", windows[1], shape, q),
     )
 
 

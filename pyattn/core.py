@@ -46,6 +46,7 @@ def prepare(
     relative_k: Tensor | None = None,
     first: int | None = None,
     ranks: tuple[Tensor, Tensor] | None = None,
+    row_windows: tuple[Tensor, Tensor] | None = None,
     top_left: bool = False,
     cached: bool = False,
 ) -> tuple[Inputs, Numbers]:
@@ -58,7 +59,7 @@ def prepare(
         q, k, v, mask=mask, bias=bias, key_lengths=key_lengths, segment_ids=segment_ids, alibi_slopes=alibi_slopes,
         sinks=sinks, seed=seed, dropout_p=dropout_p, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         block_table=block_table, weight=weight, exp_keys=exp_keys, relative_q=relative_q, relative_k=relative_k,
-        ranks=ranks,
+        ranks=ranks, row_windows=row_windows,
     )  # fmt: skip
     _, _, m, d = x.q.shape
     offset = None if cached else 0 if top_left or x.cu_seqlens_q is not None else x.k.shape[2] - m

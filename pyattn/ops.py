@@ -26,7 +26,7 @@ _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? key_lengths, Tensor? q_segments, "
     "Tensor? k_segments, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, Tensor? block_table, Tensor? weight, Tensor? exp_keys, Tensor? relative_q, "
-    "Tensor? relative_k, Tensor? q_ranks, Tensor? k_ranks"
+    "Tensor? relative_k, Tensor? q_ranks, Tensor? k_ranks, Tensor? row_first, Tensor? row_stop"
 )
 _NUMBERS = (
     "float scale, SymInt? offset, SymInt? left, SymInt? right, float? softcap, float dropout_p, SymInt? first, "

@@ -19,6 +19,7 @@ Query `i` stands at key position `i + offset`. `offset = n - m` aligns the last 
     j < key_lengths[b]
     q_segments[b, i] == k_segments[b, j]
     q_ranks[b, i] > k_ranks[b, j]
+    row_first[b, i] <= j < row_stop[b, i]
     mask[b, h, i, j]                                               True means attend
 
 The relative term is a product with the row of `relative_k` for the distance `i + offset - j` from key to query, of
@@ -67,6 +68,7 @@ FEATURES = {
     "additive": "additive scores with gradient",
     "relative": "relative term with gradient",
     "ranks": "ranks (a query sees lower ones)",
+    "row_windows": "row windows (every query's own)",
 }
 
 
@@ -96,6 +98,8 @@ class Inputs(NamedTuple):
     relative_k: Tensor | None = None  # [1|b, h, distances, e] in q's dtype; a last stride of 1
     q_ranks: Tensor | None = None  # int32 [b, m]
     k_ranks: Tensor | None = None  # int32 [b, n]
+    row_first: Tensor | None = None  # int32 [b, m]
+    row_stop: Tensor | None = None  # int32 [b, m]
 
     @property
     def n(self) -> int:
@@ -172,12 +176,13 @@ class AttentionSpec(NamedTuple):
     additive: bool = False
     relative: tuple[int, int] | None = None  # distances and e of a relative term
     ranks: bool = False
+    row_windows: bool = False
 
     @classmethod
     def of(cls, x: Inputs, numbers: Numbers) -> AttentionSpec:
         """The spec of a call whose tensors are already checked."""
         q, _, v, mask, bias, key_lengths, q_segments, _, slopes, sinks, _, cu_seqlens_q, _, block_table, weight = x[:15]
-        relative_k, q_ranks = x[17:19]
+        relative_k, q_ranks, _, row_first = x[17:21]
         b, h, m, d = q.shape
         _, hk, n, dv = v.shape
         return cls(
@@ -187,6 +192,7 @@ class AttentionSpec(NamedTuple):
             slopes is not None, sinks is not None, None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
             None if block_table is None else n, weight is not None,
             None if relative_k is None else (relative_k.shape[2], relative_k.shape[3]), q_ranks is not None,
+            row_first is not None,
         )  # fmt: skip
 
     @property
@@ -212,6 +218,7 @@ class AttentionSpec(NamedTuple):
             "additive": self.additive,
             "relative": self.relative is not None,
             "ranks": self.ranks,
+            "row_windows": self.row_windows,
         }
         return frozenset(name for name, is_used in used.items() if is_used)
 

@@ -86,6 +86,7 @@ class Case:
     relative: int = 0  # columns of a relative term
     relative_shared: bool = False  # by the batch
     ranks: int = 0  # how many ranks there are
+    row_windows: int | None = None  # the longest; a query's own has a random place
 
 
 CASES: tuple[Case, ...] = (
@@ -184,10 +185,12 @@ CASES: tuple[Case, ...] = (
     Case("relative-no-queries", relative=8, m=0),
     Case("relative-large", relative=32, powers=(3, 3), m=70, n=70),
     Case("ranks", ranks=5, m=90, n=130),
+    Case("row-windows", row_windows=30, m=90, n=130, unseen_nan=True),
+    Case("row-windows-additive", row_windows=20, additive=True, m=70, n=90, unseen_nan=True),
     Case("ranks-causal", ranks=3, causal=True, m=150, n=150, unseen_nan=True),
-    Case("relative-ranks-everything", relative=40, ranks=6, b=2, h=4, hk=2, m=100, n=140, d=40, dv=24, window=(70, 20),
-         key_lengths=(140, 77), segments=2, mask="b1mn", bias="1hmn", softcap=3.0, alibi=True, sinks=True,
-         dropout_p=0.2, layout="bmhd", unseen_nan=True),
+    Case("relative-ranks-everything", relative=40, ranks=6, row_windows=90, b=2, h=4, hk=2, m=100, n=140, d=40, dv=24,
+         window=(70, 20), key_lengths=(140, 77), segments=2, mask="b1mn", bias="1hmn", softcap=3.0, alibi=True,
+         sinks=True, dropout_p=0.2, layout="bmhd", unseen_nan=True),
 )  # fmt: skip
 
 
@@ -284,6 +287,10 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
         options["ranks"] = tuple(
             torch.randint(-1, c.ranks - 1, (c.b, length), generator=generator).to(device) for length in (c.m, c.n)
         )
+    if c.row_windows is not None:
+        first = torch.randint(-2, c.n + 2, (c.b, c.m), generator=generator)
+        length = torch.randint(-1, c.row_windows + 1, (c.b, c.m), generator=generator)
+        options["row_windows"] = (first.to(device), (first + length).to(device))
     accumulator = torch.float64 if dtype is torch.float64 else torch.float32
     d_out = normal(c.b, c.h, c.m, c.dv).to(device, dtype)
     d_lse = normal(c.b, c.h, c.m).to(device, accumulator)

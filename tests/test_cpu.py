@@ -94,7 +94,7 @@ def _in_torchs_terms(case: Case) -> bool:
     aligned = not case.causal or (not (case.mask or case.bias) and (case.m == case.n or case.top_left))
     negative = case.scale is not None and case.scale < 0  # NaN in torch 2.13 under a causal mask
     shaped = case.packed is None and case.b * case.m * case.n * case.d * case.dv > 0
-    other = case.additive or case.relative or case.ranks
+    other = case.additive or case.relative or case.ranks or case.row_windows is not None
     return aligned and shaped and not (any(beyond) or case.unseen_nan or negative or other)
 
 

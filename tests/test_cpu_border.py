@@ -52,7 +52,7 @@ ROWS = (
 STATISTICS = ("lse", "row_max", "row_sum")
 LISTS = (
     "key_lengths", "q_segments", "k_segments", "alibi_slopes", "sinks", "weight", *STATISTICS, "d_lse", "delta",
-    "d_sinks", "d_weight", "q_ranks", "k_ranks",
+    "d_sinks", "d_weight", "q_ranks", "k_ranks", "row_first", "row_stop",
 )  # fmt: skip
 SCORES = ("mask", "bias", "d_bias")
 BATCH = (*ROWS, *LISTS, *SCORES)
@@ -61,7 +61,13 @@ PACKED = ("cu_seqlens_q", "cu_seqlens_k")
 
 def kind_with(name: str) -> str:
     """The kind of call that has a tensor of that name: "batch", "packed", or "relative"."""
-    return "packed" if name in PACKED else "relative" if "relative" in name or "ranks" in name else "batch"
+    return (
+        "packed"
+        if name in PACKED
+        else "relative"
+        if any(x in name for x in ("relative", "ranks", "row_first", "row_stop"))
+        else "batch"
+    )
 
 
 class Border:
@@ -96,6 +102,8 @@ class Border:
             self.tensors |= {"relative_q": normal(b, H, M, E), "relative_k": normal(b, H, DISTANCES, E)}
             ranks = torch.ones(b, M, dtype=torch.int32), torch.zeros(b, N, dtype=torch.int32)
             self.tensors |= dict(zip(("q_ranks", "k_ranks"), ranks, strict=True))
+            windows = torch.zeros(b, M, dtype=torch.int32), torch.full((b, M), N, dtype=torch.int32)
+            self.tensors |= dict(zip(("row_first", "row_stop"), windows, strict=True))
         if direction == "backward":
             self.tensors |= {"d_out": normal(b, H, M, DV), "d_lse": normal(b, H, M), "delta": normal(b, H, M)}
             self.tensors |= {f"d_{x}": self.tensors[x].clone() for x in ("q", "k", "v", "sinks")}
@@ -371,6 +379,7 @@ WRONG_RELATIVE: dict[str, tuple[Callable[[Border], None], str]] = {
     "d_relative_k missing": (_drop("d_relative_k"), "^d_relative_q, d_relative_k: expected with relative_q"),
     "d_relative_k shared": (lambda x: x.resize("d_relative_k", 0, 1 - B), "^d_relative_k: expected the sizes of"),
     "q_ranks alone": (_drop("k_ranks"), "^q_ranks, k_ranks: expected both or neither"),
+    "row_first alone": (_drop("row_stop"), "^row_first, row_stop: expected both or neither"),
     "a weight": (
         lambda x: x.given.update(weight=Border("backward").given["weight"]), "^relative_k: excludes packed sequences",
     ),

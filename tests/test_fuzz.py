@@ -76,6 +76,7 @@ def cases(draw: st.DrawFn, dtype: torch.dtype) -> Case:
         key_lengths=draw(st.one_of(st.none(), st.tuples(*[st.integers(0, n)] * b))),
         segments=draw(st.integers(0, 3)),
         ranks=draw(st.sampled_from((0, 0, 0, 1, 4))),
+        row_windows=draw(st.sampled_from((None, None, None, 0, 10, 100))),
         mask=draw(st.one_of(st.none(), patterns())),
         bias=draw(st.one_of(st.none(), patterns())),
         **options,

@@ -221,7 +221,9 @@ class Backward {
                 for (int64_t t = larger(i, queries.begin / kQueries * kQueries); t < end; t += kQueries) {
                     tile.load_queries(sequence, head, t);
                     // The same keys as the other pass takes, so that the sums over them agree.
-                    if (!tile.compute(j, smaller(count, tile.keys().end - j))) continue;
+                    const Range own = tile.keys();
+                    const bool seen = own.begin < j + count && j < own.end;
+                    if (!seen || !tile.compute(j, smaller(count, own.end - j))) continue;
                     tile.pass_softcap();
                     if (args.weight) tile.add_additive_gradients(nullptr, d_k);
                     tile.add_key_gradients(d_k, d_v);

@@ -28,7 +28,11 @@ class Mask {
         const int64_t keys = args.key_lengths ? args.key_lengths[sequence.number] : sequence.n;
         for (int64_t lane = 0; lane < kQueries; ++lane) {
             const int64_t position = rows.query[lane] + sequence.offset;
-            const int64_t begin = larger(0, position - args.left), end = smaller(keys, position + args.right + 1);
+            int64_t begin = larger(0, position - args.left), end = smaller(keys, position + args.right + 1);
+            if (args.row_first && lane < rows.count) {
+                const int64_t row = sequence.number * args.m + rows.query[lane];
+                begin = larger(begin, args.row_first[row]), end = smaller(end, args.row_stop[row]);
+            }
             const bool empty = lane >= rows.count || end <= begin;
             begin_[lane] = empty ? kUnlimited : begin;
             end_[lane] = empty ? 0 : end;
@@ -40,7 +44,7 @@ class Mask {
         }
     }
 
-    // Keys that some lane may see by band and length.
+    // Keys that some lane may see by band, window of its own and length.
     Range keys() const { return all_; }
 
     // The part of keys [j, j + count), counted from j, that some of the lanes may see by band and length. It begins
@@ -85,8 +89,15 @@ class Mask {
         const int64_t keys = args.key_lengths ? args.key_lengths[sequence.number] : sequence.n;
         const int64_t last = smaller(j + count, keys) - 1;
         if (last < j) return {0, 0};
-        const int64_t begin = larger(0, j - sequence.offset - args.right);
-        return {begin, smaller(sequence.m, last - sequence.offset + args.left + 1)};
+        Range queries{larger(0, j - sequence.offset - args.right),
+                      smaller(sequence.m, last - sequence.offset + args.left + 1)};
+        if (!args.row_first) return queries;
+        const int32_t* const first = args.row_first + sequence.number * args.m;
+        const int32_t* const stop = args.row_stop + sequence.number * args.m;
+        const auto sees = [&](int64_t i) { return first[i] <= last && j < stop[i] && first[i] < stop[i]; };
+        while (queries.begin < queries.end && !sees(queries.begin)) ++queries.begin;
+        while (queries.begin < queries.end && !sees(queries.end - 1)) --queries.end;
+        return queries;
     }
 
   private:

@@ -28,6 +28,7 @@ _SPLIT_FROM, _MOST_PARTS = 1024, 128
 # Tensors that the kernels read as one contiguous piece. So they do segment ids, which must be int32, too.
 _WHOLE = (
     "key_lengths", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "block_table", "q_ranks", "k_ranks",
+    "row_first", "row_stop",
 )  # fmt: skip
 
 

@@ -98,6 +98,8 @@ def visible(spec: AttentionSpec, x: Inputs) -> Tensor:
         see = see & (x.q_segments[:, None, :, None] == x.k_segments[:, None, None, :])
     if x.q_ranks is not None and x.k_ranks is not None:
         see = see & (x.q_ranks[:, None, :, None] > x.k_ranks[:, None, None, :])
+    if x.row_first is not None and x.row_stop is not None:
+        see = see & (at.j >= x.row_first[:, None, :, None]) & (at.j < x.row_stop[:, None, :, None])
     if x.mask is not None:
         see = see & x.mask
     return see
