@@ -35,7 +35,7 @@ InterpreterBuilder.create_dot = _exact_dot
 SMOKE = """plain cross odd-head-sizes scale-negative causal window key-lengths mask-full gqa dropout-gqa-causal segments
     bias-per-head softcap-causal-bias alibi-causal sinks packed-gqa-window packed-dropout-alibi-sinks everything
     additive additive-saturated additive-packed relative relative-one-query relative-learned-bias relative-memory
-    relative-window relative-ranks-everything ranks ranks-causal"""
+    relative-window relative-ranks-everything ranks ranks-causal row-windows row-windows-additive"""
 EMPTY = """no-queries no-keys no-batch no-head-size no-value-size scores-huge relative-no-keys relative-no-queries
     relative-large"""
 RUNS = [(c, torch.float32) for c in CASES if c.id in (SMOKE + " " + EMPTY).split()]
@@ -208,6 +208,21 @@ def test_ranks_of_whole_blocks_are_right_in_full_and_skipped_blocks(order):
         "permuted": torch.randperm(260, generator=torch.Generator().manual_seed(0)),
     }[order].expand(2, 260)
     call.options["ranks"] = (keys[:, 30:], keys)
+    results = testing.reference(call).compare(testing.evaluate_backend(call, "triton"))
+    assert [r for r in results if not r.excess <= 1] == []
+
+
+@pytest.mark.parametrize("additive", [False, True], ids=["products", "additive"])
+@pytest.mark.parametrize("places", ["along", "against", "anywhere"])
+def test_row_windows_wider_than_a_block_are_right_in_full_and_skipped_blocks(places, additive):
+    case = Case("long-windows", m=230, n=260, h=2, hk=1, row_windows=1, additive=additive, d=8, dv=8)
+    call = testing.make_inputs(case, torch.float32)
+    first = {
+        "along": torch.arange(230) - 100,
+        "against": torch.arange(230).flip(0) - 100,
+        "anywhere": torch.randint(-100, 230, (230,), generator=torch.Generator().manual_seed(0)),
+    }[places].expand(2, 230)
+    call.options["row_windows"] = (first, first + 170)
     results = testing.reference(call).compare(testing.evaluate_backend(call, "triton"))
     assert [r for r in results if not r.excess <= 1] == []
 

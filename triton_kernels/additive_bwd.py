@@ -46,6 +46,7 @@ from .schedule import (
     stop_run,
     visited_blocks,
     within_ids,
+    within_windows,
 )
 from .score import through_softcap, to_scores
 from .softmax import LOG2_E, exp_scores, score_gradient
@@ -80,6 +81,8 @@ def _additive_bwd_dq_kernel(
     q_ranks_ptr,  # [b, m]
     k_ranks_ptr,  # [b, n]
     rank_ranges_ptr,  # [b, blocks of keys, 2]
+    row_first_ptr,  # [b, m]
+    row_stop_ptr,  # [b, m]
     slopes_ptr,  # [sequences, h]
     seed_ptr,  # []
     cu_q_ptr,  # [S + 1]
@@ -163,7 +166,7 @@ def _additive_bwd_dq_kernel(
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     EXACT: tl.constexpr = v_ptr.dtype.element_ty == tl.float32
-    HIDES: tl.constexpr = hides_inside(mask_ptr, q_ids_ptr, q_ranks_ptr)
+    HIDES: tl.constexpr = hides_inside(mask_ptr, q_ids_ptr, q_ranks_ptr, row_first_ptr)
     unit = factor * LOG2_E
 
     q_rows = Q_TILES * MOST_ROWS
@@ -197,6 +200,11 @@ def _additive_bwd_dq_kernel(
 
     stop_m = tl.minimum(start_m + BLOCK_M, n_queries)
     first, last, first_full, last_full = keys_seen(start_m, stop_m, n_keys, offset, left, right)
+    row_first = load_ids(row_first_ptr, i_b, M, (start_m + rows)[:, None], in_m[:, None])
+    row_stop = load_ids(row_stop_ptr, i_b, M, (start_m + rows)[:, None], in_m[:, None])
+    first, last, first_full, last_full = within_windows(
+        first, last, first_full, last_full, row_first, row_stop, in_m[:, None]
+    )
     start, full_start, full_stop, stop = visited_blocks(first, last, first_full, last_full, mask_base, BLOCK_N)
     q_ids = load_ids(q_ids_ptr, i_b, M, (start_m + rows)[:, None], in_m[:, None])
     start, full_start, full_stop, stop = within_ids(
@@ -208,7 +216,7 @@ def _additive_bwd_dq_kernel(
     )
     for run in tl.static_range(stop_run(mask_ptr)):
         length = run_length(run, start, full_start, full_stop, stop)
-        for step in tl.range(0, length, BLOCK_N, num_stages=stages(run, q_ids_ptr, q_ranks_ptr)):
+        for step in tl.range(0, length, BLOCK_N, num_stages=stages(run, q_ids_ptr, q_ranks_ptr, row_first_ptr)):
             start_n = block_start(run, step, start, full_start, full_stop, BLOCK_N)
             # A key that no query of the tile sees is not read: its NaN would survive multiplication by a ds of 0.
             wanted = (start_n + cols >= first) & (start_n + cols < last)
@@ -241,7 +249,8 @@ def _additive_bwd_dq_kernel(
                 k_ranks = load_ids(k_ranks_ptr, i_b, N, j_n, j_n < n_keys)
                 see = visible(
                     start_m, start_n, rows[:, None], cols[None, :], n_queries, n_keys, offset, left, right,
-                    q_ids, k_ids, q_ranks, k_ranks, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    q_ids, k_ids, q_ranks, k_ranks, row_first, row_stop,
                 )  # fmt: skip
                 ds = tl.where(see, ds, 0.0)
                 if HIDES:
@@ -299,6 +308,9 @@ def _additive_bwd_dkdv_kernel(
     q_ranks_ptr,  # [b, m]
     k_ranks_ptr,  # [b, n]
     rank_ranges_ptr,  # [b, blocks of queries, 2]
+    row_first_ptr,  # [b, m]
+    row_stop_ptr,  # [b, m]
+    window_ranges_ptr,  # [b, blocks of queries, 4]
     slopes_ptr,  # [sequences, h]
     seed_ptr,  # []
     cu_q_ptr,  # [S + 1]
@@ -394,12 +406,17 @@ def _additive_bwd_dkdv_kernel(
     start, full_start, full_stop, stop = within_ids(
         start, full_start, full_stop, stop, k_ranks, in_keys[:, None], rank_ranges_ptr, i_b, M, "higher", BLOCK_M
     )
-    HIDES: tl.constexpr = hides_inside(mask_ptr, q_ids_ptr, q_ranks_ptr)
+    if row_first_ptr is not None:
+        start, full_start, full_stop, stop = within_ids(
+            start, full_start, full_stop, stop, (start_n + cols)[:, None], in_keys[:, None],
+            window_ranges_ptr, i_b, M, "windows", BLOCK_M,
+        )  # fmt: skip
+    HIDES: tl.constexpr = hides_inside(mask_ptr, q_ids_ptr, q_ranks_ptr, row_first_ptr)
     HAS_MASKED: tl.constexpr = left is not None or right is not None or HIDES
     # The query heads of the group follow one another in one loop, so that its pipeline never drains between them.
     for run in tl.static_range(first_run(HAS_MASKED), stop_run(mask_ptr)):
         length = run_length(run, start, full_start, full_stop, stop)
-        for step in tl.range(0, length * GROUP, BLOCK_M, num_stages=stages(run, q_ids_ptr, q_ranks_ptr)):
+        for step in tl.range(0, length * GROUP, BLOCK_M, num_stages=stages(run, q_ids_ptr, q_ranks_ptr, row_first_ptr)):
             i_h = i_kv
             if GROUPED:
                 i_h = i_kv * GROUP + step // length
@@ -448,9 +465,12 @@ def _additive_bwd_dkdv_kernel(
                     mask_base = head_start(mask_ptr, i_b, i_h, None, stride_mask_b, stride_mask_h, stride_mask_m, 1)
                 q_ids = load_ids(q_ids_ptr, i_b, M, i_m[None, :], in_m[None, :])
                 q_ranks = load_ids(q_ranks_ptr, i_b, M, i_m[None, :], in_m[None, :])
+                row_first = load_ids(row_first_ptr, i_b, M, i_m[None, :], in_m[None, :])
+                row_stop = load_ids(row_stop_ptr, i_b, M, i_m[None, :], in_m[None, :])
                 see = visible(
                     start_m, start_n, rows[None, :], cols[:, None], n_queries, n_keys, offset, left, right,
-                    q_ids, k_ids, q_ranks, k_ranks, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    q_ids, k_ids, q_ranks, k_ranks, row_first, row_stop,
                 )  # fmt: skip
                 p_t = tl.where(see, p_t, 0.0)
             p_kept = p_t
@@ -531,6 +551,7 @@ def additive_bwd(
                 row_max_ptr=row_max, log_sum_ptr=log_sum, delta_ptr=delta, dlse_ptr=d_lse,
                 **launch.strides(v=v, do=d_out, dv=dv), **common, **sizes.arguments(),
                 GROUPED=h != hk, **launch.ranges(call.q_segments, call.q_ranks, sizes.block_m),
+                window_ranges_ptr=launch.window_ranges(call.row_first, call.row_stop, sizes.block_m),
             )  # fmt: skip
         if dbias is not None and not owned and b * m * n > 0:
             additive = {name: common[name] for name in NOT_ADDITIVE}

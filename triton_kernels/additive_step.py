@@ -155,7 +155,7 @@ def _additive_step_bwd_kernel(
         # [BLOCK_M, BLOCK_N]
         see = visible(
             0, start_n, i_m[:, None], cols[None, :], M, n_keys, offset, left, right,
-            None, None, None, None, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+            mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
         )  # fmt: skip
         # What no row sees is not read: its NaN would survive multiplication by a ds of 0.
         wanted = tl.max(see.to(tl.int32), 0) > 0
@@ -239,6 +239,8 @@ def additive_step_bwd(
         "k_ids_ptr",
         "q_ranks_ptr",
         "k_ranks_ptr",
+        "row_first_ptr",
+        "row_stop_ptr",
         "seed_ptr",
         "cu_q_ptr",
         "cu_k_ptr",

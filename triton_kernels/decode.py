@@ -176,7 +176,7 @@ def _decode_kernel(
             if run == MASKED_RUN:
                 see = visible(
                     0, start_n, i_m[:, None], cols[None, :], M, n_keys, offset, left, right,
-                    None, None, None, None, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
                 )  # fmt: skip
                 s = tl.where(see, s, float("-inf"))
             p, row_max, row_sum, rescale = softmax_step(s, row_max, row_sum, unit)
@@ -261,7 +261,7 @@ def suits(q: Tensor, k: Tensor, call: launch.Call, additive: bool = False) -> bo
     (b, h, m, _), (hk, n) = q.shape, k.shape[1:3]
     if call.offset is None:
         return b * m > 0
-    absent = (call.cu_seqlens_q, call.q_segments, call.q_ranks, call.relative)
+    absent = (call.cu_seqlens_q, call.q_segments, call.q_ranks, call.row_first, call.relative)
     taken = all(one is None for one in absent) and call.dropout_p == 0
     rows = h // hk * m
     if additive:
@@ -298,6 +298,8 @@ def decode(
         "k_ids_ptr",
         "q_ranks_ptr",
         "k_ranks_ptr",
+        "row_first_ptr",
+        "row_stop_ptr",
         "seed_ptr",
         "cu_q_ptr",
         "cu_k_ptr",

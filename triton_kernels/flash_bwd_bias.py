@@ -50,6 +50,8 @@ def _flash_bwd_dbias_kernel(
     k_ids_ptr,  # [b, n]
     q_ranks_ptr,  # [b, m]
     k_ranks_ptr,  # [b, n]
+    row_first_ptr,  # [b, m]
+    row_stop_ptr,  # [b, m]
     slopes_ptr,  # [sequences, h]
     seed_ptr,  # []
     # Of a relative term, as `relative` has them.
@@ -222,12 +224,15 @@ def _flash_bwd_dbias_kernel(
                     dp = tl.where(keep, dp * inv_keep, 0.0)
                 q_ids = load_ids(q_ids_ptr, i_b, M, i_m[:, None], in_m[:, None])
                 q_ranks = load_ids(q_ranks_ptr, i_b, M, i_m[:, None], in_m[:, None])
+                row_first = load_ids(row_first_ptr, i_b, M, i_m[:, None], in_m[:, None])
+                row_stop = load_ids(row_stop_ptr, i_b, M, i_m[:, None], in_m[:, None])
                 j_n = (start_n + cols)[None, :]
                 k_ids = load_ids(k_ids_ptr, i_b, N, j_n, j_n < n_keys)
                 k_ranks = load_ids(k_ranks_ptr, i_b, N, j_n, j_n < n_keys)
                 see = visible(
                     start_m, start_n, rows[:, None], cols[None, :], M, n_keys, offset, left, right,
-                    q_ids, k_ids, q_ranks, k_ranks, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    q_ids, k_ids, q_ranks, k_ranks, row_first, row_stop,
                 )  # fmt: skip
                 acc += tl.where(see, score_gradient(p, dp, delta[:, None], d_lse), 0.0)
 

@@ -68,6 +68,8 @@ def _flash_bwd_drelative_kernel(
     k_ids_ptr,  # [b, n]
     q_ranks_ptr,  # [b, m]
     k_ranks_ptr,  # [b, n]
+    row_first_ptr,  # [b, m]
+    row_stop_ptr,  # [b, m]
     slopes_ptr,  # [sequences, h]
     seed_ptr,  # []
     # Of a relative term, as `relative` has them.
@@ -140,6 +142,8 @@ def _flash_bwd_drelative_kernel(
         i_b = own_b + more
         rk_base = matrix_start(rk_ptr, i_b * rk_heads + i_h, distances, HEAD_DIM_E)
         rk_tile = load_rows(rk_base, start_r, distances, HEAD_DIM_E, BLOCK, BLOCK_E)
+        if SCALE_SIGN != 1:
+            rk_tile = rk_tile * SCALE_SIGN
         rq_base = matrix_start(rq_ptr, i_b * H + i_h, M, HEAD_DIM_E)
         q_base = head_start(q_ptr, i_b, i_h, None, stride_qb, stride_qh, stride_qm, ALIGN)
         k_base = head_start(k_ptr, i_b, i_h // GROUP, None, stride_kb, stride_kh, stride_kn, ALIGN)
@@ -181,6 +185,8 @@ def _flash_bwd_drelative_kernel(
             is_near = of_low(turns, BLOCK)  # of keys from i on, as of rows
             cols = rows[None, :] + tl.where(is_near, 0, BLOCK)
             q_tile = load_tile(q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK, BLOCK_D, ALIGN, OFFSET)
+            if SCALE_SIGN != 1:
+                q_tile = q_tile * SCALE_SIGN
             do_tile = load_tile(do_base, stride_dom, start_m, in_m, True, HEAD_DIM_V, BLOCK, BLOCK_DV, ALIGN, OFFSET)
             first, last = keys_seen(start_m, tl.minimum(start_m + BLOCK, M), n_keys, offset, left, right)[:2]
             q_k, do_v = products_with(
@@ -192,8 +198,6 @@ def _flash_bwd_drelative_kernel(
                 HEAD_DIM, HEAD_DIM_V, BLOCK, BLOCK_D, BLOCK_DV, ALIGN, OFFSET,
             )  # fmt: skip
             s += tl.where(is_near, q_k, far_q_k)
-            if SCALE_SIGN != 1:
-                s = s * SCALE_SIGN
             dp = tl.where(is_near, do_v, far_do_v)
             # A key before the first one is put behind the last, where nothing is read.
             keys = tl.where(start_n + cols < 0, N - start_n, cols)
@@ -209,11 +213,14 @@ def _flash_bwd_drelative_kernel(
             j_n = start_n + keys
             q_ids = load_ids(q_ids_ptr, i_b, M, i_m[:, None], in_m[:, None])
             q_ranks = load_ids(q_ranks_ptr, i_b, M, i_m[:, None], in_m[:, None])
+            row_first = load_ids(row_first_ptr, i_b, M, i_m[:, None], in_m[:, None])
+            row_stop = load_ids(row_stop_ptr, i_b, M, i_m[:, None], in_m[:, None])
             k_ids = load_ids(k_ids_ptr, i_b, N, j_n, j_n < n_keys)
             k_ranks = load_ids(k_ranks_ptr, i_b, N, j_n, j_n < n_keys)
             see = visible(
                 start_m, start_n, rows[:, None], keys, M, n_keys, offset, left, right,
-                q_ids, k_ids, q_ranks, k_ranks, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                q_ids, k_ids, q_ranks, k_ranks, row_first, row_stop,
             )  # fmt: skip
             ds = through_softcap(tl.where(see, score_gradient(p, dp, delta[:, None], d_lse), 0.0), t, softcap)
             drk = tl.dot(tl.trans(turn(ds, turns, 1).to(rq_tile.dtype)), rq_tile, drk, input_precision="ieee")

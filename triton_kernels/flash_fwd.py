@@ -25,6 +25,7 @@ from .schedule import (
     stop_run,
     visited_blocks,
     within_ids,
+    within_windows,
 )
 from .score import to_scores
 from .softmax import LOG2_E, finish_rows, softmax_step
@@ -51,6 +52,8 @@ def _flash_fwd_kernel(
     q_ranks_ptr,  # [b, m]
     k_ranks_ptr,  # [b, n]
     rank_ranges_ptr,  # [b, blocks of keys, 2]
+    row_first_ptr,  # [b, m]
+    row_stop_ptr,  # [b, m]
     slopes_ptr,  # [sequences, h]
     sinks_ptr,  # [h]
     seed_ptr,  # []
@@ -136,7 +139,7 @@ def _flash_fwd_kernel(
         slope = tl.load(slopes_ptr + i_s * H + i_h)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    HIDES: tl.constexpr = hides_inside(mask_ptr, q_ids_ptr, q_ranks_ptr)
+    HIDES: tl.constexpr = hides_inside(mask_ptr, q_ids_ptr, q_ranks_ptr, row_first_ptr)
     unit = factor * LOG2_E
 
     rows = tl.arange(0, BLOCK_M)
@@ -160,6 +163,11 @@ def _flash_fwd_kernel(
 
     stop_m = tl.minimum(start_m + BLOCK_M, n_queries)
     first, last, first_full, last_full = keys_seen(start_m, stop_m, n_keys, offset, left, right)
+    row_first = load_ids(row_first_ptr, i_b, M, (start_m + rows)[:, None], in_m[:, None])
+    row_stop = load_ids(row_stop_ptr, i_b, M, (start_m + rows)[:, None], in_m[:, None])
+    first, last, first_full, last_full = within_windows(
+        first, last, first_full, last_full, row_first, row_stop, in_m[:, None]
+    )
     start, full_start, full_stop, stop = visited_blocks(first, last, first_full, last_full, mask_base, BLOCK_N)
     q_ids = load_ids(q_ids_ptr, i_b, M, (start_m + rows)[:, None], in_m[:, None])
     start, full_start, full_stop, stop = within_ids(
@@ -171,7 +179,7 @@ def _flash_fwd_kernel(
     )
     for run in tl.static_range(stop_run(mask_ptr)):
         length = run_length(run, start, full_start, full_stop, stop)
-        for step in tl.range(0, length, BLOCK_N, num_stages=stages(run, q_ids_ptr, q_ranks_ptr)):
+        for step in tl.range(0, length, BLOCK_N, num_stages=stages(run, q_ids_ptr, q_ranks_ptr, row_first_ptr)):
             start_n = block_start(run, step, start, full_start, full_stop, BLOCK_N)
             # A key that no query of the tile sees is not read: its NaN would survive multiplication by a weight of 0.
             wanted = (start_n + cols >= first) & (start_n + cols < last)
@@ -196,7 +204,8 @@ def _flash_fwd_kernel(
                 k_ranks = load_ids(k_ranks_ptr, i_b, N, j_n, j_n < n_keys)
                 see = visible(
                     start_m, start_n, rows[:, None], cols[None, :], n_queries, n_keys, offset, left, right,
-                    q_ids, k_ids, q_ranks, k_ranks, mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    mask_base, stride_mask_m, stride_mask_n, MASK_CONTIGUOUS, OFFSET,
+                    q_ids, k_ids, q_ranks, k_ranks, row_first, row_stop,
                 )  # fmt: skip
                 s = tl.where(see, s, float("-inf"))
             p, row_max, row_sum, rescale = softmax_step(s, row_max, row_sum, unit)

@@ -57,6 +57,8 @@ class Call(NamedTuple):
     k_segments: Tensor | None = None  # int32 or int64 [b, n]
     q_ranks: Tensor | None = None  # int32 [b, m]
     k_ranks: Tensor | None = None  # int32 [b, n]
+    row_first: Tensor | None = None  # int32 [b, m]
+    row_stop: Tensor | None = None  # int32 [b, m]
     relative: Relative | None = None
     alibi_slopes: Tensor | None = None  # float32 [sequences, h]
     sinks: Tensor | None = None  # float32 [h]
@@ -97,6 +99,8 @@ class Call(NamedTuple):
             "k_ids_ptr": contiguous(self.k_segments),
             "q_ranks_ptr": contiguous(self.q_ranks),
             "k_ranks_ptr": contiguous(self.k_ranks),
+            "row_first_ptr": contiguous(self.row_first),
+            "row_stop_ptr": contiguous(self.row_stop),
             "slopes_ptr": contiguous(self.alibi_slopes),
             "seed_ptr": self.seed if self.dropout_p > 0 else None,
             "cu_q_ptr": self.cu_seqlens_q,
@@ -145,14 +149,26 @@ def ranges(segments: Tensor | None, ranks: Tensor | None, block: int) -> dict[st
 
 def _ranges(ids: Tensor | None, block: int) -> Tensor | None:
     """The least and greatest of every block of ids [b, rows], as [b, blocks, 2]."""
-    if ids is None:
+    return None if ids is None else torch.stack(_in_blocks(ids, block).aminmax(dim=-1), -1)
+
+
+def window_ranges(first: Tensor | None, stop: Tensor | None, block: int) -> Tensor | None:
+    """The least first and the greatest stop, the greatest first and the least stop of every block of queries with
+    windows of their own, as [b, blocks, 4]."""
+    if first is None or stop is None:
         return None
+    (lowest, highest), (least, greatest) = (_in_blocks(t, block).aminmax(dim=-1) for t in (first, stop))
+    return torch.stack([lowest, greatest, highest, least], -1)
+
+
+def _in_blocks(ids: Tensor, block: int) -> Tensor:
+    """[b, rows] as [b, blocks, block], the last row as often as it takes."""
     b, rows = ids.shape
     blocks = parts(rows, block)
     whole = ids.new_empty(b, blocks * block)
     whole[:, :rows] = ids
     whole[:, rows:] = ids[:, -1:]
-    return torch.stack(whole.view(b, blocks, block).aminmax(dim=-1), -1)
+    return whole.view(b, blocks, block)
 
 
 def layout(*tensors: Tensor, scores: Iterable[Tensor | None]) -> dict[str, Any]:
@@ -191,7 +207,8 @@ def sizes(kernel: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> config.Co
 
 def _load(q: Tensor, k: Tensor, v: Tensor, call: Call) -> str:
     """How much a call keeps in registers beside its tiles, in the words of `config.choose`."""
-    if call.mask is not None or call.bias is not None or call.q_segments is not None or call.dropout_p > 0:
+    hiding = (call.mask, call.bias, call.q_segments, call.q_ranks, call.row_first)
+    if call.dropout_p > 0 or any(t is not None for t in hiding):
         return "heavy"
     d, dv = q.shape[3], v.shape[3]
     padded = padded_head_dim(d) != d or padded_head_dim(dv) != dv

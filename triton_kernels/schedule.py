@@ -31,18 +31,18 @@ def stop_run(mask_base):
 
 
 @triton.constexpr_function
-def hides_inside(mask_base, q_ids, q_ranks):
-    """Whether keys may be hidden in the middle of others, as no band and no length hides them."""
-    return mask_base is not None or q_ids is not None or q_ranks is not None
+def hides_inside(*limits):
+    """Whether one of the limits is there, by which keys may be hidden in the middle of others."""
+    return any(limit is not None for limit in limits)
 
 
 @triton.constexpr_function
-def stages(run, q_ids, q_ranks):
+def stages(run, *ids):
     """num_stages of a run's loop; None is the launch's.
 
-    With segment ids or ranks that is 1, because the masked run needs the registers; the full run, next to nothing.
+    With ids, or windows, that is 1, because the masked run needs the registers; the full run, next to nothing.
     """
-    return 2 if run == 1 and (q_ids is not None or q_ranks is not None) else None
+    return 2 if run == 1 and any(one is not None for one in ids) else None
 
 
 @triton.jit
@@ -58,6 +58,18 @@ def keys_seen(start_m, stop_m, n_keys, offset, left, right):
     if right is not None:
         last = tl.minimum(stop_m + offset + right, n_keys)
         last_full = tl.minimum(start_m + 1 + offset + right, n_keys)
+    return first, last, first_full, last_full
+
+
+@triton.jit
+def within_windows(first, last, first_full, last_full, row_first, row_stop, inside):
+    """`keys_seen`, narrowed by the rows' own windows, out of which those that are `inside`; both None without."""
+    if row_first is not None:
+        MOST: tl.constexpr = 2**31 - 1
+        first = tl.maximum(first, tl.min(tl.where(inside, row_first, MOST)))
+        last = tl.minimum(last, tl.max(tl.where(inside, row_stop, 0)))
+        first_full = tl.maximum(first_full, tl.max(tl.where(inside, row_first, 0)))
+        last_full = tl.minimum(last_full, tl.min(tl.where(inside, row_stop, MOST)))
     return first, last, first_full, last_full
 
 
@@ -114,12 +126,14 @@ def within_ids(
 
     ids: None where the call has none. ranges_ptr: the (least, greatest) id of each block of the other side, which is
     LENGTH long, [b, blocks, 2]. SEES says which of those are visible: "same" ids, as of segments; "lower" ones, as
-    queries see the ranks of keys; "higher" ones, as keys are seen.
+    queries see the ranks of keys; "higher" ones, as keys are seen. Of "windows" ids are places of keys, and a block of
+    queries has the least first and the greatest stop, the greatest first and the least stop, [b, blocks, 4].
     """
     if ids is not None:
         MOST: tl.constexpr = 2 ** (ids.dtype.primitive_bitwidth - 1) - 1
         low, high = tl.min(tl.where(inside, ids, MOST)), tl.max(tl.where(inside, ids, -MOST - 1))
-        ranges = ranges_ptr + i_b.to(tl.int64) * tl.cdiv(LENGTH, BLOCK) * 2
+        WIDTH: tl.constexpr = 4 if SEES == "windows" else 2
+        ranges = ranges_ptr + i_b.to(tl.int64) * tl.cdiv(LENGTH, BLOCK) * WIDTH
         SCAN: tl.constexpr = 128
         first_met = stop // BLOCK
         last_met = start // BLOCK - 1
@@ -129,14 +143,19 @@ def within_ids(
         for scan in tl.range(start // BLOCK, stop // BLOCK, SCAN):
             block = scan + tl.arange(0, SCAN)
             exists = block < stop // BLOCK
-            least = tl.load(ranges + 2 * block, mask=exists, other=0)
-            greatest = tl.load(ranges + 2 * block + 1, mask=exists, other=0)
+            least = tl.load(ranges + WIDTH * block, mask=exists, other=0)
+            greatest = tl.load(ranges + WIDTH * block + 1, mask=exists, other=0)
             if SEES == "same":
                 met = exists & (least <= high) & (greatest >= low)
                 whole = exists & (least == high) & (greatest == low)
             elif SEES == "lower":
                 met = exists & (least < high)
                 whole = exists & (greatest < low)
+            elif SEES == "windows":
+                met = exists & (least <= high) & (greatest > low)
+                last_first = tl.load(ranges + WIDTH * block + 2, mask=exists, other=0)
+                first_stop = tl.load(ranges + WIDTH * block + 3, mask=exists, other=0)
+                whole = exists & (last_first <= low) & (first_stop > high)
             else:
                 met = exists & (greatest > low)
                 whole = exists & (least > high)

@@ -41,7 +41,7 @@ class TritonBackend(Backend):
     dtypes = frozenset({torch.float16, torch.bfloat16, torch.float32})
     features = frozenset({
         "causal", "window", "key_lengths", "segment_ids", "mask", "bias", "softcap", "alibi", "sinks", "dropout", "gqa",
-        "dv", "packed", "cached", "paged", "additive", "relative", "ranks",
+        "dv", "packed", "cached", "paged", "additive", "relative", "ranks", "row_windows",
     })  # fmt: skip
     max_head_dim = 256
     max_value_dim = 1 << 30  # what does not fit a tile is taken in parts
@@ -210,8 +210,8 @@ def call_of(spec: AttentionSpec, x: Inputs) -> Call:
 
     return Call(
         spec.scale, spec.offset, spec.left, spec.right, spec.softcap, spec.dropout_p,
-        x.mask, x.bias, x.key_lengths, x.q_segments, x.k_segments, x.q_ranks, x.k_ranks, relative_of(spec, x),
-        x.alibi_slopes, x.sinks, x.seed, x.cu_seqlens_q, x.cu_seqlens_k, x.block_table,
+        x.mask, x.bias, x.key_lengths, x.q_segments, x.k_segments, x.q_ranks, x.k_ranks, x.row_first, x.row_stop,
+        relative_of(spec, x), x.alibi_slopes, x.sinks, x.seed, x.cu_seqlens_q, x.cu_seqlens_k, x.block_table,
     )  # fmt: skip
 
 

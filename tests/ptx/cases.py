@@ -95,6 +95,7 @@ CHOSEN: dict[str, tuple[str, dict[str, str]]] = {
         "segments and their ranges": "segments-causal:f16",
         "bias gradient": "bias-full:bf16 bias-scale-negative:f16 bias-shared:bf16 bias-scalar:f16",
         "relative term and ranks": "relative:bf16 relative-ranks-everything:bf16 relative-scale-negative:f16 ranks:f16",
+        "row windows": "row-windows:f16 row-windows-additive:bf16",
         "decode, join": "decode-causal:f16 decode-everything:f16 decode-scale-negative:bf16",
         "additive": "additive:f16 additive-everything:bf16 additive-packed:bf16 additive-saturated:f16 "
                     "additive-bias-full:bf16",
@@ -106,6 +107,7 @@ CHOSEN: dict[str, tuple[str, dict[str, str]]] = {
         "segments and their ranges": "segments-causal:bf16",
         "bias gradient": "bias-shared:f16",
         "relative term and ranks": "relative:f16 relative-ranks-everything:bf16",
+        "row windows": "row-windows:bf16",
         "decode, join": "decode-everything:bf16",
         "additive": "additive-everything:f16",
         "additive steps": "additive-one-query:bf16",
