@@ -20,6 +20,7 @@ MERGED = (
     "return start, start, start, stop",
     "s = s * magnitude",
     "drq = tl.zeros(",
+    "rk_tile = rk_tile * SCALE_SIGN",
 )
 
 

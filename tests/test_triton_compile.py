@@ -27,6 +27,7 @@ SHARED_BIAS = {"bias": "1hmn", "mask": True}
 SOFTCAP = {"softcap": 30.0, "right": 0, "left": 4095}
 ALIBI = {"alibi": True, "right": 0}
 SINKS = {"sinks": True, "right": 0, "left": 128, "hk": 1}
+ROW_WINDOWS = {"row_windows": True}
 PACKED = {"packed": 5, "b": 1, "right": 0}
 
 DECODING = {"decoding": True, "m": 1, "h": 8, "hk": 1, "left": 4095, "right": 0, "key_lengths": True}
@@ -47,7 +48,7 @@ RELATIVE_DROPOUT = {"relative": 64, "ranks": True, "dropout_p": 0.1}
 RELATIVE_BIAS = {"relative": 16, "bias": "1hmn", "segments": True, "hk": 1}
 RELATIVE_LOGITS = {"relative": 16, "softcap": 30.0, "alibi": True, "sinks": True, "right": 0, "scale": -0.1}
 
-FEATURES = (CAUSAL, WINDOW, MASK, DROPOUT, SEGMENTS, BIAS, SHARED_BIAS, SOFTCAP, ALIBI, SINKS, PACKED)
+FEATURES = (CAUSAL, WINDOW, MASK, DROPOUT, SEGMENTS, ROW_WINDOWS, BIAS, SHARED_BIAS, SOFTCAP, ALIBI, SINKS, PACKED)
 
 # Of what is compiled for several chips, every run of the tests has all on the first two of these; the rest is in
 # `compile_all.py`, for `make test-compile`.
@@ -71,7 +72,7 @@ JOBS = [
     *(Job("sm_90", torch.float32, {"d": d} | DECODING) for d in (64, 256)),
     *(Job(chip, torch.bfloat16, {"d": d} | ADDITIVE) for chip in EACH for d in (64, 256)),
     *(Job(chip, torch.bfloat16, {"d": 64} | ADDITIVE_DROPOUT) for chip in EACH),
-    *(Job("sm_90", torch.bfloat16, {"d": 128} | f) for f in (ADDITIVE_ALL, PACKED | ADDITIVE)),
+    *(Job("sm_90", torch.bfloat16, {"d": 128} | f) for f in (ADDITIVE_ALL, PACKED | ADDITIVE, ROW_WINDOWS | ADDITIVE)),
     *(Job(chip, torch.float32, {"d": 64} | ADDITIVE) for chip in ("sm_80", "sm_90")),
     *(Job(chip, torch.bfloat16, {"d": 256} | ADDITIVE_DECODING) for chip in EACH),
     *(Job(chip, torch.bfloat16, {"d": 128} | ADDITIVE_DECODING_ALL) for chip in ("sm_80", "sm_90")),

@@ -138,6 +138,7 @@ def attention_launches(
     additive: bool = False,
     relative: int | None = None,
     ranks: bool = False,
+    row_windows: bool = False,
     page_size: int | None = None,
     **call: Any,
 ) -> list[Launch]:
@@ -168,6 +169,8 @@ def attention_launches(
         call |= {"q_segments": empty(b, m, dtype=torch.int32), "k_segments": empty(b, n, dtype=torch.int32)}
     if ranks:
         call |= {"q_ranks": empty(b, m, dtype=torch.int32), "k_ranks": empty(b, n, dtype=torch.int32)}
+    if row_windows:
+        call |= {"row_first": empty(b, m, dtype=torch.int32), "row_stop": empty(b, m, dtype=torch.int32)}
     if relative is not None:
         operands = tensor(h, m, relative), empty(1, h, m + n - 1, relative, dtype=dtype)
         band = band_distances(m, n, n - m, call.get("left"), call.get("right"))
