@@ -94,7 +94,7 @@ class AdaptiveVocabulary(nn.Module):
         vectors = self.tables[0].new_zeros(len(ids), self.width)
         for i, (table, projection) in enumerate(zip(self.tables, self.projections, strict=True)):
             rows, numbers = self._within(i, ids, part)
-            found = F.embedding(numbers, table) @ projection.T
+            found = linear(F.embedding(numbers, table), projection)
             vectors = vectors.index_copy(0, rows, found.to(vectors.dtype))  # autocast's products are of fewer bits
         return vectors.view(*tokens.shape, self.width)
 
@@ -147,7 +147,7 @@ class AdaptiveVocabulary(nn.Module):
 
     def _head(self, x: Tensor, table: Tensor, bias: Tensor, projection: Tensor | None) -> Tensor:
         """[*, tokens of part 0 and parts behind it]. Results are joined, as a step of decoding has few, not weights."""
-        x = x if projection is None else x @ projection
+        x = x if projection is None else linear(x, projection.T)
         return torch.cat([linear(x, table, bias), linear(x, self.cluster_weight, self.cluster_bias)], -1)
 
 
@@ -156,7 +156,7 @@ def _parameters(shapes: Iterable[tuple[int, ...]]) -> nn.ParameterList:
 
 
 def _logits(x: Tensor, table: Tensor, bias: Tensor, projection: Tensor | None) -> Tensor:
-    return linear(x if projection is None else x @ projection, table, bias)
+    return linear(x if projection is None else linear(x, projection.T), table, bias)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
