@@ -22,6 +22,7 @@ BASELINE = THEIRS["sdpa"]
 _MASKED = 0.15  # of BERT's tokens
 
 Step = Callable[[], object]
+Losses = dict[str, Callable[[nn.Module], Tensor]]  # by the name of the peer
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,7 @@ def _logits(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result.get("logits", result.get("prediction_logits"))
 
 
-def _gpt_losses(models: dict[str, nn.Module], case: Training, device: str) -> dict[str, Callable[[nn.Module], Tensor]]:
+def _gpt_losses(models: dict[str, nn.Module], case: Training, device: str) -> Losses:
     windows = torch.randint(0, 50256, (case.b, case.m + 1), generator=torch.Generator().manual_seed(1)).to(device)
     inputs, targets = windows[:, :-1], windows[:, 1:]
 
@@ -203,7 +204,7 @@ def _gpt_losses(models: dict[str, nn.Module], case: Training, device: str) -> di
     return {name: ours if name in OURS.values() else theirs for name in models}
 
 
-def _bert_losses(models: dict[str, nn.Module], case: Training, device: str) -> dict[str, Callable[[nn.Module], Tensor]]:
+def _bert_losses(models: dict[str, nn.Module], case: Training, device: str) -> Losses:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(1000, 30000, (case.b, case.m), generator=generator).to(device)
     segments = (torch.arange(case.m) >= case.m // 2).long().expand(case.b, -1).contiguous().to(device)
@@ -223,9 +224,7 @@ def _bert_losses(models: dict[str, nn.Module], case: Training, device: str) -> d
     return {name: ours if name in OURS.values() else theirs for name in models}
 
 
-def _xlnet_losses(
-    models: dict[str, nn.Module], case: Training, device: str
-) -> dict[str, Callable[[nn.Module], Tensor]]:
+def _xlnet_losses(models: dict[str, nn.Module], case: Training, device: str) -> Losses:
     tokens = torch.randint(0, 32000, (case.b, case.m), generator=torch.Generator().manual_seed(1)).to(device)
 
     def ours(model: nn.Module) -> Tensor:
@@ -237,10 +236,8 @@ def _xlnet_losses(
     return {name: ours if name in OURS.values() else theirs for name in models}
 
 
-# By the name of the model: its peers, and how they lose.
-_MODELS: dict[
-    str, tuple[Callable[..., dict[str, nn.Module]], Callable[..., dict[str, Callable[[nn.Module], Tensor]]]]
-] = {
+# By the name of the model: its peers, and their losses.
+_MODELS: dict[str, tuple[Callable[..., dict[str, nn.Module]], Callable[..., Losses]]] = {
     "GPT-2 124M": (_gpts, _gpt_losses),
     "BERT-base": (_berts, _bert_losses),
     "XLNet-base": (_xlnets, _xlnet_losses),

@@ -1,6 +1,7 @@
 """Models on pyattn beside transformers': `python -m benchmarks.models`.
 
-Training steps of GPT-2 124M, BERT-base and XLNet-base, and generation with GPT-2 124M, from the same weights on the same batches.
+Training steps of GPT-2 124M, BERT-base and XLNet-base, and generation with GPT-2 124M, from the same weights on the
+same batches.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ from .timing import Timing, interleaved
 
 _PYATTN = OURS["pyattn"]
 _DTYPES = ("float32", "bfloat16")
-# As both models are published, with dropout; and the longest without, as many train.
-_CPU_TRAINING = tuple(
-    Training(model, max(1, 512 // m), m, dtype, dropout)
-    for model in ("GPT-2 124M", "BERT-base")
-    for m, dropout in ((128, 0.1), (512, 0.1), (1024, 0.1), (1024, 0.0))
-    for dtype in _DTYPES
-) + (Training("XLNet-base", 2, 512, "float32", 0.0),)
+# As the first two are published, with dropout; and the longest without, as many train.
+_CPU_TRAINING = (
+    *(
+        Training(model, max(1, 512 // m), m, dtype, dropout)
+        for model in ("GPT-2 124M", "BERT-base")
+        for m, dropout in ((128, 0.1), (512, 0.1), (1024, 0.1), (1024, 0.0))
+        for dtype in _DTYPES
+    ),
+    Training("XLNet-base", 2, 512, "float32", 0.0),
+)
 _CPU_GENERATION = tuple(Generation(b, beams, "float32") for b in (1, 8) for beams in (1, 4))
 _GPU_TRAINING = (Training("GPT-2 124M", 16, 1024, "bfloat16", 0.0, compiled=True),)
 _GPU_GENERATION = tuple(Generation(b, beams, "bfloat16") for b in (1, 8) for beams in (1, 4))
