@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pyattn.decoding.beam import beam_search
 from pyattn.decoding.sampling import generate
-from pyattn.models import bert, gpt
+from pyattn.models import bert, gpt, xlnet
 
 OURS = {"pyattn": "pyattn", "torch": "pyattn's model, torch's attention"}  # by the name of the attention
 THEIRS = {"sdpa": "transformers sdpa", "eager": "transformers eager"}  # by attn_implementation
@@ -22,13 +22,14 @@ BASELINE = THEIRS["sdpa"]
 _MASKED = 0.15  # of BERT's tokens
 
 Step = Callable[[], object]
+Losses = dict[str, Callable[[nn.Module], Tensor]]  # by the name of the peer
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
     """One optimizer step of a model on b texts of m tokens."""
 
-    model: str  # "GPT-2 124M" or "BERT-base"
+    model: str  # "GPT-2 124M", "BERT-base" or "XLNet-base"
     b: int
     m: int
     dtype: str  # "float32", or "bfloat16" under autocast
@@ -58,8 +59,7 @@ class Generation:
 def training_steps(case: Training, device: str) -> dict[str, Step]:
     """A step for each peer, all from the same weights on the same batch."""
     models = _trained(case.model, case.dropout, device)
-    steps = _gpt_losses if case.model.startswith("GPT") else _bert_losses
-    losses = steps(models, case, device)
+    losses = _MODELS[case.model][1](models, case, device)
     return {name: _step(models[name].train(), loss, case, device) for name, loss in losses.items()}
 
 
@@ -67,14 +67,19 @@ def step_operations(case: Training) -> float:
     """Of a step, a multiply-add counting as two (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
 
     Six for each weight and token, and 12 * layers * width * m a token for attention, whole although it may be causal.
-    BERT's head counts at the masked tokens alone, where it is needed.
+    BERT's head counts at the masked tokens alone, where it is needed. XLNet has one product more in attention, with
+    distances, whose own projection, of 2 m rows and without a gradient of what is projected, is the whole batch's.
     """
-    is_gpt = case.model.startswith("GPT")
-    config: Any = gpt.PUBLISHED["gpt2"] if is_gpt else bert.PUBLISHED["bert-base"]
+    is_gpt, is_xlnet = case.model.startswith("GPT"), case.model.startswith("XLNet")
+    config: Any = _config(case.model)
     hidden = 4 * config.width if is_gpt else config.hidden
     layers = config.layers * (4 * config.width**2 + 2 * config.width * hidden)
-    head = config.vocab * config.width if is_gpt else _MASKED * (config.vocab * config.width + config.width**2)
-    return case.b * case.m * (6 * (layers + head) + 12 * config.layers * config.width * case.m)
+    head = config.vocab * config.width
+    if case.model.startswith("BERT"):
+        head = _MASKED * (head + config.width**2)
+    attention = (18 if is_xlnet else 12) * config.layers * config.width * case.m
+    distances = 8 * case.m * config.layers * config.width**2 if is_xlnet else 0
+    return case.b * case.m * (6 * (layers + head) + attention) + distances
 
 
 def generations(case: Generation, device: str) -> dict[str, Callable[[], list[list[int]]]]:
@@ -89,7 +94,7 @@ def generations(case: Generation, device: str) -> dict[str, Callable[[], list[li
 # Models of the last case, for the next one with the same.
 @lru_cache(maxsize=1)
 def _trained(model: str, dropout: float, device: str) -> dict[str, nn.Module]:
-    return (_gpts if model.startswith("GPT") else _berts)(dropout, device)
+    return _MODELS[model][0](dropout, device)
 
 
 @lru_cache(maxsize=1)
@@ -133,7 +138,24 @@ def _berts(dropout: float, device: str) -> dict[str, nn.Module]:
     )
 
 
-def _peers(first: Any, ours: Callable[..., nn.Module], theirs: Any, device: str) -> dict[str, nn.Module]:
+def _xlnets(dropout: float, device: str) -> dict[str, nn.Module]:
+    """Two: relative scores are no attention of torch's, and transformers has no fused one for them."""
+    from transformers import XLNetLMHeadModel
+
+    torch.manual_seed(0)
+    first = xlnet.XLNetLMHead(replace(xlnet.PUBLISHED["xlnet-base-cased"], dropout=dropout))
+    ours = partial(xlnet.XLNetLMHead.from_pretrained, dropout=dropout)
+    return _peers(first, ours, XLNetLMHeadModel, device, ("pyattn",), ("eager",))
+
+
+def _peers(
+    first: Any,
+    ours: Callable[..., nn.Module],
+    theirs: Any,
+    device: str,
+    attentions: Iterable[str] = tuple(OURS),
+    implementations: Iterable[str] = tuple(THEIRS),
+) -> dict[str, nn.Module]:
     """Every peer with the weights of `first`, if they compute the same.
 
     Raises:
@@ -145,9 +167,9 @@ def _peers(first: Any, ours: Callable[..., nn.Module], theirs: Any, device: str)
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         first.save_pretrained(folder)
-        models = {name: ours(folder, attention=attention) for attention, name in OURS.items()}
-        for kind, name in THEIRS.items():
-            models[name] = theirs.from_pretrained(folder, attn_implementation=kind)
+        models = {OURS[attention]: ours(folder, attention=attention) for attention in attentions}
+        for kind in implementations:
+            models[THEIRS[kind]] = theirs.from_pretrained(folder, attn_implementation=kind)
     for model in models.values():
         model.to(device)
     _check(models, device)
@@ -169,7 +191,7 @@ def _logits(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result.get("logits", result.get("prediction_logits"))
 
 
-def _gpt_losses(models: dict[str, nn.Module], case: Training, device: str) -> dict[str, Callable[[nn.Module], Tensor]]:
+def _gpt_losses(models: dict[str, nn.Module], case: Training, device: str) -> Losses:
     windows = torch.randint(0, 50256, (case.b, case.m + 1), generator=torch.Generator().manual_seed(1)).to(device)
     inputs, targets = windows[:, :-1], windows[:, 1:]
 
@@ -182,7 +204,7 @@ def _gpt_losses(models: dict[str, nn.Module], case: Training, device: str) -> di
     return {name: ours if name in OURS.values() else theirs for name in models}
 
 
-def _bert_losses(models: dict[str, nn.Module], case: Training, device: str) -> dict[str, Callable[[nn.Module], Tensor]]:
+def _bert_losses(models: dict[str, nn.Module], case: Training, device: str) -> Losses:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(1000, 30000, (case.b, case.m), generator=generator).to(device)
     segments = (torch.arange(case.m) >= case.m // 2).long().expand(case.b, -1).contiguous().to(device)
@@ -200,6 +222,35 @@ def _bert_losses(models: dict[str, nn.Module], case: Training, device: str) -> d
         return model(tokens, token_type_ids=segments, labels=labels, next_sentence_label=follows).loss
 
     return {name: ours if name in OURS.values() else theirs for name in models}
+
+
+def _xlnet_losses(models: dict[str, nn.Module], case: Training, device: str) -> Losses:
+    tokens = torch.randint(0, 32000, (case.b, case.m), generator=torch.Generator().manual_seed(1)).to(device)
+
+    def ours(model: nn.Module) -> Tensor:
+        return F.cross_entropy(model(tokens)[0].flatten(0, 1).float(), tokens.flatten())
+
+    def theirs(model: nn.Module) -> Tensor:
+        return model(tokens, labels=tokens).loss
+
+    return {name: ours if name in OURS.values() else theirs for name in models}
+
+
+# By the name of the model: its peers, and their losses.
+_MODELS: dict[str, tuple[Callable[..., dict[str, nn.Module]], Callable[..., Losses]]] = {
+    "GPT-2 124M": (_gpts, _gpt_losses),
+    "BERT-base": (_berts, _bert_losses),
+    "XLNet-base": (_xlnets, _xlnet_losses),
+}
+
+
+def _config(model: str) -> Any:
+    published: dict[str, Any] = {
+        "GPT-2 124M": gpt.PUBLISHED["gpt2"],
+        "BERT-base": bert.PUBLISHED["bert-base"],
+        "XLNet-base": xlnet.PUBLISHED["xlnet-base-cased"],
+    }
+    return published[model]
 
 
 def _step(model: nn.Module, loss: Callable[[nn.Module], Tensor], case: Training, device: str) -> Step:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import pyattn
-from pyattn import core, registry
+from pyattn import core, processor, registry
 from pyattn.backends import KernelError, kernel_cache, nvrtc
 from pyattn.backends.cpu import isas
 from pyattn.backends.nvrtc_compiler import dotted
@@ -68,11 +68,7 @@ def _compiler() -> str:
 
 
 def _cpu() -> str:
-    fields: dict[str, str] = {}
-    if (source := Path("/proc/cpuinfo")).exists():
-        for line in source.read_text("utf-8", "replace").splitlines():
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip(), value.strip())
+    fields = processor.fields()
     model = fields.get("model name") or platform.processor() or platform.machine()
     flags = set((fields.get("flags") or fields.get("Features", "")).split())
     found = [flag for flag in _CPU_FLAGS if flag in flags] or [torch.backends.cpu.get_cpu_capability()]

@@ -60,22 +60,28 @@ def concerns_the_backend_alone(tensors: Sequence[Tensor | None]) -> bool:
 
     A call takes 17 us by the dispatcher and 5 us past it, without the backend's own time (torch 2.13, AMD EPYC).
 
-    It does more under torch.compile, a profiler, a mode, a function transform or a trace (the last three show as keys
-    that the thread includes), to record a gradient, and for tensors of a subclass, without data, or stored negated.
+    It does more for what is not eager, and to record a gradient or a profile.
     """
-    if torch.compiler.is_compiling() or _is_torch_function_mode_enabled() or _profiler_enabled():
+    return is_eager(tensors) and not is_recorded(tensors)
+
+
+def is_recorded(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a gradient or a profile of a call is to be kept."""
+    return _profiler_enabled() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+
+
+def is_eager(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a call computes numbers at once, of plain tensors, and at most has its gradient recorded.
+
+    It does not under torch.compile, a mode, a function transform or a trace (the last three show as keys that the
+    thread includes), and for tensors of a subclass, without data, or stored negated.
+    """
+    if torch.compiler.is_compiling() or _is_torch_function_mode_enabled():
         return False
     if _dispatch_tls_local_include_set().raw_repr() & ~_NO_MODE:
         return False
-    records = torch.is_grad_enabled()
     for t in tensors:
-        if t is not None and (
-            type(t) not in _PLAIN_TYPES
-            or t.is_meta
-            or (records and t.requires_grad)
-            or t.is_neg()
-            or t._is_zerotensor()
-        ):
+        if t is not None and (type(t) not in _PLAIN_TYPES or t.is_meta or t.is_neg() or t._is_zerotensor()):
             return False
     return True
 

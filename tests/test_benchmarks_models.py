@@ -15,10 +15,14 @@ from pyattn.benchmarks import model_peers, models
 from pyattn.benchmarks.model_peers import Generation, Training
 from pyattn.models.bert import BertConfig
 from pyattn.models.gpt import GPT, GPTConfig
+from pyattn.models.xlnet import XLNetConfig
 
 pytest.importorskip("transformers")
 
-CASES = (Training("GPT-2 124M", 2, 16, "float32", 0.1), Training("BERT-base", 2, 16, "bfloat16", 0.0))
+CASES = (
+    Training("GPT-2 124M", 2, 16, "float32", 0.1), Training("BERT-base", 2, 16, "bfloat16", 0.0),
+    Training("XLNet-base", 2, 16, "float32", 0.0),
+)  # fmt: skip
 TEXTS = (Generation(2, 1, "float32", prompt=9, new=5), Generation(1, 2, "float32", prompt=9, new=5))
 
 
@@ -29,6 +33,8 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     model_peers._writers.cache_clear()
     monkeypatch.setitem(model_peers.gpt.PUBLISHED, "gpt2", GPTConfig(layers=2, heads=2, width=16))
     monkeypatch.setitem(model_peers.bert.PUBLISHED, "bert-base", BertConfig(layers=2, heads=2, width=16, hidden=32))
+    xlnet = XLNetConfig(layers=2, heads=2, width=16, hidden=32)
+    monkeypatch.setitem(model_peers.xlnet.PUBLISHED, "xlnet-base-cased", xlnet)
 
 
 def test_models_run_leaves_figures_of_every_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +54,7 @@ def test_models_run_leaves_figures_of_every_peer(tmp_path: Path, monkeypatch: py
     assert all(line["same_texts"] for line in lines if line["kind"] == "generation")
     assert all(path.with_suffix(".png").read_bytes().startswith(b"\x89PNG") for path in files)
     text = console.export_text()
+    assert {line["peer"] for line in trained if line["model"] == "XLNet-base"} == {"pyattn", "transformers eager"}
     assert "GPT-2 124M 2 x 16 float32 dropout" in text and "b1 beam 2 float32" in text
 
 

@@ -33,7 +33,7 @@ LEVELS = (
     ("pyattn.check", "pyattn.files", "pyattn.tokens"),
     ("pyattn.backends",),
     ("triton_kernels", "pyattn.triton_kernels", "pyattn.cuda_kernels", "pyattn._C"),
-    ("pyattn.spec", "pyattn.dropout", "pyattn.flops", "pyattn.face", "pyattn.interrupt"),
+    ("pyattn.spec", "pyattn.dropout", "pyattn.flops", "pyattn.face", "pyattn.interrupt", "pyattn.processor"),
 )
 
 

@@ -12,8 +12,9 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+from pyattn import processor
 from pyattn.backends import cpu
-from pyattn.nn.linear import FEW, MANY, Linear, linear
+from pyattn.nn.linear import FEW, LEAST_ROWS, MANY, WORK, Linear, _OneDNN, linear, onednn_is_faster
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (rows, in, out): whole vectors and tiles, one number beside them, tails of each, a single one of everything.
@@ -182,6 +183,122 @@ def test_linear_has_gradients_and_is_traced(kernel_calls):
         operands = (x, layer.weight, layer.bias)
         assert torch.equal(make_fx(linear, tracing_mode="symbolic")(*operands)(*operands), expected)
     assert not kernel_calls
+
+
+@pytest.fixture
+def onednn_calls(monkeypatch) -> list[torch.Size]:
+    """The shapes of what oneDNN multiplies, as if it were faster here."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    calls: list[torch.Size] = []
+
+    def spy(ctx: object, x: Tensor, *others: Tensor | None, of: Callable[..., Tensor] = _OneDNN.forward) -> Tensor:
+        calls.append(x.shape)
+        return of(ctx, x, *others)
+
+    monkeypatch.setattr(_OneDNN, "forward", staticmethod(spy))
+    monkeypatch.setattr("pyattn.nn.linear.onednn_is_faster", lambda: True)
+    return calls
+
+
+# How weights [150, 100] may lie in memory.
+LAYOUTS = {
+    "rows": lambda: torch.randn(150, 100),
+    "columns": lambda: torch.randn(100, 150).T,
+    "rows of a wider one": lambda: torch.full((150, 130), torch.nan)[:, 7:107].normal_(),
+    "columns of a wider one": lambda: torch.full((100, 180), torch.nan)[:, 9:159].normal_().T,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_by_onednn_is_the_product_with_its_gradients(onednn_calls, layout, bias):
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 3, 100).transpose(0, 1), LAYOUTS[layout]()
+    given = [x, weight, *([torch.randn(150)] if bias else [])]
+    _assert_right(linear(*given), x, weight, given[2] if bias else None)
+    given, exact = ([t.to(dtype).requires_grad_() for t in given] for dtype in (torch.float32, torch.float64))
+    d_out = torch.randn(3, 40, 150)
+    found, expected = (
+        torch.autograd.grad(function(*of), of, d_out.to(of[0].dtype), create_graph=True)
+        for function, of in ((linear, given), (F.linear, exact))
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=1e-5)
+    second = [torch.randn_like(t) for t in given[:2]]
+    ours, theirs = (
+        torch.autograd.grad(firsts[:2], of[:2], [t.to(of[0].dtype) for t in second])
+        for firsts, of in ((found, given), (expected, exact))
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.double(), other, atol=1e-4, rtol=1e-5)
+    assert onednn_calls[:4] == [(120, 100), (120, 100), (120, 150), (150, 120)]
+    assert len(onednn_calls) > 4  # gradients of gradients
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "dtype", "much"),
+    [
+        (LEAST_ROWS, 512, WORK // LEAST_ROWS // 512, torch.float32, True),
+        (LEAST_ROWS, 512, WORK // LEAST_ROWS // 512 - 1, torch.float32, False),
+        (LEAST_ROWS - 1, 1024, 1024, torch.float32, False),
+        (64, 128, 128, torch.float64, False),
+        (64, 128, 128, torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_linear_by_onednn_is_for_much_work(onednn_calls, rows, inputs, outputs, dtype, much):
+    linear(torch.ones(rows, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype, requires_grad=True))
+    assert bool(onednn_calls) is much
+
+
+@pytest.mark.parametrize("context", ["autocast", "forward mode"])
+def test_linear_by_onednn_leaves_the_rest_to_torch(onednn_calls, context):
+    of_context, _, of_weight = TORCHS_OWN[context]
+    with of_context():
+        x, weight = torch.randn(64, 128), of_weight(torch.randn(128, 128))
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+    rows = torch.arange(2).expand(128, 2).T  # one number in memory for a whole row
+    assert torch.equal(linear(x, rows.float().expand(2, 128)), F.linear(x, rows.float()))
+    layer = Linear(128, 128)
+    expected = F.linear(x, layer.weight, layer.bias)
+    for traced in (
+        torch.compile(layer, backend="eager", fullgraph=True),
+        torch.func.vmap(layer, chunk_size=64),
+        torch.fx.symbolic_trace(nn.Sequential(layer)),
+        torch.jit.trace(layer, x, check_trace=False),
+    ):
+        torch.testing.assert_close(traced(x), expected)
+    assert not onednn_calls
+
+
+def test_linear_by_onednn_has_batches_of_gradients(onednn_calls):
+    x, weight = torch.randn(64, 128, requires_grad=True), torch.randn(128, 128, requires_grad=True)
+    d_outs = torch.randn(3, 64, 128)
+    found = torch.autograd.grad(linear(x, weight), (x, weight), d_outs, is_grads_batched=True)
+    expected = torch.autograd.grad(F.linear(x, weight), (x, weight), d_outs, is_grads_batched=True)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-5)
+    assert onednn_calls == [(64, 128)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "faster"),
+    [
+        ({"vendor_id": "AuthenticAMD", "cpu family": "26"}, True),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "25"}, False),
+        ({"vendor_id": "GenuineIntel", "cpu family": "26"}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_linear_takes_onednn_on_zen_5(monkeypatch, fields, faster):
+    monkeypatch.setattr(processor, "fields", lambda: fields)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for library in (torch.backends.mkl, torch.backends.mkldnn):
+        monkeypatch.setattr(library, "is_available", lambda: True)
+    assert onednn_is_faster.__wrapped__() is faster
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not onednn_is_faster.__wrapped__()
 
 
 @pytest.mark.parametrize("shapes", [((2, 3), (4, 5), None), ((2, 3), (4, 3), (5,)), ((2, 3), (3,), None)], ids=str)

@@ -29,7 +29,8 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 OPTIONS: list[dict[str, Any]] = [
     {}, {"norm": "pre"}, {"same_length": True}, {"clamp": 3}, {"tie_biases": True}, {"memory": 0},
-    {"norm": "pre", "same_length": True, "clamp": 2, "tie_biases": True},
+    {"norm": "pre", "same_length": True, "clamp": 2, "tie_biases": True}, {"cutoffs": (4, 6, 9)},
+    {"cutoffs": (4, 9), "div_val": 2}, {"cutoffs": (7,), "div_val": 3, "tie_projections": False},
 ]  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,10 +87,18 @@ def _attended(attn: SelfAttention, seen: list[Tensor], i: int) -> Tensor:
     return attn.out.weight @ torch.cat(heads)
 
 
+def _embedded(model: TransformerXL, token: int) -> Tensor:
+    return model.embedding.weight[token] if model.adaptive is None else model.adaptive.embed(torch.tensor(token))
+
+
+def _told(model: TransformerXL, h: Tensor) -> Tensor:
+    return model.embedding.weight @ h + model.bias if model.adaptive is None else model.adaptive.log_probs(h)
+
+
 def _loop(model: TransformerXL, tokens: list[int], memory: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [m, vocab] of one text behind memory [layers, M, width], and the layers' inputs [layers, m, width]."""
     c = model.config
-    x = [model.embedding.weight[token] * math.sqrt(c.width) for token in tokens]
+    x = [_embedded(model, token) * math.sqrt(c.width) for token in tokens]
     inputs = []
     for block, before in zip(model.layers, memory, strict=True):
         inputs.append(torch.stack(x))
@@ -104,7 +113,7 @@ def _loop(model: TransformerXL, tokens: list[int], memory: Tensor) -> tuple[Tens
             up, down = block.mlp.up, block.mlp.down
             h = h + down.weight @ (up.weight @ read + up.bias).clamp(min=0) + down.bias
             x[i] = h if c.norm == "pre" else _normed(h, *norms[1])
-    return torch.stack([model.embedding.weight @ h + model.bias for h in x]), torch.stack(inputs)
+    return torch.stack([_told(model, h) for h in x]), torch.stack(inputs)
 
 
 @pytest.mark.parametrize("length", [0, 2, 4])
@@ -127,6 +136,20 @@ def test_xl_logits_gradients_and_memory_equal_a_loop(options: dict, length: int,
     )
     assert_close(found, wanted, atol=1e-12, rtol=0)
     assert all(gradient.abs().max() > 1e-4 for gradient in found), "a part of the model makes no difference"
+
+
+@pytest.mark.parametrize("options", [{}, *OPTIONS[-3:]], ids=str)
+def test_xl_losses_and_their_gradients_are_those_of_logits(options: dict, attention: str) -> None:
+    model, tokens, targets = _model(attention=attention, **options), _tokens(2, 5), _tokens(2, 5, seed=1)
+    memory = _memory(model, 2, 3)
+    losses, after = model(tokens, memory, targets=targets)
+    logits, expected_after = model(tokens, memory)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 5)
+    assert_close(losses, expected, atol=1e-12, rtol=0)
+    assert torch.equal(after, expected_after)
+    weights = torch.rand(2, 5, dtype=torch.float64)
+    found, wanted = (torch.autograd.grad((weights * e).sum(), list(model.parameters())) for e in (losses, expected))
+    assert_close(found, wanted, atol=1e-12, rtol=0)
 
 
 def test_xl_options_make_a_difference() -> None:
@@ -247,7 +270,7 @@ ORDERS = {0: [0, 0, 1, 1, 1, 2], 4: [5, 3, 3, 0, 1, 0], 5: [1, 0, 2, 4, 3, 5], 9
 
 @torch.no_grad()
 @pytest.mark.parametrize("memory", [1, 4, 8, 30])
-@pytest.mark.parametrize("options", [*OPTIONS[:5], OPTIONS[-1]], ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS[:5], *OPTIONS[6:]], ids=str)
 def test_xl_step_by_step_equals_segments_of_one_token(options: dict, memory: int) -> None:
     """Unequal prompts, one of a single token, then rows that multiply, change places and go."""
     model = _model(**(options | {"memory": memory}))
@@ -304,8 +327,9 @@ def test_xl_keeps_as_many_positions_as_a_token_sees_and_no_more() -> None:
 
 
 @torch.no_grad()
-def test_xl_one_beam_is_greedy_and_best_of_many_is_probable() -> None:
-    model, prompt, lengths = _model(memory=30), _tokens(3, 5), torch.tensor([3, 5, 1])
+@pytest.mark.parametrize("options", [{}, {"cutoffs": (4, 9), "div_val": 2}], ids=str)
+def test_xl_one_beam_is_greedy_and_best_of_many_is_probable(options: dict) -> None:
+    model, prompt, lengths = _model(memory=30, **options), _tokens(3, 5), torch.tensor([3, 5, 1])
     greedy = generate(model, prompt, 7, lengths=lengths)
     assert [found[0].tokens for found in beam_search(model, prompt, 7, beams=1, lengths=lengths)] == greedy
     for row, found in enumerate(beam_search(model, prompt, 7, beams=4, lengths=lengths)):
@@ -388,12 +412,15 @@ def test_xl_biases_are_shared_where_they_are_tied() -> None:
         assert ("layers.1.attn.biases.u" in model.stored()) != tied
 
 
-def test_xl_new_model_starts_as_documented() -> None:
+@pytest.mark.parametrize("options", [{}, {"cutoffs": (20, 100), "div_val": 2}], ids=str)
+def test_xl_new_model_starts_as_documented(options: dict) -> None:
     torch.manual_seed(0)
-    model = TransformerXL(TransformerXLConfig(vocab=500, layers=2, heads=8, width=96, head_size=32, hidden=128))
+    sizes = {"vocab": 500, "layers": 2, "heads": 8, "width": 96, "head_size": 32, "hidden": 128}
+    model = TransformerXL(TransformerXLConfig(**sizes, **options))
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
-            assert parameter.std().item() == pytest.approx(0.02, rel=0.15), name
+            expected = 0.01 if "projections" in name else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.15), name
         else:
             assert parameter.eq(float(name.endswith("weight"))).all(), name
 
@@ -431,6 +458,12 @@ BAD_FIELDS = [
     ({"norm": "both"}, "norm: expected post or pre, got both"),
     ({"dropout": 1.5}, r"dropout: expected a probability in \[0, 1\)"),
     ({"eos_token_id": 13}, r"end: expected a token in \[0, vocab=13\)"),
+    (
+        {"cutoffs": [3], "div_val": 1, "tie_projections": True},
+        "missing: adaptive.cluster_weight, ",
+    ),
+    ({"cutoffs": [3], "div_val": 1}, "has no tie_projections"),
+    ({"cutoffs": 3}, "expected a list of whole numbers for cutoffs"),
     ({"architectures": ["TransfoXLModel"]}, "expected architectures .*TransformerXL"),
     ({"model_type": "gpt2"}, "expected model_type 'pyattn-transformer-xl'"),
 ]
@@ -463,6 +496,11 @@ def test_xl_file_holds_parameters_by_their_names(tmp_path: Path) -> None:
         ({"width": 5}, "width: expected an even number, for sines and cosines, got 5"),
         ({"memory": -1}, "memory: expected at least 0, got -1"),
         ({"memory": 0, "same_length": True}, "memory: expected at least 1 with same_length"),
+        ({"cutoffs": (5, 4)}, r"cutoffs: expected increasing numbers in \(0, vocab=13\), got \[5, 4\]"),
+        ({"cutoffs": (4, 13)}, r"cutoffs: expected increasing numbers in \(0, vocab=13\), got \[4, 13\]"),
+        ({"cutoffs": (4,), "div_val": 0}, "div_val: expected at least 1, got 0"),
+        ({"cutoffs": (4, 5), "div_val": 3}, "div_val: expected at most width=6 as a power of 2, .* got 3"),
+        ({"div_val": 2}, "div_val: expected 1 without cutoffs, got 2"),
         ({"norm": "none"}, "norm: expected post or pre, got none"),
         ({"dropout": 1.0}, r"^dropout: expected a probability in \[0, 1\), got 1.0"),
         ({"attention_dropout": -0.1}, r"attention_dropout: expected a probability in \[0, 1\), got -0.1"),
@@ -493,6 +531,10 @@ def test_xl_bad_tokens_and_memory_dtype_are_named() -> None:
         model(torch.tensor([[3, -1]]))
     with pytest.raises(pyattn.DtypeError, match="tokens: expected int64 or int32, got float32"):
         model(torch.zeros(1, 2))
+    with pytest.raises(pyattn.ShapeError, match=r"targets: expected \[2, 3\], as tokens, got \[2, 2\]"):
+        model(_tokens(2, 3), targets=_tokens(2, 2))
+    with pytest.raises(pyattn.RangeError, match=r"targets: expected values in \[0, 13\), got -100 to 3"):
+        model(torch.tensor([[3, 4]]), targets=torch.tensor([[3, -100]]))
     with pytest.raises(pyattn.ShapeError, match=r"tokens: expected \[b, m\], got \[3\]"):
         model(torch.zeros(3, dtype=torch.long))
     for lengths in ([0, 1], [1, 4]):
@@ -515,12 +557,13 @@ def test_xl_of_nothing(options: dict, attention: str) -> None:
     assert model.config.context == sys.maxsize
 
 
+@pytest.mark.parametrize("options", [{}, {"cutoffs": (4, 9), "div_val": 2}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_xl_runs_in_half_precision(attention: str, dtype: torch.dtype) -> None:
+def test_xl_runs_in_half_precision(attention: str, dtype: torch.dtype, options: dict) -> None:
     """As a whole, and as autocast: segments, steps, and gradients."""
     if attention == "torch" and dtype is torch.float16:
         pytest.skip("torch's attention has no float16 on every CPU")
-    model, tokens = _model(attention=attention, dropout=0.0).float(), _tokens(2, 8)
+    model, tokens = _model(attention=attention, **options).float(), _tokens(2, 8)
     with torch.no_grad():
         expected = _by_segments(model, tokens, [4, 4])
         lowered = _by_segments(model.to(dtype), tokens, [4, 4])

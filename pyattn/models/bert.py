@@ -31,6 +31,7 @@ from pyattn.check import RangeError, ShapeError, is_traced
 from pyattn.models.pretrained import Fields, Pretrained, default_names
 from pyattn.nn.attend import ATTENTIONS, check_attention
 from pyattn.nn.embedding import embed
+from pyattn.nn.linear import Linear, linear
 
 _EPS = 1e-12  # of every LayerNorm
 _SEGMENTS = 2
@@ -100,11 +101,11 @@ class Layer(nn.Module):
         self.heads = config.heads
         self.dropout = config.dropout
         self.attention = ATTENTIONS[config.attention]
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.out = Linear(config.width, config.width)
         self.norm_1 = nn.LayerNorm(config.width, _EPS)
-        self.up = nn.Linear(config.width, config.hidden)
-        self.down = nn.Linear(config.hidden, config.width)
+        self.up = Linear(config.width, config.hidden)
+        self.down = Linear(config.hidden, config.width)
         self.norm_2 = nn.LayerNorm(config.width, _EPS)
 
     def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
@@ -194,7 +195,7 @@ class Bert(_BertModel):
         self.segments = nn.Embedding(_SEGMENTS, config.width)
         self.norm = nn.LayerNorm(config.width, _EPS)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.pooler = nn.Linear(config.width, config.width) if config.pooler else None
+        self.pooler = Linear(config.width, config.width) if config.pooler else None
         _initialize(self)
 
     def forward(
@@ -245,7 +246,7 @@ class MaskedTokens(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.transform = nn.Linear(config.width, config.width)
+        self.transform = Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, _EPS)
         self.bias = nn.Parameter(torch.zeros(config.vocab))
         _initialize(self)
@@ -255,7 +256,7 @@ class MaskedTokens(nn.Module):
             if positions.ndim != 1:
                 raise ShapeError(f"positions: expected [p], places in tokens.flatten(), got {list(positions.shape)}")
             hidden = embed("positions", positions, hidden.flatten(0, 1))
-        return F.linear(self.norm(F.gelu(self.transform(hidden))), embedding, self.bias)
+        return linear(self.norm(F.gelu(self.transform(hidden))), embedding, self.bias)
 
     def stored(self) -> dict[str, Tensor]:
         return (

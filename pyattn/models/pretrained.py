@@ -46,8 +46,7 @@ class Pretrained(nn.Module):
         """The tensors of the file by their names there: parameters, or views of them in the file's shape."""
         raise NotImplementedError
 
-    @classmethod
-    def current_name(cls, name: str) -> str:
+    def current_name(self, name: str) -> str:
         """The name in `stored` of a tensor that another version of transformers called `name`."""
         return name
 
@@ -188,7 +187,7 @@ class Fields:
         return value
 
     def typed(self, name: str, kind: Any) -> Any:
-        """A field that must be there and be of a type: one of `pyattn.files.KINDS`, a tuple of strings, which is an
+        """A field that must be there and be of a type: one of `pyattn.files.KINDS`, a tuple of one of them, which is an
         array in the file, or such a type or None, which is null."""
         if name not in self.values:
             raise PretrainedError(f"model: {self.path} has no {name}")
@@ -197,9 +196,9 @@ class Fields:
             if get_origin(each) is not tuple:
                 if is_kind(value, each):
                     return value
-            elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+            elif isinstance(value, list) and all(is_kind(item, get_args(each)[0]) for item in value):
                 return tuple(value)
-        wanted = " or ".join("a list of strings" if get_origin(each) is tuple else KINDS[each][1] for each in kinds)
+        wanted = " or ".join(map(_in_words, kinds))
         raise PretrainedError(f"model: expected {wanted} for {name} in {self.path}, got {value!r}")
 
     def optional(self, name: str, kind: Any, default: Any = None) -> Any:
@@ -232,6 +231,12 @@ class Fields:
             return None
         names = tuple(str(given[str(i)]) for i in range(labels))
         return None if names == default_names(labels) else names
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return f"a list of {KINDS[get_args(kind)[0]][1].removeprefix('a ')}s"
+    return KINDS[kind][1]
 
 
 def default_names(labels: int) -> tuple[str, ...]:

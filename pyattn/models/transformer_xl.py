@@ -6,20 +6,19 @@
     r_D    = W_r [sin(D / 10000^(2c / width)); cos(D / 10000^(2c / width))]             c = 0 .. width / 2 - 1
     x      = norm_1(x + attn(seen));   x = norm_2(x + mlp(x))           norm="post": the paper
     x      = x + attn(norm_1(seen));   x = x + mlp(norm_2(x))           norm="pre": an option of the authors' code
-    logits = embedding x + bias
+    logits = embedding x + bias                                         or an adaptive softmax (`pyattn.nn.adaptive`)
 
 Section 3.3 of the paper has s_ij and the whole model; its appendix B computes the second term for all i and j by
 shifting the rows of a matrix. Here that matrix is nowhere (`pyattn.relative_attention`).
 
 A segment without memory sees itself alone. The authors' PyTorch code does that, too; transformers' TransfoXL attends to
 vectors of zeros in the place of memory that is not there, as this model does when it is given them. Folders of that
-model are read where its softmax is one over the whole vocabulary (`cutoffs` empty).
+model are read, whether its softmax is one over the whole vocabulary (`cutoffs` empty) or adaptive.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -32,9 +31,11 @@ from torch.nn import functional as F
 from pyattn.api import relative_attention
 from pyattn.check import DtypeError, RangeError, ShapeError
 from pyattn.decoding.protocol import check_prompt
+from pyattn.models import transfo_xl
 from pyattn.models.pretrained import Fields, Pretrained
+from pyattn.nn.adaptive import AdaptiveVocabulary, check_cutoffs
 from pyattn.nn.attend import check_attention
-from pyattn.nn.embedding import check_tokens, embed, sinusoids
+from pyattn.nn.embedding import check_ids, check_tokens, embed, sinusoids
 from pyattn.nn.linear import Linear, linear
 from pyattn.spec import dtype_name
 
@@ -56,6 +57,10 @@ class TransformerXLConfig:
             it in its segment. What a model tells then does not depend on how a text is cut into segments.
         norm: "post" or "pre", where the LayerNorms stand. After the last block there is none in either case.
         tie_biases: whether all layers share one u and one w.
+        cutoffs: of an adaptive softmax, with embeddings like it, the first token of each part behind the most frequent
+            ones, as (20000, 40000, 200000) in the paper; without any, one softmax over the whole vocabulary.
+        div_val: by how much each part's vectors are shorter than those of the part before; 1 is not at all.
+        tie_projections: whether parts behind the first one project vectors alike in the embedding and the softmax.
         dropout: probability, of embeddings, of the sinusoids, of what each part of a block adds and has between its
             linear maps, and of the last vectors.
         attention_dropout: probability, of attention weights.
@@ -64,7 +69,8 @@ class TransformerXLConfig:
 
     Raises:
         RangeError: a size below 1, an odd width, dropout outside [0, 1), an unknown name, end outside the vocabulary,
-            same_length without memory.
+            same_length without memory, cutoffs that do not increase or are outside the vocabulary, a div_val below 1,
+            or one that leaves nothing of the last part's vectors.
     """
 
     vocab: int = 267735
@@ -78,6 +84,9 @@ class TransformerXLConfig:
     same_length: bool = False
     norm: str = "post"
     tie_biases: bool = False
+    cutoffs: tuple[int, ...] = ()
+    div_val: int = 1
+    tie_projections: bool = True
     dropout: float = 0.0
     attention_dropout: float = 0.0
     attention: str = "pyattn"
@@ -99,6 +108,7 @@ class TransformerXLConfig:
                 raise RangeError(f"{name}: expected a probability in [0, 1), got {probability}")
         if self.end is not None and not 0 <= self.end < self.vocab:
             raise RangeError(f"end: expected a token in [0, vocab={self.vocab}), got {self.end}")
+        check_cutoffs(self.vocab, self.width, self.cutoffs, self.div_val)
         check_attention(self.attention)
 
     @property
@@ -294,50 +304,65 @@ class Block(nn.Module):
 class TransformerXL(Pretrained):
     """The language model.
 
-    Matrices, u and w start N(0, 0.02), as the authors'; biases 0. There is no adaptive softmax.
+    Matrices, u and w start N(0, 0.02), projections of an adaptive vocabulary N(0, 0.01), as the authors'; biases 0.
     """
 
     config: TransformerXLConfig
     continues_prompt: ClassVar[bool] = True
-    # Of transformers' files: the periods of the sinusoids, and the head, which is the embedding.
-    ignored = re.compile(r"^transformer\.pos_emb\.inv_freq$|^crit\.out_layers\.0\.weight$")
+    ignored = transfo_xl.IGNORED
 
     def __init__(self, config: TransformerXLConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab, config.width)
+        self.adaptive: AdaptiveVocabulary | None = None
+        if config.cutoffs:
+            sizes = config.vocab, config.width, config.cutoffs, config.div_val
+            self.adaptive = AdaptiveVocabulary(*sizes, tie_projections=config.tie_projections)
+        else:
+            self.embedding = nn.Embedding(config.vocab, config.width)
         shared = Biases(config)
         self.layers = nn.ModuleList(
             Block(config, shared if config.tie_biases else Biases(config)) for _ in range(config.layers)
         )
-        self.bias = nn.Parameter(torch.empty(config.vocab))
+        if not config.cutoffs:
+            self.bias = nn.Parameter(torch.empty(config.vocab))
         self._initialize()
 
     def initial(self, rows: int) -> Tensor:
         """The memory [layers, rows, 0, width] before a text: of nothing."""
-        return self.embedding.weight.new_empty(self.config.layers, rows, 0, self.config.width)
+        return self._weight.new_empty(self.config.layers, rows, 0, self.config.width)
 
-    def forward(self, tokens: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Next-token logits of a segment, and what the next segment remembers.
+    def forward(
+        self, tokens: Tensor, memory: Tensor | None = None, targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Next-token logits of a segment, or the losses of what follows, and what the next segment remembers.
 
         Args:
             tokens: [b, m] integer. Padding behind a text changes nothing before it.
             memory: [layers, b, M, width] with M of at most config.memory, in the model's dtype: what reading the
                 segment before has returned; none by default. Each row may be of another text.
+            targets: [b, m] integer, the token behind each. With cutoffs, parts of the vocabulary are computed for the
+                targets in them alone.
         Returns:
-            logits [b, m, vocab], and the inputs of each layer at the last positions of memory and segment together,
-            detached: [layers, b, min(M + m, config.memory), width].
+            logits [b, m, vocab] (with cutoffs, log-probabilities), or of targets -log p [b, m]; and the inputs of each
+            layer at the last positions of memory and segment together, detached:
+            [layers, b, min(M + m, config.memory), width].
         Raises:
             ShapeError: a tensor of another shape.
-            RangeError: on the CPU, tokens outside the vocabulary.
-            DtypeError: tokens that are no integers, memory in another dtype.
+            RangeError: on the CPU, tokens or targets outside the vocabulary.
+            DtypeError: tokens or targets that are no integers, memory in another dtype.
         """
         check_tokens("tokens", tokens)
         memory = self.initial(len(tokens)) if memory is None else self._checked_memory(memory, len(tokens))
+        if targets is not None:
+            if targets.shape != tokens.shape:
+                raise ShapeError(f"targets: expected {list(tokens.shape)}, as tokens, got {list(targets.shape)}")
+            check_ids("targets", targets, self.config.vocab)
         x, inputs = self._blocks(tokens, memory)
         together = torch.cat([memory, torch.stack(inputs).detach()], 2)
         kept = min(together.shape[2], self.config.memory)
-        return self._logits(x), together[:, :, together.shape[2] - kept :]
+        found = self._logits(x) if targets is None else self._losses(x, targets)
+        return found, together[:, :, together.shape[2] - kept :]
 
     def prefill(
         self,
@@ -386,7 +411,7 @@ class TransformerXL(Pretrained):
         return self._logits(x[:, 0])
 
     def _checked_memory(self, memory: Tensor, rows: int) -> Tensor:
-        c, dtype = self.config, self.embedding.weight.dtype
+        c, dtype = self.config, self._weight.dtype
         fits = memory.ndim == 4 and memory.shape == (c.layers, rows, memory.shape[2], c.width)
         if not fits or memory.shape[2] > c.memory:
             expected = f"[layers={c.layers}, b={rows}, at most memory={c.memory}, width={c.width}]"
@@ -394,6 +419,11 @@ class TransformerXL(Pretrained):
         if memory.dtype is not dtype:
             raise DtypeError(f"memory: expected {dtype_name(dtype)}, got {dtype_name(memory.dtype)}")
         return memory.detach()
+
+    @property
+    def _weight(self) -> Tensor:
+        """Of the vectors of tokens, for what is to be of its dtype and on its device."""
+        return self.embedding.weight if self.adaptive is None else self.adaptive.tables[0]
 
     def _blocks(self, tokens: Tensor, memory: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The last block's output [b, m, width], and every block's input."""
@@ -426,11 +456,15 @@ class TransformerXL(Pretrained):
         return layers
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        return self._dropped(embed("tokens", tokens, self.embedding.weight) * math.sqrt(self.config.width))
+        if self.adaptive is None:
+            x = embed("tokens", tokens, self.embedding.weight)
+        else:
+            x = self.adaptive.embed(tokens)
+        return self._dropped(x * math.sqrt(self.config.width))
 
     def _sinusoids(self, distances: int) -> Tensor:
         """R_D for D = 0 .. distances - 1, [distances, width]"""
-        weight, clamp = self.embedding.weight, self.config.clamp
+        weight, clamp = self._weight, self.config.clamp
         distance = torch.arange(distances, device=weight.device, dtype=torch.float64)
         distance = distance.clamp(max=math.inf if clamp is None else clamp)
         return self._dropped(sinusoids(distance, self.config.width).to(weight.dtype))
@@ -439,21 +473,29 @@ class TransformerXL(Pretrained):
         return F.dropout(x, self.config.dropout, self.training)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return linear(self._dropped(x), self.embedding.weight, self.bias)
+        x = self._dropped(x)
+        return linear(x, self.embedding.weight, self.bias) if self.adaptive is None else self.adaptive.log_probs(x)
+
+    def _losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        if self.adaptive is not None:
+            return self.adaptive.losses(self._dropped(x), targets)
+        logits = self._logits(x)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), reduction="none").view(targets.shape)
 
     def _initialize(self) -> None:
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=0.02)
-            elif name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.01 if "projections" in name else 0.02)
+            elif "bias" in name:
                 nn.init.zeros_(parameter)
 
     @classmethod
     def config_from(cls, fields: Fields) -> TransformerXLConfig:
         fields.expect(model_type=(OWN_TYPE, "transfo-xl"))
         if fields["model_type"] == "transfo-xl":
-            return _config_of_transformers(fields)
+            return TransformerXLConfig(**transfo_xl.options(fields))
         fields.expect(architectures=[cls.__name__])
+        is_adaptive = "cutoffs" in fields.values
         return TransformerXLConfig(
             vocab=fields.integer("vocab_size"),
             layers=fields.integer("num_hidden_layers"),
@@ -466,6 +508,9 @@ class TransformerXL(Pretrained):
             same_length=fields.typed("same_length", bool),
             norm=fields.typed("norm", str),
             tie_biases=fields.typed("tie_biases", bool),
+            cutoffs=fields.typed("cutoffs", tuple[int, ...]) if is_adaptive else (),
+            div_val=fields.integer("div_val") if is_adaptive else 1,
+            tie_projections=fields.typed("tie_projections", bool) if is_adaptive else True,
             dropout=fields.typed("dropout", float),
             attention_dropout=fields.typed("attention_dropout", float),
             end=fields.typed("eos_token_id", int | None),
@@ -473,64 +518,20 @@ class TransformerXL(Pretrained):
 
     def config_fields(self) -> dict[str, Any]:
         c = self.config
+        adaptive = {"cutoffs": list(c.cutoffs), "div_val": c.div_val, "tie_projections": c.tie_projections}
         return {
             "model_type": OWN_TYPE, "architectures": [type(self).__name__], "vocab_size": c.vocab,
             "num_hidden_layers": c.layers, "num_attention_heads": c.heads, "hidden_size": c.width,
             "head_size": c.head_size, "intermediate_size": c.hidden, "memory": c.memory, "clamp": c.clamp,
             "same_length": c.same_length, "norm": c.norm, "tie_biases": c.tie_biases, "dropout": c.dropout,
             "attention_dropout": c.attention_dropout, "eos_token_id": c.end,
+            **(adaptive if c.cutoffs else {}),
         }  # fmt: skip
 
     def stored(self) -> dict[str, Tensor]:
         return dict(self.named_parameters())
 
-    @classmethod
-    def current_name(cls, name: str) -> str:
+    def current_name(self, name: str) -> str:
         """The names of TransfoXLLMHeadModel, too."""
-        if found := re.fullmatch(r"transformer\.(layers\.\d+\.)(.+)", name):
-            layer, part = found.groups()
-            for theirs, ours in _OF_TRANSFORMERS_LAYERS.items():
-                if part.startswith(theirs):
-                    return layer + ours + part.removeprefix(theirs)
-        return _OF_TRANSFORMERS.get(name, name)
-
-
-# The names of transformers' TransfoXL, and ours.
-_OF_TRANSFORMERS = {
-    "transformer.word_emb.emb_layers.0.weight": "embedding.weight",
-    "crit.out_layers.0.bias": "bias",
-}
-_OF_TRANSFORMERS_LAYERS = {
-    "dec_attn.qkv_net.": "attn.qkv.",
-    "dec_attn.r_net.": "attn.r.",
-    "dec_attn.o_net.": "attn.out.",
-    "dec_attn.layer_norm.": "norm_1.",
-    "dec_attn.r_w_bias": "attn.biases.u",
-    "dec_attn.r_r_bias": "attn.biases.w",
-    "pos_ff.CoreNet.0.": "mlp.up.",
-    "pos_ff.CoreNet.3.": "mlp.down.",
-    "pos_ff.layer_norm.": "norm_2.",
-}
-
-
-def _config_of_transformers(fields: Fields) -> TransformerXLConfig:
-    """Of a TransfoXLLMHeadModel with one softmax over the whole vocabulary."""
-    width = fields.integer("d_model")
-    fields.expect(architectures=["TransfoXLLMHeadModel"], cutoffs=[], div_val=1, d_embed=width)
-    fields.expect(attn_type=0, untie_r=True, layer_norm_epsilon=1e-5, tie_word_embeddings=True)
-    clamp = fields.integer("clamp_len")
-    return TransformerXLConfig(
-        vocab=fields.integer("vocab_size"),
-        layers=fields.integer("n_layer"),
-        heads=fields.integer("n_head"),
-        width=width,
-        head_size=fields.integer("d_head"),
-        hidden=fields.integer("d_inner"),
-        memory=fields.integer("mem_len"),
-        clamp=clamp if clamp > 0 else None,
-        same_length=fields.typed("same_length", bool),
-        norm="pre" if fields.typed("pre_lnorm", bool) else "post",
-        dropout=fields.typed("dropout", float),
-        attention_dropout=fields.typed("dropatt", float),
-        end=fields.typed("eos_token_id", int | None),
-    )
+        c = self.config
+        return transfo_xl.our_name(name, adaptive=bool(c.cutoffs), tie_projections=c.tie_projections)

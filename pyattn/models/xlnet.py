@@ -144,16 +144,16 @@ class RelativeAttention(nn.Module):
 
     def keys(self, x: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
         """k [b, h, n, d], with segments [b, 1, n, _SEGMENTS] beside it, and v [b, h, n, d] of x [b, n, width]."""
-        k, v = self._split(x @ self.k.flatten(1)), self._split(x @ self.v.flatten(1))
+        k, v = self._split(linear(x, self.k.flatten(1).T)), self._split(linear(x, self.v.flatten(1).T))
         return (k if segments is None else torch.cat([k, segments.expand(-1, self.heads, -1, -1)], -1)), v
 
     def distances(self, sinusoids: Tensor, b: int) -> Tensor:
         """r [1, h, distances, d] of sinusoids [1, distances, width]; [b, ...] of two, one for each half of a batch."""
-        r = self._split(sinusoids @ self.r.flatten(1))
+        r = self._split(linear(sinusoids, self.r.flatten(1).T))
         return r if len(r) == 1 else r.repeat_interleave(b // 2, 0)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, r: Tensor, stream: Stream) -> Tensor:
-        q = x @ self.q.flatten(1)
+        q = linear(x, self.q.flatten(1).T)
         # The kernel's query i stands at key i + n - m, but a target stands anywhere. So its attention is computed in a
         # row of the text's m, of which only p are read: m / p times the work, as in transformers. All else has p rows.
         q = self._split(q if stream.rows is None else _rows(q, stream.rows))

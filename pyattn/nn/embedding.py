@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyattn.check import DtypeError, RangeError, ShapeError
+from pyattn.check import DtypeError, RangeError, ShapeError, is_traced
 from pyattn.spec import dtype_name
 
 
@@ -16,6 +16,15 @@ def check_tokens(name: str, ids: Tensor) -> None:
         raise ShapeError(f"{name}: expected [b, m], got {list(ids.shape)}")
 
 
+def check_ids(name: str, ids: Tensor, count: int) -> None:
+    """Raises DtypeError unless ids are int64 or int32, and on the CPU RangeError unless they are in [0, count)."""
+    _check_integers(name, ids)
+    if ids.device.type == "cpu" and ids.numel() and not is_traced(ids):
+        low, high = ids.aminmax()
+        if low < 0 or high >= count:
+            raise RangeError(f"{name}: expected values in [0, {count}), got {int(low)} to {int(high)}")
+
+
 def embed(name: str, ids: Tensor, table: Tensor, padding: int | None = None) -> Tensor:
     """table[ids]. Rows of `padding` get no gradient.
 
@@ -23,8 +32,7 @@ def embed(name: str, ids: Tensor, table: Tensor, padding: int | None = None) -> 
         DtypeError: ids are not int64 or int32; names the argument, `name`.
         RangeError: an id outside the table. On the CPU alone: the kernels of a GPU have no way to raise it.
     """
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise DtypeError(f"{name}: expected int64 or int32, got {dtype_name(ids.dtype)}")
+    _check_integers(name, ids)
     try:
         return F.embedding(ids, table, padding)
     except IndexError:
@@ -41,3 +49,8 @@ def sinusoids(positions: Tensor, width: int) -> Tensor:
     rates = 10000.0 ** (torch.arange(0, width, 2, dtype=positions.dtype, device=positions.device) / -width)
     angles = positions[..., None] * rates
     return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+def _check_integers(name: str, ids: Tensor) -> None:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise DtypeError(f"{name}: expected int64 or int32, got {dtype_name(ids.dtype)}")
