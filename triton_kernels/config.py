@@ -133,8 +133,14 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
     **{(f"relative {k}", "any", 16): {256: Config(32, 32, 8, 2)} for k in RELATIVE},
     **{(f"relative {k}", "heavy", 16): {256: Config(32, 32, 8, 2)} for k in ("forward", "dq", "dkdv")},
     ("relative rows", "heavy", 16): {64: Config(32, 32, 8, 1), 256: Config(32, 32, 8, 2)},
-    **{(f"relative {k}", "cdna", 16): {256: Config(32, 32, 4, 1)} for k in ("forward", "dq", "rows")},
-    ("relative dkdv", "cdna", 16): {64: Config(32, 32, 4, 1), 256: Config(16, 16, 4, 1)},
+    **{
+        (f"relative {k}", name, 16): {
+            64: Config(32, 32, 4, 1),
+            256: Config(16, 16, 4, 1) if k == "dkdv" else Config(32, 32, 4, 1),
+        }
+        for k in RELATIVE
+        for name in ("cdna", "cdna heavy")
+    },
     **{(f"relative {k}", "any", 32): {64: Config(32, 32, 8, 1), 256: Config(16, 16, 4, 1)} for k in RELATIVE},
     ("relative rows", "any", 32): {256: Config(16, 16, 8, 1)},
     # Small, so that small tests have several blocks in each direction.
