@@ -180,6 +180,17 @@ def test_bias_of_minus_infinity_hides_like_a_mask():
     assert (by_bias["d_bias"][..., ~see] == 0).all()
 
 
+@pytest.mark.parametrize("bias", ["bhmn", "11mn", "b1m1"])  # a by-product of other gradients, or a pass of its own
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_gradients_of_float32_carry_no_rounding_of_products_in_bfloat16(isa, bias):
+    """Of rows with a heavy key, which are corrected by the sum of what the products took."""
+    call = testing.make_inputs(Case("wide", window=(0, 0), sinks=True, bias=bias, wide_bias=True), torch.bfloat16)
+    call = call._replace(d_out=torch.zeros_like(call.d_out))  # whose own rounding would show
+    actual, expected = testing.evaluate_backend(call, "cpu"), testing.reference(call).expected
+    for name in ("d_bias", "d_sinks"):
+        torch.testing.assert_close(actual[name].double(), expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
 def test_gradient_that_is_expanded_or_transposed_is_read_by_its_strides():
     q, k, v = (torch.randn(2, 3, 40, 8, requires_grad=True) for _ in range(3))
     out, _ = core.attend(q, k, v, backend="cpu")
