@@ -138,6 +138,17 @@ def test_heads_as_wide_as_states_of_recurrent_networks_agree_with_definition(d, 
         _assert_agrees(Case("wide", b=2, h=1, hk=1, m=m, n=70, d=d, dv=dv, key_lengths=(70, 50)), dtype)
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_large_scores_of_wide_heads_agree_with_definition(isa):
+    """Random inputs whose scores, summed in parts of 128 products, left results up to 1.9 times what is allowed."""
+    few = Case("wide", m=33, n=2, d=300, dv=16, scale=0.3, sinks=True, bias="bhmn", window=(3, 2), layout="bmhd",
+               relative=257, relative_shared=True)  # fmt: skip
+    for case, seed in ((few, 559), (Case("wide", m=9, n=5, d=257, dv=257, scale=0.3, bias="b11n", relative=257), 444)):
+        call = testing.make_inputs(case, torch.float32, seed=seed)
+        for result in testing.reference(call).compare(testing.evaluate_backend(call, "cpu")):
+            assert result.excess <= 1, (case, result)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("m", [1, 3, 9, 40])
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
