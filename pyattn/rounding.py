@@ -52,7 +52,11 @@ def expected_errors(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor
         found["d_weight"] = spec.scale**2 * of_terms2.sum((0, 2, 3))
     found |= {"d_q": spec.scale**2 * of_q2, "d_k": spec.scale**2 * _over_groups(spec, of_k2)}
     if x.bias is not None:
-        found["d_bias"] = g.of_ds2.sum_to_size(x.bias.shape)
+        of_bias2 = g.of_ds2
+        if x.bias.shape[-1] == 1:  # all keys of a row have one error of delta
+            shared = f.p.sum(-1, keepdim=True).square() - f.p.square().sum(-1, keepdim=True)
+            of_bias2 = of_bias2.sum(-1, keepdim=True) + shared * g.of_row2[..., None]
+        found["d_bias"] = of_bias2.sum_to_size(x.bias.shape)
     if x.sinks is not None:
         sinks = torch.where(x.sinks == -torch.inf, 0.0, x.sinks)[:, None]
         p = torch.where(x.sinks[:, None] == -torch.inf, 0.0, (sinks - f.lse).exp())  # [b, h, m]
@@ -116,6 +120,7 @@ def _forward(spec: AttentionSpec, x: Inputs) -> _Forward:
 class _ScoreGradients(NamedTuple):
     d_s: Tensor  # [b, h, m, n]
     of_ds2: Tensor
+    of_row2: Tensor  # [b, h, m], what of_ds2 has from delta, by p2
     delta: Tensor  # [b, h, m], d_out . out - d_lse
     of_delta2: Tensor
 
@@ -130,8 +135,9 @@ def _score_gradients(spec: AttentionSpec, f: _Forward, d_out: Tensor, d_lse: Ten
     of_delta2 = of_delta2 + (d_out * out).square().sum(-1) + (d_out * of_out).sum(-1).square()
     of_dp2 = 2 * products2 * f.keep.square()
     away = d_p - delta[..., None]
-    of_ds2 = f.of_p2 * away.square() + f.p.square() * (of_dp2 + (of_delta2 + f.lost2 * d_lse.square())[..., None])
-    return _ScoreGradients(f.p * away, of_ds2, delta, of_delta2)
+    of_row2 = of_delta2 + f.lost2 * d_lse.square()
+    of_ds2 = f.of_p2 * away.square() + f.p.square() * (of_dp2 + of_row2[..., None])
+    return _ScoreGradients(f.p * away, of_ds2, of_row2, delta, of_delta2)
 
 
 def _through_softcap(spec: AttentionSpec, f: _Forward, g: _ScoreGradients) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,7 @@ class Case:
     layout: str = "bhmd"  # or "bmhd": heads inside the sequence, as a projection gives them; or "expanded": stride 0
     powers: tuple[int, int] = (0, 0)  # of ten that queries are multiplied by, from the first one's to the last one's
     k_power: int = 0  # of ten that keys are multiplied by
+    wide_bias: bool = False  # of float32 beside q, k and v of 16 bits
     bias_level: float = 0.0  # added to the bias of every other query; what a dtype cannot hold becomes its extreme
     unseen_nan: bool = False  # keys and values that nobody sees, and rows of no pair's distance, hold NaN and infinity
     packed: tuple[tuple[int, int], ...] | None = None  # (queries, keys) of each sequence
@@ -139,6 +140,8 @@ CASES: tuple[Case, ...] = (
     Case("bias-per-key", bias="b11n"),
     Case("bias-per-query", bias="1hm1", n=50),
     Case("bias-scalar", bias="1111"),
+    Case("bias-wide", bias="11mn", wide_bias=True),
+    Case("bias-wide-one-key", bias="bhmn", wide_bias=True, window=(0, 0)),
     Case("bias-large", bias="b1mn", bias_level=-1e4),
     Case("bias-lowest", bias="bhmn", bias_level=-1e39, m=70, n=90),
     Case("bias-lowest-sinks", bias="1h1n", bias_level=-1e39, sinks=True),
@@ -240,7 +243,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    def rounded(t: Tensor) -> Tensor:
+    accumulator = torch.float64 if dtype is torch.float64 else torch.float32
+
+    def rounded(t: Tensor, dtype: torch.dtype = dtype) -> Tensor:
         ends = torch.finfo(dtype)
         return t.clamp(ends.min, ends.max).to(device, dtype)
 
@@ -273,9 +278,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
     if c.bias is not None:
         bias = normal(*(sizes[s] for s in c.bias))
         bias[:, :, ::2] += c.bias_level
-        tensors["bias"] = rounded(bias)
+        tensors["bias"] = rounded(bias, accumulator if c.wide_bias else dtype)
     if c.sinks:
-        tensors["sinks"] = normal(c.h).to(device, torch.float64 if dtype is torch.float64 else torch.float32)
+        tensors["sinks"] = normal(c.h).to(device, accumulator)
     if c.additive:
         tensors["weight"] = rounded(normal(c.h, c.d))
     if c.relative:
@@ -291,7 +296,6 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
         first = torch.randint(-2, c.n + 2, (c.b, c.m), generator=generator)
         length = torch.randint(-1, c.row_windows + 1, (c.b, c.m), generator=generator)
         options["row_windows"] = (first.to(device), (first + length).to(device))
-    accumulator = torch.float64 if dtype is torch.float64 else torch.float32
     d_out = normal(c.b, c.h, c.m, c.dv).to(device, dtype)
     d_lse = normal(c.b, c.h, c.m).to(device, accumulator)
     if c.packed is not None:
@@ -392,14 +396,17 @@ def refusal(backend: str, case: Case, dtype: torch.dtype, device: str | torch.de
 
 
 def _evaluate_definition(call: Call, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`evaluate` for the definition, each operation in `dtype`."""
+    """`evaluate` for the definition, each operation in `dtype`, beside a wider bias where that is the call's own."""
+    tensors = {name: t.to(dtype) for name, t in call.tensors.items()}
+    if "bias" in tensors and dtype is call.tensors["q"].dtype:
+        tensors["bias"] = call.tensors["bias"]
 
     def attention(**arguments: Any) -> tuple[Tensor, Tensor]:
         x, numbers = core.prepare(**arguments)
-        out, lse = definition(AttentionSpec.of(x, numbers), cast(x, dtype))
+        out, lse = definition(AttentionSpec.of(x, numbers), cast(x, dtype)._replace(bias=x.bias))
         return (out, lse) if call.case.packed is None else (as_packed(out), lse.squeeze(0))
 
-    return evaluate(call._replace(tensors={name: t.to(dtype) for name, t in call.tensors.items()}), attention)
+    return evaluate(call._replace(tensors=tensors), attention)
 
 
 def _expected_errors(call: Call) -> dict[str, Tensor]:

@@ -138,6 +138,17 @@ def test_heads_as_wide_as_states_of_recurrent_networks_agree_with_definition(d, 
         _assert_agrees(Case("wide", b=2, h=1, hk=1, m=m, n=70, d=d, dv=dv, key_lengths=(70, 50)), dtype)
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_large_scores_of_wide_heads_agree_with_definition(isa):
+    """Random inputs whose scores, summed in parts of 128 products, left results up to 1.9 times what is allowed."""
+    few = Case("wide", m=33, n=2, d=300, dv=16, scale=0.3, sinks=True, bias="bhmn", window=(3, 2), layout="bmhd",
+               relative=257, relative_shared=True)  # fmt: skip
+    for case, seed in ((few, 559), (Case("wide", m=9, n=5, d=257, dv=257, scale=0.3, bias="b11n", relative=257), 444)):
+        call = testing.make_inputs(case, torch.float32, seed=seed)
+        for result in testing.reference(call).compare(testing.evaluate_backend(call, "cpu")):
+            assert result.excess <= 1, (case, result)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("m", [1, 3, 9, 40])
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
@@ -178,6 +189,17 @@ def test_bias_of_minus_infinity_hides_like_a_mask():
     for name in by_mask:
         torch.testing.assert_close(by_bias[name], by_mask[name], rtol=1e-5, atol=1e-6, msg=name)
     assert (by_bias["d_bias"][..., ~see] == 0).all()
+
+
+@pytest.mark.parametrize("bias", ["bhmn", "11mn", "b1m1"])  # a by-product of other gradients, or a pass of its own
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_gradients_of_float32_carry_no_rounding_of_products_in_bfloat16(isa, bias):
+    """Of rows with a heavy key, which are corrected by the sum of what the products took."""
+    call = testing.make_inputs(Case("wide", window=(0, 0), sinks=True, bias=bias, wide_bias=True), torch.bfloat16)
+    call = call._replace(d_out=torch.zeros_like(call.d_out))  # whose own rounding would show
+    actual, expected = testing.evaluate_backend(call, "cpu"), testing.reference(call).expected
+    for name in ("d_bias", "d_sinks"):
+        torch.testing.assert_close(actual[name].double(), expected[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_gradient_that_is_expanded_or_transposed_is_read_by_its_strides():

@@ -16,8 +16,9 @@ class Backward {
     static void run(const AttentionArgs& args) {
         const int64_t rows = args.b * args.h * args.m;
         const bool in_one = joint(args), later_bias = args.d_bias && !owned_bias(args), sinks = args.d_sinks;
-        std::optional<Block> settled, d_weights, d_relative_k;
-        if (later_bias || sinks || !in_one) settled.emplace(rows * static_cast<int64_t>(sizeof(A)));
+        std::optional<Block> settled, excess, d_weights, d_relative_k;
+        if (later_bias || sinks) settled.emplace(rows * static_cast<int64_t>(sizeof(A)));
+        if (!in_one) excess.emplace(rows * static_cast<int64_t>(sizeof(A)));
         const int64_t parts = args.weight ? args.b * args.h * parts_of_weight(args) * args.d : 0;
         d_weights.emplace(parts * static_cast<int64_t>(sizeof(A)));
         if (parts > 0) zeroed(static_cast<A*>(d_weights->get()), parts);
@@ -26,8 +27,12 @@ class Backward {
         const int64_t distances = entries * args.h * args.distances * Relative<T>::columns(args);
         d_relative_k.emplace(distances * static_cast<int64_t>(sizeof(A)));
         if (distances > 0) zeroed(static_cast<A*>(d_relative_k->get()), distances);
-        Call call{args, longest_keys(args), settled ? static_cast<A*>(settled->get()) : nullptr,
-                  static_cast<A*>(d_weights->get()), static_cast<A*>(d_relative_k->get())};
+        Call call{args,
+                  longest_keys(args),
+                  settled ? static_cast<A*>(settled->get()) : nullptr,
+                  excess ? static_cast<A*>(excess->get()) : nullptr,
+                  static_cast<A*>(d_weights->get()),
+                  static_cast<A*>(d_relative_k->get())};
         over(call, Pieces::query_tiles, delta_scratch(args), delta_task);
         const int64_t tile = tile_scratch(args);
         if (in_one) {
@@ -56,7 +61,9 @@ class Backward {
     struct Call {
         const AttentionArgs& args;
         int64_t longest;
-        A* settled;  // of every row, by `statistic`: delta as it should have been; null where nothing reads it later
+        // Of every row, by `statistic`; null where nothing reads them later.
+        A* settled;  // delta as it should have been
+        A* excess;  // of what products took
         A* d_weights;  // of every tile of queries
         A* d_relative_k;  // of every batch element, [b, h, distances, padded e]
         const Pieces* pieces = nullptr;
@@ -229,8 +236,8 @@ class Backward {
                     tile.add_key_gradients(d_k, d_v);
                     const int64_t row = statistic(args, sequence, head, t);
                     tile.each_heavy([&](const HeavyPair<A>& pair) {
-                        const A of_row = call.settled[row + pair.lane] - static_cast<const A*>(args.delta)[row + pair.lane];
-                        *last++ = {t + pair.lane, pair.key - j, of_row * pair.weight * pair.slope};
+                        const A amount = call.excess[row + pair.lane] * pair.weight * pair.slope;
+                        *last++ = {t + pair.lane, pair.key - j, amount};
                     });
                 }
                 for (const Excess* at = excesses; at < last; ++at) {
@@ -444,18 +451,17 @@ class Backward {
         const Rows& rows = tile.rows();
         const int64_t width = padded<A>(args.d);
         T* const d_q = query_row<T>(args.d_q, rows.sequence, rows.head[0], rows.query[0]);
-        tile.settle(call.settled);
+        tile.settle(call.settled, call.excess);
         if (args.weight || tile.few()) {
             std::memcpy(d_q_rows, d_q_t, static_cast<size_t>(rows.count * width) * sizeof(A));
         } else {
             transpose<A>({d_q_t, kQueries}, args.d, padded<A>(rows.count), {d_q_rows, width}, width);
         }
         tile.each_heavy([&](const HeavyPair<A>& pair) {
-            const A excess = tile.excess(pair.lane);
-            const A amount = excess * tile.share(pair) * pair.slope;
+            const A amount = tile.excess(pair.lane) * tile.share(pair) * pair.slope;
             correct_query(tile, rows.query[pair.lane], pair.key, amount, d_q_rows + pair.lane * width);
             if (args.relative_k) tile.relative().correct_query(pair.lane, pair.key, amount);
-            if (owned_bias(args)) correct_bias(args, rows, pair, excess * pair.weight);
+            if (owned_bias(args)) correct_bias(args, rows, pair, tile.score_excess(pair.lane) * pair.weight);
         });
         store_rows(d_q_rows, rows.count, args.d, static_cast<A>(args.scale), d_q, args.d_q.stride[2]);
         if (args.relative_k) tile.relative().store_queries();

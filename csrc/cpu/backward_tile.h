@@ -56,7 +56,9 @@ class BackwardTile {
           delta_(scratch.take<A>(kQueries)),
           d_lse_(scratch.take<A>(kQueries)),
           ds_sum_(scratch.take<A>(kQueries)),
+          taken_sum_(scratch.take<A>(kQueries)),
           heavy_sum_(scratch.take<A>(kQueries)),
+          score_excess_(scratch.take<A>(kQueries)),
           excess_(scratch.take<A>(kQueries)),
           heavy_(scratch.take<HeavyPair<A>>(kMostHeavy<T> * kQueries)),
           additive_(args, scratch),
@@ -196,16 +198,18 @@ class BackwardTile {
         if (!args_.weight) add_outer(width, depth, q_, along_lanes<E>(ds_, keys_, lanes_), d_k_rows);
     }
 
-    // Once the tile has met all its keys: by how much delta is too small, and, where it is not null, the delta of all rows
-    // as it should have been.
+    // Once the tile has met all its keys: by how much delta is too small. To `settled` goes the delta of all rows as it
+    // should have been, to `excess` what their products have too much; either may be null.
     //
     // delta is d_out . out, so that it carries the rounding of out, and products take a dS that is rounded as well. But
     // a row's dS sums to the d_lse of its keys: the sum over what the products took tells what delta lacks. Each key has
     // felt that by its weight. It shows where few keys have all the weight: there dP - delta may be smaller than the
-    // rounding of delta, and where those keys are nearly parallel, d_q is what is left of dS that cancel.
-    void settle(A* settled) {
+    // rounding of delta, and where those keys are nearly parallel, d_q is what is left of dS that cancel. The gradients of
+    // bias and sinks take dS as it is: of them the sum without that rounding tells.
+    void settle(A* settled, A* excess) {
         const int64_t row = statistic(args_, rows_.sequence, rows_.head[0], rows_.query[0]);
-        if (settled) std::memcpy(settled + row, delta_, static_cast<size_t>(rows_.count) * sizeof(A));
+        const size_t bytes = static_cast<size_t>(rows_.count) * sizeof(A);
+        if (settled) std::memcpy(settled + row, delta_, bytes);
         for (int64_t lane = 0; any_peaked_ && lane < rows_.count; ++lane) {
             if (heavy_sum_[lane] == 0) continue;
             const A delta = delta_[lane];
@@ -215,11 +219,15 @@ class BackwardTile {
                 of_sink = std::exp(static_cast<const A*>(args_.sinks)[rows_.head[0]] - lse);
             }
             // As exactly as delta can say it.
-            const A better = delta + (ds_sum_[lane] - of_sink * delta - (1 - of_sink) * d_lse_[lane]);
-            excess_[lane] = better - delta;
-            if (settled) settled[row + lane] = better;
+            const auto better = [&](A sum) { return delta + (sum - of_sink * delta - (1 - of_sink) * d_lse_[lane]); };
+            score_excess_[lane] = better(ds_sum_[lane]) - delta;
+            excess_[lane] = better(taken_sum_[lane]) - delta;
+            if (settled) settled[row + lane] = better(ds_sum_[lane]);
         }
+        if (excess) std::memcpy(excess + row, excess_, bytes);
     }
+    // What the row's dS have too much between them, as they are and as products took them.
+    A score_excess(int64_t lane) const { return score_excess_[lane]; }
     A excess(int64_t lane) const { return excess_[lane]; }
 
     // Calls f(pair) for the heavy pairs among the keys met.
@@ -306,7 +314,7 @@ class BackwardTile {
         const A factor = Score<A>::factor(args_);
         const Vec<A> top = load(row_max_ + lane), top_weight = load(top_weight_ + lane);
         const Vec<A> delta = load(delta_ + lane), d_lse = load(d_lse_ + lane);
-        Vec<A> sum = {};
+        Vec<A> sum = {}, taken_sum = {};
         Bits<A> heavy = {}, bit = Bits<A>{} + 1;
         for (int64_t at = keys.begin * kQueries + lane; at < keys.end * kQueries; at += kQueries) {
             const Vec<A> score = load(p_ + at), p = weight<A>(score, top, factor) * top_weight;
@@ -322,13 +330,15 @@ class BackwardTile {
             const Vec<A> ds = p == A(0) ? Vec<A>{} : p * ((dp - delta) + d_lse);
             store(ds_ + at, ds);
             if constexpr (Peaked) {
-                sum += args_.weight ? ds : as_operand<E>(ds);
+                sum += ds;
+                taken_sum += args_.weight ? ds : as_operand<E>(ds);
                 heavy |= p > kHeavy<T> ? bit : Bits<A>{};
                 bit <<= 1;
             }
         }
         if constexpr (Peaked) {
             store(ds_sum_ + lane, load(ds_sum_ + lane) + sum);
+            store(taken_sum_ + lane, load(taken_sum_ + lane) + taken_sum);
             for (int64_t c = 0; c < W; ++c) {
                 const uint64_t bits = static_cast<uint64_t>(heavy[c]) & ~uint64_t{0} >> (64 - kBits);
                 if (bits) list_heavy(lane + c, keys.begin, bits, Dropout ? keep_ : p_);
@@ -349,14 +359,14 @@ class BackwardTile {
         any_peaked_ = heavy_count_ = 0;
         for (int64_t lane = 0; lane < lanes_; ++lane) {
             any_peaked_ |= top_weight_[lane] > kHeavy<T>;
-            ds_sum_[lane] = heavy_sum_[lane] = excess_[lane] = 0;
+            ds_sum_[lane] = taken_sum_[lane] = heavy_sum_[lane] = score_excess_[lane] = excess_[lane] = 0;
         }
     }
 
     const AttentionArgs& args_;
     E *q_t_, *d_out_t_, *q_rows_, *d_out_rows_, *k_rows_, *v_rows_, *k_across_rows_, *ds_across_;
     A *few_rows_, *p_, *ds_, *visible_, *cap_slope_, *extra_rows_, *extra_tile_, *keep_, *row_max_, *top_weight_;
-    A *delta_, *d_lse_, *ds_sum_, *heavy_sum_, *excess_;
+    A *delta_, *d_lse_, *ds_sum_, *taken_sum_, *heavy_sum_, *score_excess_, *excess_;
     HeavyPair<A>* heavy_;
     int64_t heavy_count_ = 0;
     int any_peaked_ = 0;

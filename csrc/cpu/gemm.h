@@ -164,8 +164,8 @@ static inline void gemm_tiles(int64_t lanes, int64_t columns, int64_t depth, Lan
 struct MatrixUnit {};
 #endif
 
-// The scores of large heads are sums of sums, too.
-constexpr int64_t kDeepest = 128;
+// The scores of large heads are sums of sums, too: of kPart operands each, where they have more than kDeepest.
+constexpr int64_t kDeepest = 128, kPart = 64;
 template <class E>
 static void deep_gemm(int64_t lanes, int64_t columns, int64_t depth, Lanes<const E> x, Broadcast<E> y,
                       Lanes<Sum<E>> out, Old<Sum<E>> old);
@@ -184,9 +184,9 @@ PYATTN_INLINE void gemm(int64_t lanes, int64_t columns, int64_t depth, Lanes<con
 template <class E>
 __attribute__((noinline)) static void deep_gemm(int64_t lanes, int64_t columns, int64_t depth, Lanes<const E> x,
                                                 Broadcast<E> y, Lanes<Sum<E>> out, Old<Sum<E>> old) {
-    for (int64_t t = 0; t < depth; t += kDeepest) {
+    for (int64_t t = 0; t < depth; t += kPart) {
         const Broadcast<E> part{y.ptr + t * y.stride_t, y.stride_c, y.stride_t};
-        gemm(lanes, columns, smaller(depth - t, kDeepest), {x.ptr + t * x.ld, x.ld}, part, out, old);
+        gemm(lanes, columns, smaller(depth - t, kPart), {x.ptr + t * x.ld, x.ld}, part, out, old);
         old = {true, nullptr};
     }
 }

@@ -105,7 +105,7 @@ class CpuBackend(Backend):
         tiles = _TILE * (3 * columns + 6 * _TILE + (8 * spec.d if spec.additive else 0) + 10 * (e + _LANES) * (e > 0))
         parts = _MOST_PARTS * _TILE * (columns + 2) if spec.n >= _SPLIT_FROM else 0
         forward = (threads * tiles + parts) * item
-        rows = 2 * spec.b * spec.h * spec.m  # delta, twice
+        rows = 3 * spec.b * spec.h * spec.m  # delta, as it should be, and its excess
         # The weight's gradient, of every tile of queries.
         weights = spec.b * spec.h * (spec.m // _TILE + (spec.sequences or 0) + 1) * spec.d if spec.additive else 0
         weights += spec.b * spec.h * distances * -(-e // _LANES) * _LANES

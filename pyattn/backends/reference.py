@@ -51,13 +51,13 @@ class ReferenceBackend(Backend):
 
 
 def definition(spec: AttentionSpec, x: Inputs) -> tuple[Tensor, Tensor]:
-    """out [b, h, m, dv] and lse [b, h, m], each operation in the dtype of x.q."""
+    """out [b, h, m, dv] and lse [b, h, m], each operation in the dtype of x.q or, up to the weights, a wider bias's."""
     see = visible(spec, x)  # [b, h, m, n]
     k, v = keys_and_values(spec, x, see)
     p, lse = weights(spec, x, scores(spec, x, k).masked_fill(~see, -torch.inf))
     if spec.dropout_p > 0:
         p = p * dropout_keep(spec, x) / (1 - spec.dropout_p)
-    return p @ v, lse
+    return p.to(v.dtype) @ v, lse
 
 
 def weights(spec: AttentionSpec, x: Inputs, s: Tensor) -> tuple[Tensor, Tensor]:
