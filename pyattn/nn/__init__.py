@@ -3,6 +3,7 @@
 from pyattn.face import showing
 from pyattn.nn.additive_attention import AdditiveAttention
 from pyattn.nn.hard import Chosen, hard_attention, hard_attention_of_scores, next_baseline, reinforcement
+from pyattn.nn.local import LocalMonotonic, LocalPredictive, LocalRenormalized
 from pyattn.nn.multihead_attention import MultiheadAttention
 from pyattn.nn.scores import (
     AdditiveScore,
@@ -25,6 +26,9 @@ __all__ = [
     "GeneralScore",
     "Keys",
     "LearnedValue",
+    "LocalMonotonic",
+    "LocalPredictive",
+    "LocalRenormalized",
     "LocationScore",
     "MultiheadAttention",
     "ScaledDotScore",

@@ -7,8 +7,9 @@
 
 The draw is argmax_j (s_ij + G_ij) with Gumbel noise G (Maddison et al. 2014, arXiv:1411.0030). Its random words are
 Philox's at the weight's place, those of dropout (`pyattn.spec`): the same on every device and backend. The scores of a
-draw are in memory for some queries at a time, with all their keys. What has a gradient is fused: lse, and mu_i, which is
-scale * q_i . k'_i where k' is attention with the keys for values: an average of products is a product with an average.
+draw are in memory for some queries at a time, with all their keys. What has a gradient is fused: lse and mu_i,
+which is scale * q_i . k'_i with k' of attention that has the keys for values: an average of products is a product
+with an average.
 
 A choice has no derivative. There are two ways around that: `reinforcement`, whose estimate of the gradient is unbiased,
 and the straight-through Gumbel-softmax, whose variance is small (Jang et al. 2017, arXiv:1611.01144).
