@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from pyattn.check import RangeError
-from pyattn.models.seq2seq import BRIDGES, ORDERS, READOUTS, SCORES, Seq2SeqConfig
+from pyattn.models.seq2seq_config import BRIDGES, ORDERS, READOUTS, SCORES, Seq2SeqConfig
 from pyattn.nn.recurrent import CELLS
 from pyattn.training.recipes import OfText, TranslationSettings
 from pyattn.training.settings import SIZE, Settings, at_least, between, one_of, option, shared
