@@ -141,12 +141,16 @@ def test_draws_do_not_depend_on_how_many_queries_are_scored_at_once(monkeypatch:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_lower_precision_chooses_by_scores_that_are_not_rounded(dtype: torch.dtype) -> None:
     q, k, v = tensors(dtype)
-    chosen = hard_attention(q, k, v, seed=3)
-    wanted = hard_attention(q.double(), k.double(), v.double(), seed=3)
+    chosen = hard_attention(q, k, v, seed=3, temperature=0.5)
+    wanted = hard_attention(q.double(), k.double(), v.double(), seed=3, temperature=0.5)
     assert chosen.out.dtype is dtype and chosen.log_prob.dtype is chosen.entropy.dtype is torch.float32
     assert_close(chosen, wanted, check_dtype=False, rtol=1e-5, atol=1e-5)
+    by_scores = hard_attention_of_scores(logits(q, k, MASKS["everything"][1]), v, seed=3, temperature=0.5)
+    assert by_scores.out.dtype is dtype and by_scores.log_prob.dtype is torch.float32
+    for c in (chosen, by_scores):
+        assert torch.autograd.grad(c.out.sum(), q)[0].any()
     with torch.autocast("cpu", torch.bfloat16):
-        assert hard_attention(q, k, v).out.dtype is torch.bfloat16
+        assert hard_attention(q, k, v, temperature=0.5).out.dtype is torch.bfloat16
 
 
 def test_frequencies_are_the_probabilities() -> None:

@@ -139,7 +139,7 @@ def hard_attention_of_scores(
         index = _largest(_perturbed(s.detach(), noise, 0))
         out = _rows_at(v, index)
         if tau is not None:
-            out = _straight_through(out, _softmax(_perturbed(s, noise, 0) / tau) @ wide.detach())
+            out = _straight_through(out, _relaxed(s, noise, 0, tau) @ wide.detach())
         p, finite = _softmax(s), s.masked_fill(s == -torch.inf, 0.0)
         lse = torch.logsumexp(torch.where(index[..., None] < 0, 0.0, s), -1)
         chosen_score = torch.where(j == index[..., None], finite, 0.0).sum(-1)
@@ -213,7 +213,12 @@ def _relaxed_part(part: _Part, noise: Tensor | None, temperature: float) -> Tens
     x = part.x._replace(v=part.x.v.detach())
     spec = AttentionSpec.of(x, part.numbers)
     _, v = reference.keys_and_values(spec, x, reference.visible(spec, x))
-    return _softmax(_perturbed(_logits(part), noise, part.first) / temperature) @ v
+    return _relaxed(_logits(part), noise, part.first, temperature) @ v
+
+
+def _relaxed(s: Tensor, noise: Tensor | None, first: int, temperature: float) -> Tensor:
+    """The Gumbel-softmax of s, in its dtype."""
+    return _softmax(_perturbed(s, noise, first).to(s.dtype) / temperature)
 
 
 def _perturbed(s: Tensor, noise: Tensor | None, first: int) -> Tensor:
