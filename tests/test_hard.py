@@ -113,6 +113,14 @@ def test_a_query_without_keys_chooses_none() -> None:
         assert_close(by_scores, chosen)
 
 
+def test_scores_behind_a_length_are_not_seen() -> None:
+    q, k, v = tensors()
+    s = logits(q, k, MASKS["everything"][1])
+    found = hard_attention_of_scores(s, v, key_lengths=LENGTHS, seed=6)
+    assert_close(found, hard_attention_of_scores(s.masked_fill(~HELD, -torch.inf), v, seed=6))
+    assert found.indices[1].max() == LENGTHS[1] - 1
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_key_that_nobody_sees_is_not_there(poison: float) -> None:
     q, k, v = tensors()

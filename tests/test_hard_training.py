@@ -142,7 +142,7 @@ def test_straight_through_learns_by_the_likelihood_alone(tmp_path: Path) -> None
 
 
 def test_weights_of_reinforcement_are_the_settings(tmp_path: Path) -> None:
-    for given, expected in (({"entropy": None}, (1.0, 0.01)), ({"reinforce": 0.0, "entropy": 2.0}, (0.0, 2.0))):
+    for given, expected in (({"entropy": None}, (0.1, 0.001)), ({"reinforce": 0.0, "entropy": 2.0}, (0.0, 2.0))):
         task, _ = _task(tmp_path, **given)
         assert (task.weight, task.entropy_weight) == expected
     assert not reinforcement(torch.ones(1), torch.ones(1, 2), torch.ones(1, 2), torch.zeros(()), weight=0.0).any()

@@ -123,6 +123,7 @@ _OF_ORDER = {
     "luong": {"score": "general", "readout": "tanh", "bridge": "copy"},
     "bahdanau": {"score": "additive", "readout": "maxout", "bridge": "backward"},
 }
+_REINFORCE, _ENTROPY = 0.1, 0.001  # weights where the user names none; the paper has none, either
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +158,10 @@ class Seq2SeqSettings(TranslationSettings):
         None, "With --hard: of a straight-through Gumbel-softmax.", POSITIVE, shown="none, REINFORCE"
     )
     reinforce: float | None = option(
-        None, "With --hard: weight of REINFORCE beside the likelihood.", NOT_NEGATIVE, shown="1"
+        None, "With --hard: weight of REINFORCE beside the likelihood.", NOT_NEGATIVE, shown=str(_REINFORCE)
     )
     entropy: float | None = option(
-        None, "With --hard: weight of the entropy of what is drawn.", NOT_NEGATIVE, shown="0.01"
+        None, "With --hard: weight of the entropy of what is drawn.", NOT_NEGATIVE, shown=str(_ENTROPY)
     )
     readout: str | None = option(
         None, "linear, tanh (Luong's) or maxout (Bahdanau's).", one_of(*READOUTS), shown="the order's"
@@ -251,6 +252,6 @@ class Seq2SeqSettings(TranslationSettings):
             corpus,
             max_tokens=self.max_tokens,
             seed=self.seed,
-            weight=1.0 if self.reinforce is None else self.reinforce,
-            entropy_weight=0.01 if self.entropy is None else self.entropy,
+            weight=_REINFORCE if self.reinforce is None else self.reinforce,
+            entropy_weight=_ENTROPY if self.entropy is None else self.entropy,
         )
