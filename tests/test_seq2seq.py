@@ -192,6 +192,8 @@ def test_hard_attention_draws_in_training_and_takes_the_most_probable_otherwise(
     assert (model.alignment(source, target, lengths)[~is_soft] != greedy[~is_soft]).any()
     first = soft.train()(source, target, lengths)[is_soft, 0]
     assert_close(logits[is_soft, 0], first)
+    logits, choices = model(source, target[:, :0], return_choices=True)
+    assert logits.shape == (40, 0, 11) and choices.log_prob.shape == choices.entropy.shape == (40, 0)
     for model in (soft, built(window="monotonic")):
         with pytest.raises(RangeError, match="return_choices: expected hard attention"):
             model(source, target, return_choices=True)

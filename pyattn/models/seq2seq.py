@@ -24,7 +24,7 @@ The cells are torch's, whose GRU has its reset gate behind the product. In Bahda
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple, cast, get_type_hints
 
 import torch
@@ -75,7 +75,7 @@ class Reading:
     asked: Tensor  # [rows, i, hidden]: the states that asked; none without self-attention
     steps: int = 0  # of attention, so far
     soft: Tensor | None = None  # bool [sources]: those with soft attention, where that of others is hard
-    choices: list[Choices] = field(default_factory=list)  # those of hard attention, where somebody wants them
+    choices: list[Choices] | None = None  # those of hard attention, where somebody wants them
     weights: list[Tensor] | None = None  # those of each step, where somebody wants them
 
     def reorder(self, rows: Sequence[int]) -> None:
@@ -164,11 +164,12 @@ class Seq2Seq(Pretrained):
         if return_choices and not self.config.hard:
             raise RangeError("return_choices: expected hard attention, got a model whose attention chooses nothing")
         reading = self._read(source, target, source_lengths)
-        logits = self.output(self._outputs(target, reading))
-        if not return_choices:
-            return logits
         nothing = reading.state.new_zeros(len(target), 0)
-        return logits, Choices(*(torch.cat([nothing, *steps], 1) for steps in zip(*reading.choices, strict=True)))
+        reading.choices = [Choices(nothing, nothing)] if return_choices else None
+        logits = self.output(self._outputs(target, reading))
+        if reading.choices is None:
+            return logits
+        return logits, Choices(*(torch.cat(steps, 1) for steps in zip(*reading.choices, strict=True)))
 
     def alignment(self, source: Tensor, target: Tensor, source_lengths: Tensor | None = None) -> Tensor:
         """Where each token of the targets was looked for in the sources.
@@ -347,8 +348,9 @@ class Seq2Seq(Pretrained):
             scores, values.unsqueeze(1), key_lengths=memory.lengths, greedy=not self.training,
             temperature=self.config.temperature, soft=reading.soft,
         )  # fmt: skip
-        by_step = (memory.by_row(t.transpose(1, 2), m).squeeze(2) for t in (chosen.log_prob, chosen.entropy))
-        reading.choices.append(Choices(*by_step))
+        if reading.choices is not None:
+            by_step = (memory.by_row(t.transpose(1, 2), m).squeeze(2) for t in (chosen.log_prob, chosen.entropy))
+            reading.choices.append(Choices(*by_step))
         if reading.weights is not None:
             one = torch.arange(n, device=values.device) == chosen.indices.squeeze(1)[..., None]
             reading.weights.append(memory.by_row(one.to(scores.dtype), m))

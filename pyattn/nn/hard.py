@@ -22,7 +22,7 @@ from typing import NamedTuple, SupportsFloat
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from pyattn import check, core, dropout
 from pyattn.backends import reference
@@ -91,13 +91,12 @@ def hard_attention(
     with check.without_autocast(x.q.device.type):
         # Of 16 bits a mean key would be too coarse: entropy is the difference of what may be large numbers.
         mean_key, lse = core.run(wide._replace(v=wide.k), numbers, backend)
-        parts = list(_in_parts(wide, numbers))
         with torch.no_grad():
+            parts = _in_parts(wide, numbers)
             index = torch.cat([_largest(_perturbed(_logits(part), noise, part.first)) for part in parts], 2)
         out = _rows_at(x.v, index)
         if tau is not None:
-            relaxed = [checkpoint(_relaxed_part, part, noise, tau, use_reentrant=False) for part in parts]
-            out = _straight_through(out, torch.cat(relaxed, 2))
+            out = _straight_through(out, _Relaxed.apply(wide.q, wide.k, wide, numbers, noise, tau))
         chosen_score = numbers.scale * (wide.q * _rows_at(wide.k, index)).sum(-1)
         mean_score = numbers.scale * (wide.q * mean_key).sum(-1)
         expected = None if soft is None else core.run(x, numbers, backend)[0]
@@ -208,11 +207,41 @@ def _logits(part: _Part) -> Tensor:
     return reference.scores(spec, part.x, k).masked_fill(~see, -torch.inf)
 
 
+class _Relaxed(torch.autograd.Function):
+    """softmax((s + G) / temperature) @ v of a call, with gradients for q and k alone, which compute the scores again.
+
+    torch.utils.checkpoint would do, but for what its parts leave behind until Python collects cycles.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, q: Tensor, k: Tensor, x: Inputs, numbers: Numbers, noise: Tensor | None, temperature: float
+    ) -> Tensor:
+        ctx.save_for_backward(q, k)
+        ctx.call = x._replace(q=q.detach(), k=k.detach(), v=x.v.detach()), numbers
+        ctx.noise, ctx.temperature = noise, temperature
+        return torch.cat([_relaxed_part(part, noise, temperature) for part in _in_parts(*ctx.call)], 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        _, k = ctx.saved_tensors  # which raises where one of them has changed since
+        d_q, d_k = [], torch.zeros_like(k)
+        for part in _in_parts(*ctx.call):
+            given = part.x.q.detach().requires_grad_(), k.detach().requires_grad_()
+            with torch.enable_grad():
+                x = part.x._replace(q=given[0], k=given[1])
+                out = _relaxed_part(part._replace(x=x), ctx.noise, ctx.temperature)
+            rows = slice(part.first, part.first + out.shape[2])
+            of_q, of_k = torch.autograd.grad(out, given, d_out[:, :, rows])
+            d_q.append(of_q)
+            d_k += of_k
+        return torch.cat(d_q, 2), d_k, None, None, None, None
+
+
 def _relaxed_part(part: _Part, noise: Tensor | None, temperature: float) -> Tensor:
-    """softmax((s + G) / temperature) @ v of some queries; v has no gradient by it."""
-    x = part.x._replace(v=part.x.v.detach())
-    spec = AttentionSpec.of(x, part.numbers)
-    _, v = reference.keys_and_values(spec, x, reference.visible(spec, x))
+    spec = AttentionSpec.of(part.x, part.numbers)
+    _, v = reference.keys_and_values(spec, part.x, reference.visible(spec, part.x))
     return _relaxed(_logits(part), noise, part.first, temperature) @ v
 
 
