@@ -156,7 +156,7 @@ def check_inputs(
         relative_q, relative_k = _check_relative(relative_q, relative_k, q)
     return Inputs(
         unit_stride(q), unit_stride(k), unit_stride(v), mask, bias, key_lengths, q_segments, k_segments, alibi_slopes,
-        sinks, _check_seed(seed, q.device) if dropout_p > 0 else None, cu_seqlens_q, cu_seqlens_k,
+        sinks, check_seed(seed, q.device) if dropout_p > 0 else None, cu_seqlens_q, cu_seqlens_k,
         block_table, weight, exp_keys, relative_q, relative_k, q_ranks, k_ranks, row_first, row_stop,
     )  # fmt: skip
 
@@ -487,8 +487,8 @@ def _check_exp_keys(exp_keys: Tensor, k: Tensor, packed: bool) -> Tensor:
     return unit_stride(as_batch(exp_keys) if packed else exp_keys)
 
 
-def _check_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """The dropout seed as an int64 scalar on `device`; drawn from torch's generator when none was given."""
+def check_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed of random words as an int64 scalar on `device`; drawn from torch's generator when none was given."""
     if seed is None:
         return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):

@@ -1,4 +1,5 @@
-"""Which attention weights dropout keeps: a function of the seed and the place of a weight, of nothing else.
+"""Random bits of attention weights: a function of the seed and the place of a weight, of nothing else. By them dropout
+keeps a weight, and hard attention chooses a key.
 
 `pyattn.spec` states the rule; `csrc/cpu/dropout.h` and `triton_kernels/philox.py` draw the same bits.
 """
@@ -20,9 +21,14 @@ def keep(seed: Tensor, dropout_p: float, b: Tensor, h: Tensor, i: Tensor, n: int
         b, h, i: int64 indices.
         n: number of keys.
     """
+    return words(seed, b, h, i, n) >= int(dropout_p * 2**32)
+
+
+def words(seed: Tensor, b: Tensor, h: Tensor, i: Tensor, n: int) -> Tensor:
+    """The random word of each weight, int64 [..., n] in [0, 2**32). Arguments are those of `keep`."""
     j4 = torch.arange((n + 3) // 4, device=seed.device)
     four = torch.broadcast_tensors(*philox(seed, j4, i[..., None], h[..., None], b[..., None]))  # each [..., n / 4]
-    return torch.stack(four, -1).flatten(-2)[..., :n] >= int(dropout_p * 2**32)
+    return torch.stack(four, -1).flatten(-2)[..., :n]
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, ...]:

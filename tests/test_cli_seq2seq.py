@@ -58,6 +58,10 @@ def trained(files: list[object], tmp_path_factory: pytest.TempPathFactory) -> Pa
         ),
         (["--no-attention"], {"score": None, "uses": None}),
         (["--uses", "layer,readout", "--layers", 2], {"uses": ["layer", "readout"], "layers": 2}),
+        (["--window", "monotonic", "--window-size", 3], {"window": "monotonic", "window_size": 3, "score": "general"}),
+        (["--window", "predictive", "--order", "bahdanau"], {"window": "predictive", "window_size": None}),
+        (["--hard", "--entropy", "0.1"], {"hard": True, "temperature": None}),
+        (["--hard", "--temperature", "0.5"], {"hard": True, "temperature": 0.5}),
         (["--no-bidirectional", "--reverse", "--order", "bahdanau"], {"bridge": "copy", "reverse": True}),
     ],
 )
@@ -74,6 +78,15 @@ def test_a_run_goes_on_to_the_bit(files: list[object], tmp_path: Path) -> None:
     losses = [[line["loss"] for line in metrics.read(out)] for out in (whole, cut)]
     assert losses[0] == losses[1]
     _assert_refused(_run("train", "seq2seq", "--out", cut, "--resume", "--cell", "gru"), "cell is lstm there and gru")
+
+
+@pytest.mark.parametrize("options", [["--window", "predictive", "--window-size", 2], ["--hard", "--feed"]], ids=str)
+def test_beams_look_where_the_model_does(files: list[object], tmp_path: Path, options: list[object]) -> None:
+    out = _train(files, tmp_path / "run", *options)
+    translate = "translate", "--model", out / "model", "--beams", 3, "--pictures", tmp_path / "pictures"
+    result = _run(*translate, stdin="das Haus 3 ist alt\ndas Haus\n")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"1.png", "2.png"}
 
 
 def test_translations_come_with_pictures_of_their_alignment(trained: Path, tmp_path: Path) -> None:
@@ -145,6 +158,14 @@ def test_a_source_that_is_too_long_is_named_by_its_line(trained: Path) -> None:
         (["--uses", "input"], "uses: expected order=bahdanau for input"),
         (["--uses", "head"], "uses: expected names out of input, layer, readout"),
         (["--width", "32"], "tied: expected a readout of width=32 columns, got 16"),
+        (["--window", "local"], "window: expected one of monotonic, predictive, renormalized, got local"),
+        (["--window", "predictive", "--no-attention"], "window: expected a score beside it, got predictive without"),
+        (["--window-size", 4], "window_size: expected None without a window, got 4"),
+        (["--hard", "--window", "monotonic"], "hard: expected no window beside it, got monotonic"),
+        (["--hard", "--no-attention"], "hard: expected a score beside it"),
+        (["--temperature", "1"], "temperature: expected None without hard attention, got 1"),
+        (["--hard", "--temperature", "1", "--entropy", "0.1"], "entropy: expected --hard beside it, without --temp"),
+        (["--reinforce", "1"], "reinforce: expected --hard beside it"),
         (["--cell", "tree"], "cell: expected one of lstm, gru, rnn"),
     ],
 )

@@ -15,7 +15,8 @@ from pyattn import registry
 from pyattn.check import DtypeError, RangeError, ShapeError
 from pyattn.decoding import beam_search, generate
 from pyattn.models import PretrainedError, Seq2Seq, Seq2SeqConfig
-from pyattn.models.seq2seq import PUBLISHED, SCORES
+from pyattn.models.seq2seq_config import PUBLISHED, SCORES
+from pyattn.nn import next_baseline, reinforcement
 
 SIZES = {"vocab": 11, "context": 12, "layers": 2, "width": 6, "hidden": 8}
 BAHDANAU = {"order": "bahdanau", "score": "additive", "readout": "maxout", "bridge": "backward", "encoder_hidden": 6,
@@ -40,6 +41,13 @@ FORMS = {
     "layer norm in the cells": {"norm": True},
     "tied": {"tied": True, "readout_size": 6},
     "learned value": {"score": "low-rank", "score_size": 3, "value_size": 5},
+    "local-m": {"window": "monotonic", "window_size": 1},
+    "local-m, all steps at once": {"window": "monotonic", "window_size": 1, "feed": False},
+    "local-p": {"window": "predictive", "window_size": 2},
+    "local-p, asked before": BAHDANAU | {"window": "predictive"},
+    "local-p, renormalized": {"window": "renormalized", "window_size": 1, "value_size": 3, "feed": False},
+    "hard": {"hard": True, "temperature": 1.0},
+    "hard, all steps at once": {"hard": True, "temperature": 0.5, "score": "additive", "feed": False},
 } | {f"score {name}": {"score": name, "feed": False} for name in SCORES}  # fmt: skip
 SOURCE_LENGTHS = torch.tensor([4, 6, 0])
 FUSED = ["cpu"] if "additive" in registry.BACKENDS["cpu"].features else []
@@ -119,7 +127,10 @@ def test_a_later_token_of_the_target_changes_nothing_before_it(form):
     assert not torch.allclose(after[:, 3], before[:, 3])
 
 
-@pytest.mark.parametrize("form", ["luong", "luong without feeding", "bahdanau", "own states", "no attention, reversed"])
+@pytest.mark.parametrize("form", [
+    "luong", "luong without feeding", "bahdanau", "own states", "no attention, reversed", "local-m",
+    "local-m, all steps at once", "local-p, renormalized", "hard", "hard, all steps at once",
+])  # fmt: skip
 def test_one_reading_serves_several_targets(form):
     model = built(**FORMS[form])
     source, target = texts()
@@ -142,6 +153,50 @@ def test_alignment_has_the_weights_of_each_step():
     assert not weights[~held[:, None].expand_as(weights)].any()
     with pytest.raises(RangeError, match="score: expected attention, got a model without"):
         built(**FORMS["no attention, reversed"]).alignment(source, target)
+
+
+@pytest.mark.parametrize("feed", [True, False])
+def test_windows_move_along_the_source_or_to_where_the_state_says(feed):
+    source, target = texts()
+    weights = built(window="monotonic", window_size=1, feed=feed).alignment(source, target)
+    near = (torch.arange(6) - torch.arange(5)[:, None]).abs() <= 1
+    assert ((weights > 0) == near).all()
+    model = built(window="predictive", window_size=1, feed=feed)
+    centers = []
+    found = model.score.centers
+    model.score.centers = lambda *given: centers.append(found(*given)) or centers[-1]
+    weights = model.alignment(source, target, torch.tensor([6, 4, 5]))
+    p = torch.cat(centers, 1)
+    near = (torch.arange(6) - p.round()[..., None]).abs() <= 1
+    held = torch.arange(6) < torch.tensor([6, 4, 5])[:, None]
+    assert ((weights > 0) == (near & held[:, None])).all()
+    assert p.min() > 0 and (p.amax(1) < torch.tensor([6, 4, 5])).all() and p.std() > 0.1
+
+
+@pytest.mark.parametrize("feed", [True, False])
+def test_hard_attention_draws_in_training_and_takes_the_most_probable_otherwise(feed):
+    source, target = texts(rows=40)
+    lengths = torch.full((40,), 5)
+    model, soft = built(hard=True, feed=feed), built(feed=feed)
+    greedy = model.alignment(source, target, lengths)
+    assert (greedy.sum(-1) == 1).all() and not greedy[..., 5:].any()
+    expected = soft.alignment(source, target, lengths)[:, 0]  # later steps have read other contexts
+    assert (greedy[:, 0].argmax(-1) == expected.argmax(-1)).all()
+    model.train()
+    logits, choices = model(source, target, lengths, return_choices=True)
+    assert logits.requires_grad and choices.log_prob.requires_grad and choices.entropy.requires_grad
+    is_soft = (choices.log_prob == 0).all(1)
+    assert 10 < is_soft.sum() < 30 and (choices.log_prob[~is_soft] < 0).all()
+    entropy = -(expected * expected.clamp(min=1e-300).log()).sum(-1)
+    assert_close(choices.entropy[:, 0], entropy)
+    assert (model.alignment(source, target, lengths)[~is_soft] != greedy[~is_soft]).any()
+    first = soft.train()(source, target, lengths)[is_soft, 0]
+    assert_close(logits[is_soft, 0], first)
+    logits, choices = model(source, target[:, :0], return_choices=True)
+    assert logits.shape == (40, 0, 11) and choices.log_prob.shape == choices.entropy.shape == (40, 0)
+    for model in (soft, built(window="monotonic")):
+        with pytest.raises(RangeError, match="return_choices: expected hard attention"):
+            model(source, target, return_choices=True)
 
 
 def test_a_reversed_source_is_read_from_the_end_and_attended_to_in_its_order():
@@ -167,9 +222,10 @@ def test_without_attention_all_of_a_source_goes_through_one_state():
     assert reading.state.shape == (2, 1, 3, 8)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": "monotonic"}, {"window": "predictive"}, {"hard": True}], ids=str)
 @pytest.mark.parametrize("order", ["luong", "bahdanau"])
-def test_beams_of_a_sentence_share_its_keys(order):
-    model = built(order=order, score="additive").float()
+def test_beams_of_a_sentence_share_its_keys(order, options):
+    model = built(order=order, score="additive", **options).float()
     prepared = []
     keys = model.score.keys
     model.score.keys = lambda states: prepared.append(len(states)) or keys(states)
@@ -214,6 +270,8 @@ def test_a_saved_model_comes_back(form, tmp_path):
         ({"feed": None}, "expected true or false for feed in .*, got None"),
         ({"bidirectional": "false"}, "expected true or false for bidirectional in .*, got 'false'"),
         ({"uses": "input"}, "expected a list of strings or null for uses in .*, got 'input'"),
+        ({"window": "predictive"}, "missing: .*score.center_weight"),
+        ({"hard": "yes"}, "expected true or false for hard in .*, got 'yes'"),
         ({"score": 3}, "expected a string or null for score in .*, got 3"),
         ({"model_type": "marian"}, "expected model_type 'pyattn-seq2seq'"),
     ],
@@ -226,7 +284,7 @@ def test_a_checkpoint_of_another_form_is_named(changes, named, tmp_path):
         Seq2Seq.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["order", "score", "uses", "feed", "vocab"])
+@pytest.mark.parametrize("name", ["order", "score", "uses", "feed", "vocab", "window", "hard"])
 def test_a_file_without_a_field_is_refused(name, tmp_path):
     """Another order has tensors of the same shapes, so no default may take the field's place."""
     built().float().save_pretrained(tmp_path)
@@ -280,6 +338,14 @@ def test_shapes_that_are_none_of_texts_are_named():
         ({"uses": ("readout",), "score": None}, "uses: expected none without score or self_attention"),
         ({"score_size": 4}, "score_size: expected None for score=general, got 4"),
         ({"score": None, "value_size": 4}, "value_size: expected None for score=None, got 4"),
+        ({"window": "local-m"}, "window: expected one of None, monotonic, predictive, renormalized, got local-m"),
+        ({"window": "predictive", "score": None}, "window: expected a score beside it, got predictive without"),
+        ({"window_size": 4}, "window_size: expected None without a window, got 4"),
+        ({"window": "monotonic", "window_size": 0}, "window_size: expected at least 1, got 0"),
+        ({"hard": True, "score": None}, "hard: expected a score beside it"),
+        ({"hard": True, "window": "monotonic"}, "hard: expected no window beside it, got monotonic"),
+        ({"temperature": 1.0}, "temperature: expected None without hard attention, got 1.0"),
+        ({"hard": True, "temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
         ({"readout": "linear", "readout_size": 4}, "readout_size: expected None for readout=linear, got 4"),
         ({"tied": True}, "tied: expected a readout of width=6 columns, got 8"),
         ({"cell": "tree"}, "cell: expected one of lstm, gru, rnn, got tree"),
@@ -353,24 +419,42 @@ def test_autocast_runs(form):
     logits.float().sum().backward()
 
 
-def test_reversing_digits_is_learned_and_aligned_from_the_end():
-    """Each digit of the answer is looked for at its place from the end of the question."""
+@pytest.mark.parametrize(("where", "reverses", "steps"), [
+    ({}, True, 150),
+    ({"window": "monotonic", "window_size": 1}, False, 250),
+    ({"window": "predictive", "window_size": 2}, True, 150),
+    ({"hard": True, "temperature": 1.0}, True, 150),
+    ({"hard": True}, True, 250),
+], ids=str)  # fmt: skip
+def test_digits_are_copied_or_reversed_and_looked_for_where_they_are(where, reverses, steps):
+    """Each digit of the answer is looked for at its place in the question, or at its place from the end."""
     torch.manual_seed(0)
-    model = Seq2Seq(
-        Seq2SeqConfig(vocab=13, context=8, layers=1, width=32, hidden=32, score="additive", feed=False)
-    )  # fmt: skip
+    sizes = {"vocab": 13, "context": 8, "layers": 1, "width": 32, "hidden": 32}
+    model = Seq2Seq(Seq2SeqConfig(**sizes, score="additive", feed=False, **where))
+    draws = bool(where.get("hard")) and not where.get("temperature")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(150):
+    baseline = torch.zeros(())
+    for _ in range(steps):
         source = torch.randint(3, 13, (64, 5), generator=generator)
-        target = torch.cat([torch.ones(64, 1, dtype=torch.long), source.flip(1)], 1)
-        loss = torch.nn.functional.cross_entropy(model(source, target[:, :-1]).flatten(0, 1), target[:, 1:].flatten())
+        answer = source.flip(1) if reverses else source
+        target = torch.cat([torch.ones(64, 1, dtype=torch.long), answer[:, :-1]], 1)
+        logits, *choices = model(source, target, return_choices=True) if draws else (model(source, target),)
+        found = torch.nn.functional.cross_entropy(logits.mT, answer, reduction="none").sum(1)
+        loss = found.mean()
+        if draws:
+            loss = loss + reinforcement(-found, *choices[0], baseline, weight=0.1).mean()
+            baseline = next_baseline(baseline, -found)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     model.eval()
     source = torch.randint(3, 13, (200, 5), generator=generator)
-    assert (torch.tensor(generate(model, source, 5)) == source.flip(1)).all(1).float().mean() > 0.95
-    target = torch.cat([torch.ones(200, 1, dtype=torch.long), source.flip(1)[:, :-1]], 1)
-    found = model.alignment(source, target).argmax(-1)
-    assert (found == torch.arange(4, -1, -1)).float().mean() > 0.9
+    answer = source.flip(1) if reverses else source
+    least = 0.75 if draws else 0.95  # an estimate of a gradient takes longer than the gradient
+    assert (torch.tensor(generate(model, source, 5)) == answer).all(1).float().mean() > least
+    target = torch.cat([torch.ones(200, 1, dtype=torch.long), answer[:, :-1]], 1)
+    looked = model.alignment(source, target).argmax(-1)
+    places = torch.arange(5).flip(0) if reverses else torch.arange(5)
+    # A window of three is within what the encoder's states say of their neighbours: any of them will do there.
+    assert where.get("window") == "monotonic" or (looked == places).float().mean() > least

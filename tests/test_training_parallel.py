@@ -14,7 +14,7 @@ import torch
 
 from pyattn.training import metrics, parallel
 from pyattn.training.recipes import BertSettings, GPTSettings, TransformerSettings, TransformerXLSettings, XLNetSettings
-from pyattn.training.recurrent_recipes import RNNSettings
+from pyattn.training.recurrent_recipes import RNNSettings, Seq2SeqSettings
 from pyattn.training.run import Run
 from pyattn.training.settings import Settings
 
@@ -64,6 +64,8 @@ def _train(folder: Path) -> None:
         memory: dict[str, Any] = {"heads": 2, "hidden": 32, "memory": 48, "accumulate": 2}
         _stop_and_go_on(folder / "transformer-xl", TransformerXLSettings(**RECURRENT, **options, **memory))
         _stop_and_go_on(folder / "xlnet", XLNetSettings(**RECURRENT, **options, **memory))
+        pairs = {"source": str(folder / "source"), "target": str(folder / "target"), "max_tokens": 120, "hard": True}
+        _stop_and_go_on(folder / "hard", Seq2SeqSettings(**RECURRENT, **pairs, hidden=32, accumulate=2))
         _stop_and_go_on(folder / "idle rnn", RNNSettings(**RECURRENT, **(options | {"batch": 1}), hidden=32))
 
 
@@ -110,7 +112,7 @@ def test_two_processes_train_like_one(trained: Path, name: str) -> None:
         assert (first - tensor).abs().max() < 1e-3  # far below what four steps change
 
 
-@pytest.mark.parametrize("name", ["gpt", "rnn", "idle rnn", "transformer-xl", "xlnet"])
+@pytest.mark.parametrize("name", ["gpt", "rnn", "idle rnn", "transformer-xl", "xlnet", "hard"])
 def test_two_processes_resumed_equal_uninterrupted_bitwise(trained: Path, name: str) -> None:
     whole, parts = (metrics.read(trained / name / run) for run in ("whole", "parts"))
     for line in whole + parts:

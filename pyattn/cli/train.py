@@ -161,13 +161,15 @@ def train_seq2seq(
 ) -> None:
     """Train a recurrent encoder and decoder to translate, from two files as `pyattn train transformer` takes them.
 
-    Attention is Luong's or Bahdanau's, by any score, or there is none.
+    Attention is Luong's or Bahdanau's, by any score, to all of a sentence, within a window or hard; or there is none.
 
     [bold]A whole example[/bold]
 
     pyattn train seq2seq --source train.de --target train.en --score additive --out runs/de-en
 
     pyattn train seq2seq --source train.de --target train.en --order bahdanau --cell gru --out runs/bahdanau
+
+    pyattn train seq2seq --source train.de --target train.en --window predictive --window-size 5 --out runs/local
 
     pyattn train seq2seq --source train.de --target train.en --no-attention --out runs/no-attention
 

@@ -13,7 +13,8 @@ from pyattn.models.bert import (
 from pyattn.models.gpt import GPT, GPTConfig
 from pyattn.models.pretrained import PretrainedError
 from pyattn.models.rnn import RNNLM, RNNConfig, RNNForSequenceClassification, RNNForTokenClassification
-from pyattn.models.seq2seq import Seq2Seq, Seq2SeqConfig
+from pyattn.models.seq2seq import Seq2Seq
+from pyattn.models.seq2seq_config import Seq2SeqConfig
 from pyattn.models.transformer import Transformer, TransformerConfig
 from pyattn.models.transformer_xl import TransformerXL, TransformerXLConfig
 from pyattn.models.xlnet import XLNet, XLNetConfig, XLNetLMHead

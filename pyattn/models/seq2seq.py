@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, cast, get_type_hints
+from typing import Any, ClassVar, NamedTuple, cast, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,14 @@ from torch.nn import functional as F
 
 from pyattn.check import DtypeError, RangeError, ShapeError
 from pyattn.models.pretrained import Fields, Pretrained
-from pyattn.nn.attend import check_attention
+from pyattn.models.seq2seq_config import Seq2SeqConfig
 from pyattn.nn.earlier import attend_earlier
 from pyattn.nn.embedding import check_tokens, embed
+from pyattn.nn.hard import hard_attention_of_scores
 from pyattn.nn.linear import Linear
+from pyattn.nn.local import DEFAULT_HALF_WIDTH, LocalMonotonic, LocalPredictive, LocalRenormalized, LocalScore
 from pyattn.nn.memory import Memory
-from pyattn.nn.recurrent import Recurrent, check_cell
+from pyattn.nn.recurrent import Recurrent
 from pyattn.nn.scores import (
     AdditiveScore,
     CosineScore,
@@ -52,193 +54,14 @@ from pyattn.nn.scores import (
 from pyattn.spec import dtype_name
 
 OWN_TYPE = "pyattn-seq2seq"  # in config.json
-SCORES = ("dot", "scaled", "general", "low-rank", "additive", "cosine", "location")
-ORDERS = ("luong", "bahdanau")
-USES = ("input", "layer", "readout")
-READOUTS = ("linear", "tanh", "maxout")
-BRIDGES = ("copy", "linear", "backward")
 _PIECES = 2  # of a maxout
 
 
-@dataclass(frozen=True, slots=True)
-class Seq2SeqConfig:
-    """Sizes and form of one model. The defaults are Luong's global attention with input feeding.
+class Choices(NamedTuple):
+    """What hard attention chose for targets, step by step: `log_prob` and `entropy` of `pyattn.nn.hard.Chosen`."""
 
-    Args:
-        vocab: tokens, of sources and targets together.
-        context: the most tokens of a source and of a target.
-        layers: of the encoder and of the decoder.
-        width, hidden: size of a token's vector, and of the decoder's states.
-        encoder_hidden: size of a direction of the encoder; hidden shared among the directions by default.
-        cell, norm: of the recurrent layers, see `pyattn.nn.recurrent.Recurrent`.
-        dropout: probability, of embeddings, between layers, and of what is read out.
-        bidirectional: whether the encoder also reads from the end.
-        reverse: whether an encoder of one direction reads from the end, so that the first words of source and target
-            are close to each other (Sutskever et al. 2014, section 3.3).
-        bridge: the decoder's first state. "copy": layer by layer the encoder's last states, directions side by side.
-            "linear": tanh(W [forward; backward] + b) of the top layer, for all layers. "backward": the same of the top
-            layer's backward direction alone (Bahdanau's, appendix A.2.2).
-        score: how well a state fits one of the source: a name out of SCORES; None for no attention.
-        score_size: hidden layer of the additive score, rank of the low-rank one; hidden by default.
-        value_size: of learned values W_v h; None sums up the states h themselves.
-        order: which state asks, a name out of ORDERS.
-        uses: where the context goes, out of USES; by default where the paper of the order has it: ("readout",) for
-            Luong's, ("input", "readout") for Bahdanau's. "input" needs Bahdanau's order, "layer" two layers.
-        readout: o_i. "linear": [s_i; c_i] as it is. "tanh": Luong's attentional vector. "maxout": Bahdanau's, the
-            larger of every two columns; of the state that asked.
-        readout_size: of tanh's and maxout's o_i; hidden by default.
-        feed: whether the input of a step has o_{i-1}.
-        self_attention: whether a state that asks also attends to those that asked before it (scaled products), with
-            what comes of it at the context's side. Where steps follow one another (feed, bahdanau) training keeps what
-            each of them has attended to: memory grows with the square of the target's length.
-        tied: whether one matrix embeds sources and targets, and gives the logits.
-        attention: "pyattn", or "torch": scores, softmax and sum one after the other. On a GPU pyattn takes products of
-            states of at most 256, and additive scores of any size.
-        pad, start, end: the tokens that fill batches, that every target begins with, and that ends one.
-
-    Raises:
-        RangeError: a size below 1, dropout outside [0, 1), an unknown name, a token outside the vocabulary, options
-            or sizes that do not go together.
-    """
-
-    vocab: int = 8000
-    context: int = 256
-    layers: int = 2
-    width: int = 512
-    hidden: int = 512
-    encoder_hidden: int | None = None
-    cell: str = "lstm"
-    norm: bool = False
-    dropout: float = 0.0
-    bidirectional: bool = True
-    reverse: bool = False
-    bridge: str = "copy"
-    score: str | None = "general"
-    score_size: int | None = None
-    value_size: int | None = None
-    order: str = "luong"
-    uses: tuple[str, ...] | None = None
-    readout: str = "tanh"
-    readout_size: int | None = None
-    feed: bool = True
-    self_attention: bool = False
-    tied: bool = False
-    attention: str = "pyattn"
-    pad: int = 0
-    start: int = 1
-    end: int = 2
-
-    def __post_init__(self) -> None:
-        if self.uses is not None:
-            object.__setattr__(self, "uses", tuple(self.uses))  # a list would make two equal configurations differ
-        own = ("encoder_hidden", "score_size", "value_size", "readout_size")
-        for name in ("vocab", "context", "layers", "width", "hidden", *own):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise RangeError(f"{name}: expected at least 1, got {size}")
-        if not 0 <= self.dropout < 1:
-            raise RangeError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
-        check_cell(self.cell)
-        check_attention(self.attention)
-        for name, known in (("score", (None, *SCORES)), ("order", ORDERS), ("readout", READOUTS), ("bridge", BRIDGES)):
-            if (value := getattr(self, name)) not in known:
-                raise RangeError(f"{name}: expected one of {', '.join(map(str, known))}, got {value}")
-        for name in ("pad", "start", "end"):
-            if not 0 <= (token := getattr(self, name)) < self.vocab:
-                raise RangeError(f"{name}: expected a token in [0, vocab={self.vocab}), got {token}")
-        self._check_encoder()
-        self._check_context()
-        if self.readout == "linear" and self.readout_size is not None:
-            raise RangeError(f"readout_size: expected None for readout=linear, got {self.readout_size}")
-        if self.tied and self.read_size != self.width:
-            raise RangeError(f"tied: expected a readout of width={self.width} columns, got {self.read_size}; "
-                             "without a tied matrix it may have any")  # fmt: skip
-
-    def _check_encoder(self) -> None:
-        if self.reverse and self.bidirectional:
-            raise RangeError("reverse: expected an encoder of one direction; a bidirectional one reads both ways")
-        if self.bridge == "backward" and not self.bidirectional:
-            raise RangeError("bridge: expected a bidirectional encoder for backward, got one of one direction")
-        if self.encoder_hidden is None and self.hidden % self.directions:
-            raise RangeError(f"hidden: expected an even number, half of it for each direction of the encoder, got "
-                             f"{self.hidden}; or give encoder_hidden")  # fmt: skip
-        if self.bridge == "copy" and self.memory_size != self.hidden:
-            raise RangeError(f"bridge: expected states of hidden={self.hidden} columns from the encoder for copy, got "
-                             f"{self.memory_size}; linear takes any size")  # fmt: skip
-
-    def _check_context(self) -> None:
-        uses = self.context_uses
-        if (unknown := [use for use in uses if use not in USES]) or len(set(uses)) < len(uses):
-            raise RangeError(f"uses: expected names out of {', '.join(USES)}, each once, got {unknown or uses}")
-        if bool(uses) != self.has_context:
-            expected = "at least one use of the context" if self.has_context else "none without score or self_attention"
-            raise RangeError(f"uses: expected {expected}, got {uses}")
-        if "input" in uses and self.order == "luong":
-            raise RangeError("uses: expected order=bahdanau for input, in which the context is there before the step")
-        if "layer" in uses and self.layers < 2:
-            raise RangeError(f"uses: expected at least 2 layers for layer, got {self.layers}")
-        if self.score in ("dot", "scaled", "cosine") and self.memory_size != self.hidden:
-            raise RangeError(f"score: expected states of one size for {self.score}, got hidden={self.hidden} and "
-                             f"{self.memory_size} from the encoder; general takes any sizes")  # fmt: skip
-        for name, scores in (("score_size", ("additive", "low-rank")), ("value_size", SCORES)):
-            if (size := getattr(self, name)) is not None and self.score not in scores:
-                raise RangeError(f"{name}: expected None for score={self.score}, got {size}")
-
-    @property
-    def directions(self) -> int:
-        return 2 if self.bidirectional else 1
-
-    @property
-    def encoder_size(self) -> int:
-        """Of one direction's states."""
-        return self.encoder_hidden or self.hidden // self.directions
-
-    @property
-    def memory_size(self) -> int:
-        """Of the encoder's states, all directions."""
-        return self.directions * self.encoder_size
-
-    @property
-    def has_context(self) -> bool:
-        return self.score is not None or self.self_attention
-
-    @property
-    def context_size(self) -> int:
-        of_source = (self.value_size or self.memory_size) if self.score is not None else 0
-        return of_source + (self.hidden if self.self_attention else 0)
-
-    @property
-    def context_uses(self) -> tuple[str, ...]:
-        """`uses`, or those of the order."""
-        if self.uses is not None:
-            return tuple(self.uses)
-        by_order = {"luong": ("readout",), "bahdanau": ("input", "readout")}
-        return by_order[self.order] if self.has_context else ()
-
-    @property
-    def read_size(self) -> int:
-        """Of o_i."""
-        if self.readout == "linear":
-            return self.hidden + ("readout" in self.context_uses) * self.context_size
-        return self.readout_size or self.hidden
-
-
-# The papers' models, with one vocabulary of the target's size. Sutskever et al., section 3.4; Bahdanau et al.,
-# RNNsearch (appendices A.2.3 and B.1); Luong et al., global attention with the general score and all that Table 1 adds
-# to it: a reversed source, dropout, feeding.
-PUBLISHED = {
-    "sutskever": Seq2SeqConfig(
-        vocab=80000, layers=4, width=1000, hidden=1000, bidirectional=False, reverse=True, score=None,
-        readout="linear", feed=False,
-    ),
-    "bahdanau": Seq2SeqConfig(
-        vocab=30000, layers=1, width=620, hidden=1000, encoder_hidden=1000, cell="gru", bridge="backward",
-        score="additive", score_size=1000, order="bahdanau", readout="maxout", readout_size=500, feed=False,
-    ),
-    "luong": Seq2SeqConfig(
-        vocab=50000, layers=4, width=1000, hidden=1000, bidirectional=False, reverse=True, dropout=0.2,
-    ),
-}  # fmt: skip
+    log_prob: Tensor  # [b, m]; 0 where nothing was drawn
+    entropy: Tensor  # [b, m]
 
 
 @dataclass(slots=True)
@@ -250,6 +73,9 @@ class Reading:
     state: Tensor  # [parts, layers, rows, hidden]
     output: Tensor  # [rows, read_size]: o of the step before, zeros at first
     asked: Tensor  # [rows, i, hidden]: the states that asked; none without self-attention
+    steps: int = 0  # of attention, so far
+    soft: Tensor | None = None  # bool [sources]: those with soft attention, where that of others is hard
+    choices: list[Choices] | None = None  # those of hard attention, where somebody wants them
     weights: list[Tensor] | None = None  # those of each step, where somebody wants them
 
     def reorder(self, rows: Sequence[int]) -> None:
@@ -316,7 +142,9 @@ class Seq2Seq(Pretrained):
         self.output = Linear(c.read_size, c.vocab)
         self._initialize()
 
-    def forward(self, source: Tensor, target: Tensor, source_lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self, source: Tensor, target: Tensor, source_lengths: Tensor | None = None, *, return_choices: bool = False
+    ) -> Tensor | tuple[Tensor, Choices]:
         """Logits of the token behind each token of the targets.
 
         Args:
@@ -325,14 +153,23 @@ class Seq2Seq(Pretrained):
                 Of [t * b, m], rows i * t to i * t + t - 1 are targets of source i, which is read once.
             source_lengths: [b] integer, tokens of each source, in any order; all n by default. Of a source without
                 tokens contexts are 0, and the first state is what the bridge makes of zeros.
+            return_choices: also return what hard attention chose.
         Returns:
-            [b, m, vocab]
+            [b, m, vocab], with return_choices also Choices.
         Raises:
             RangeError: more tokens than the context; lengths outside [0, n]; on the CPU also tokens outside the
-                vocabulary.
+                vocabulary; choices of attention that is not hard.
             ShapeError: targets or lengths do not fit the sources in number.
         """
-        return self.output(self._outputs(target, self._read(source, target, source_lengths)))
+        if return_choices and not self.config.hard:
+            raise RangeError("return_choices: expected hard attention, got a model whose attention chooses nothing")
+        reading = self._read(source, target, source_lengths)
+        nothing = reading.state.new_zeros(len(target), 0)
+        reading.choices = [Choices(nothing, nothing)] if return_choices else None
+        logits = self.output(self._outputs(target, reading))
+        if reading.choices is None:
+            return logits
+        return logits, Choices(*(torch.cat(steps, 1) for steps in zip(*reading.choices, strict=True)))
 
     def alignment(self, source: Tensor, target: Tensor, source_lengths: Tensor | None = None) -> Tensor:
         """Where each token of the targets was looked for in the sources.
@@ -415,7 +252,10 @@ class Seq2Seq(Pretrained):
             memory.reorder([i for i in range(b) for _ in range(targets)])
             state = state.repeat_interleave(targets, 2)
         output = x.new_zeros(rows, c.read_size)
-        return Reading([[c.start] for _ in range(rows)], memory, state, output, x.new_zeros(rows, 0, c.hidden))
+        reading = Reading([[c.start] for _ in range(rows)], memory, state, output, x.new_zeros(rows, 0, c.hidden))
+        if c.hard and c.temperature is None and self.training:
+            reading.soft = torch.rand(b, device=source.device) < 0.5
+        return reading
 
     def _bridged(self, last: Tensor) -> Tensor:
         """The decoder's first state [parts, layers, b, hidden], of the encoder's last."""
@@ -481,18 +321,40 @@ class Seq2Seq(Pretrained):
         if self.config.self_attention:
             contexts.append(attend_earlier(self.config.attention, states, reading.asked))
             reading.asked = torch.cat([reading.asked, states], 1)
+        reading.steps += states.shape[1]
         return torch.cat(contexts, -1) if contexts else states[..., :0]
 
     def _attend(self, states: Tensor, reading: Reading) -> Tensor:
         memory, m = reading.memory, states.shape[1]
         score, (keys, values) = cast(Score, self.score), memory.layers[0]
+        query = memory.by_source(states)
+        if self.config.hard:
+            return self._choose(score.scores(query, keys), values, reading, m)
         attend = score.attend if self.config.attention == "pyattn" else score.attend_unfused
-        wanted = reading.weights is not None
-        found = attend(memory.by_source(states), keys, values, memory.lengths, return_weights=wanted)
+        options: dict[str, Any] = {"return_weights": reading.weights is not None}
+        if isinstance(score, LocalScore):
+            steps = torch.arange(reading.steps, reading.steps + m, device=query.device)
+            options["positions"] = steps.repeat(query.shape[1] // m)
+        found = attend(query, keys, values, memory.lengths, **options)
         if reading.weights is None:
             return memory.by_row(cast(Tensor, found), m)
         reading.weights.append(memory.by_row(found[1], m))
         return memory.by_row(found[0], m)
+
+    def _choose(self, scores: Tensor, values: Tensor, reading: Reading, m: int) -> Tensor:
+        """The contexts of hard attention by scores [sources, 1, rows of one * m, n]."""
+        memory, n = reading.memory, values.shape[1]
+        chosen = hard_attention_of_scores(
+            scores, values.unsqueeze(1), key_lengths=memory.lengths, greedy=not self.training,
+            temperature=self.config.temperature, soft=reading.soft,
+        )  # fmt: skip
+        if reading.choices is not None:
+            by_step = (memory.by_row(t.transpose(1, 2), m).squeeze(2) for t in (chosen.log_prob, chosen.entropy))
+            reading.choices.append(Choices(*by_step))
+        if reading.weights is not None:
+            one = torch.arange(n, device=values.device) == chosen.indices.squeeze(1)[..., None]
+            reading.weights.append(memory.by_row(one.to(scores.dtype), m))
+        return memory.by_row(chosen.out.squeeze(1), m)
 
     def _embedded(self, name: str, tokens: Tensor, table: nn.Embedding) -> Tensor:
         return F.dropout(embed(name, tokens, table.weight), self.config.dropout, self.training)
@@ -524,7 +386,7 @@ class Seq2Seq(Pretrained):
 
 
 def _score(config: Seq2SeqConfig) -> Score | None:
-    """The score that the configuration names, with its learned value."""
+    """The score that the configuration names, with its learned value and its window."""
     c, memory = config, config.memory_size
     size = c.score_size or c.hidden
     scores: dict[str, Callable[[], Score]] = {
@@ -539,7 +401,15 @@ def _score(config: Seq2SeqConfig) -> Score | None:
     if c.score is None:
         return None
     score = scores[c.score]()
-    return score if c.value_size is None else LearnedValue(score, memory, c.value_size)
+    score = score if c.value_size is None else LearnedValue(score, memory, c.value_size)
+    half_width = c.window_size or DEFAULT_HALF_WIDTH
+    windows: dict[str | None, Callable[[], Score]] = {
+        None: lambda: score,
+        "monotonic": lambda: LocalMonotonic(score, half_width),
+        "predictive": lambda: LocalPredictive(score, c.hidden, half_width),
+        "renormalized": lambda: LocalRenormalized(score, c.hidden, half_width),
+    }
+    return windows[c.window]()
 
 
 def _reversed(x: Tensor, lengths: Tensor | None) -> Tensor:

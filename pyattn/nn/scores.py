@@ -83,8 +83,8 @@ class Score(nn.Module):
         """query [b, m, query_size] as [b, m, size], prepared as the keys are."""
         return query
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """The contexts of heads [b, h, m, dv]."""
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        """The contexts of heads [b, h, m, dv]; with return_lse also lse [b, h, m]."""
         return attention(q, k, v, scale=1.0, **options)
 
     @overload
@@ -121,8 +121,8 @@ class Score(nn.Module):
             key_lengths: integer [b]; batch element b has its first key_lengths[b] keys alone.
             return_weights: also return the weights. They take one more pass for every 256 keys, and the memory of what
                 is returned.
-            options: mask, bias, causal, window, segment_ids, softcap, alibi_slopes, sinks, dropout_p, seed and backend
-                of `pyattn.attention`, which has the heads of this score for its h.
+            options: mask, bias, causal, window, segment_ids, ranks, row_windows, softcap, alibi_slopes, sinks,
+                dropout_p, seed and backend of `pyattn.attention`, which has the heads of this score for its h.
 
         Returns:
             context [b, m, dv], or [b, dv] for one step: 0 for a query that has no key. With return_weights also the
@@ -185,6 +185,8 @@ class Score(nn.Module):
         values: Tensor,
         key_lengths: Tensor | None = None,
         *,
+        row_windows: tuple[Tensor, Tensor] | None = None,
+        bias: Tensor | None = None,
         return_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`attend` as torch computes it: scores, softmax and sum one after the other, each of them in memory.
@@ -192,14 +194,23 @@ class Score(nn.Module):
         What fused attention is measured against. Arguments and results are those of `attend`, query [b, m, query_size].
         """
         scores = self.scores(query, keys)
+        mask, j = None, torch.arange(values.shape[1], device=values.device)
         if key_lengths is not None:
-            hidden = torch.arange(values.shape[1], device=values.device) >= key_lengths[:, None]
-            scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
-        weights = scores.softmax(-1)
-        if key_lengths is not None:  # the softmax of no score is NaN
-            weights = weights.masked_fill((key_lengths == 0)[:, None, None, None], 0.0)
+            mask = (j < key_lengths[:, None])[:, None, None]
+        if row_windows is not None:
+            first, stop = (t[:, None, :, None] for t in row_windows)
+            mask = (j >= first) & (j < stop) & (True if mask is None else mask)
+        if mask is None:
+            weights = self._weights(scores, bias)
+        else:
+            is_empty = ~mask.any(-1, keepdim=True)  # the softmax of no score is NaN
+            scores = scores.masked_fill(~mask, -torch.inf).masked_fill(is_empty, 0.0)
+            weights = self._weights(scores, bias).masked_fill(is_empty, 0.0)
         context = (weights @ self._split("values", values)).transpose(1, 2).flatten(2)
         return (context, weights.squeeze(1) if self.heads == 1 else weights) if return_weights else context
+
+    def _weights(self, scores: Tensor, bias: Tensor | None) -> Tensor:
+        return (scores if bias is None else scores + bias).softmax(-1)
 
     def forward(
         self, query: Tensor, memory: Tensor, key_lengths: Tensor | None = None, **options: Any
@@ -247,7 +258,7 @@ class ScaledDotScore(Score):
     `pyattn.attention` with its own scale. Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1.
     """
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         return attention(q, k, v, **options)
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
@@ -377,7 +388,7 @@ class AdditiveScore(Score):
     def _queries(self, query: Tensor) -> Tensor:
         return self.query_projection(query)
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         return additive_attention(q, k, v, self.weight, **options)
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
@@ -426,7 +437,7 @@ class CosineScore(Score):
     def _directions(self, name: str, t: Tensor) -> Tensor:
         return _directions(self._split(name, t)).transpose(1, 2).flatten(2)
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         return attention(q, k, v, scale=self.scale, **options)
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
@@ -475,7 +486,36 @@ class LocationScore(Score):
         return {"query_size": self.query_size, "max_length": len(self.weight)}
 
 
-class LearnedValue(Score):
+class ScoreAround(Score):
+    """What adds something to the attention of another score, whose keys and queries are its own."""
+
+    def __init__(self, score: Score, *, query_size: int | None = None, memory_size: int | None = None) -> None:
+        super().__init__(
+            query_size=query_size or score.query_size, memory_size=memory_size or score.memory_size, heads=score.heads
+        )
+        self._has_exponentials = score._has_exponentials
+        self.score = score
+
+    def keys(self, memory: Tensor) -> Keys:
+        return self.score.keys(memory)
+
+    def values(self, memory: Tensor) -> Tensor:
+        return self.score.values(memory)
+
+    def _keys(self, memory: Tensor) -> Tensor:
+        return self.score._keys(memory)
+
+    def _queries(self, query: Tensor) -> Tensor:
+        return self.score._queries(query)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        return self.score._attention(q, k, v, **options)
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.score._scores(q, k)
+
+
+class LearnedValue(ScoreAround):
     """A score with a learned projection of memory for the values: what a key is found by is not what it says.
 
     With `GeneralScore(rank=...)`, this is attention by queries W_q s, keys W_k h and values W_v h.
@@ -497,31 +537,14 @@ class LearnedValue(Score):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_sizes(value_size=value_size)
-        super().__init__(query_size=score.query_size, memory_size=memory_size, heads=score.heads)
+        super().__init__(score, memory_size=memory_size)
         _check_heads("value_size", value_size, score.heads)
-        self._has_exponentials = score._has_exponentials
-        self.score = score
         self.value_projection = Linear(memory_size, value_size, bias=bias, device=device, dtype=dtype)
-
-    def keys(self, memory: Tensor) -> Keys:
-        return self.score.keys(memory)
-
-    def _keys(self, memory: Tensor) -> Tensor:
-        return self.score._keys(memory)
 
     def values(self, memory: Tensor) -> Tensor:
         """[b, n, value_size], once per sentence, for `attend`."""
         _check_states("memory", memory, self.memory_size)
         return self.value_projection(memory)
-
-    def _queries(self, query: Tensor) -> Tensor:
-        return self.score._queries(query)
-
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        return self.score._attention(q, k, v, **options)
-
-    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return self.score._scores(q, k)
 
 
 def weights_of(contexts: Callable[[Tensor], Tensor], k: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pyattn.training.permutation import PermutationTask
     from pyattn.training.streams import MemoryTask
     from pyattn.training.task import Task
-    from pyattn.training.translation import Files, TranslationTask
+    from pyattn.training.translation import Files, ParallelCorpus, TranslationTask
 
 
 class OfText:
@@ -242,7 +242,7 @@ class TranslationSettings(Settings):
     label_smoothing: float = shared("label_smoothing", 0.1)
 
     def task(self, cache: Path) -> TranslationTask:
-        from pyattn.training.translation import TranslationTask, load_parallel
+        from pyattn.training.translation import load_parallel
 
         training = self._files("source", "target")
         if training is None:
@@ -255,6 +255,12 @@ class TranslationSettings(Settings):
             max_tokens=self.max_tokens,
             cache=cache,
         )
+        return self.task_of(corpus)
+
+    def task_of(self, corpus: ParallelCorpus) -> TranslationTask:
+        """How the model learns from the pairs."""
+        from pyattn.training.translation import TranslationTask
+
         return TranslationTask(corpus, max_tokens=self.max_tokens, seed=self.seed)
 
     def _files(self, source: str, target: str) -> Files | None:

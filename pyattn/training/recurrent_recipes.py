@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from pyattn.check import RangeError
-from pyattn.models.seq2seq import BRIDGES, ORDERS, READOUTS, SCORES, Seq2SeqConfig
+from pyattn.models.seq2seq_config import BRIDGES, ORDERS, READOUTS, SCORES, WINDOWS, Seq2SeqConfig
 from pyattn.nn.recurrent import CELLS
 from pyattn.training.recipes import OfText, TranslationSettings
-from pyattn.training.settings import SIZE, Settings, at_least, between, one_of, option, shared
+from pyattn.training.settings import NOT_NEGATIVE, POSITIVE, SIZE, Settings, at_least, between, one_of, option, shared
 
 if TYPE_CHECKING:
     from pyattn.models.rnn import RNNConfig
     from pyattn.training.task import Task
+    from pyattn.training.translation import ParallelCorpus, TranslationTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,7 @@ _OF_ORDER = {
     "luong": {"score": "general", "readout": "tanh", "bridge": "copy"},
     "bahdanau": {"score": "additive", "readout": "maxout", "bridge": "backward"},
 }
+_REINFORCE, _ENTROPY = 0.1, 0.001  # weights where the user names none; the paper has none, either
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,26 @@ class Seq2SeqSettings(TranslationSettings):
     no_attention: bool = option(False, "All of a sentence goes through one state.")
     uses: str | None = option(
         None, "Where the context goes: some of input, layer, readout, with commas.", shown="as in the order's paper"
+    )
+    window: str | None = option(
+        None,
+        "Attend around a place of the source: monotonic (that of the step), predictive (one that the state says), "
+        "renormalized (the same, with weights that sum to 1).",
+        one_of(*WINDOWS),
+        shown="attend to all of it",
+    )
+    window_size: int | None = option(
+        None, "Tokens of a window on either side of its middle.", SIZE, shown="10 with --window"
+    )
+    hard: bool = option(False, "A step reads one place of the source, drawn in training; it learns by REINFORCE.")
+    temperature: float | None = option(
+        None, "With --hard: of a straight-through Gumbel-softmax.", POSITIVE, shown="none, REINFORCE"
+    )
+    reinforce: float | None = option(
+        None, "With --hard: weight of REINFORCE beside the likelihood.", NOT_NEGATIVE, shown=str(_REINFORCE)
+    )
+    entropy: float | None = option(
+        None, "With --hard: weight of the entropy of what is drawn.", NOT_NEGATIVE, shown=str(_ENTROPY)
     )
     readout: str | None = option(
         None, "linear, tanh (Luong's) or maxout (Bahdanau's).", one_of(*READOUTS), shown="the order's"
@@ -171,9 +193,17 @@ class Seq2SeqSettings(TranslationSettings):
     def attends(self) -> bool:
         return not self.no_attention or self.self_attention
 
+    @property
+    def reinforced(self) -> bool:
+        """Whether choices learn by REINFORCE."""
+        return self.hard and self.temperature is None
+
     def config(self, vocab: int) -> Seq2SeqConfig:
         if self.no_attention and self.score is not None:
             raise RangeError(f"score: expected none with --no-attention, got {self.score}")
+        for name in ("reinforce", "entropy"):
+            if (weight := getattr(self, name)) is not None and not self.reinforced:
+                raise RangeError(f"{name}: expected --hard beside it, without --temperature, got {weight} alone")
         of_order = _OF_ORDER[self.order]
         bridge = of_order["bridge"] if self.bidirectional else "copy"
         return Seq2SeqConfig(
@@ -194,6 +224,10 @@ class Seq2SeqSettings(TranslationSettings):
             value_size=self.value_size,
             order=self.order,
             uses=None if self.uses is None else tuple(self.uses.split(",")),
+            window=self.window,
+            window_size=self.window_size,
+            hard=self.hard,
+            temperature=self.temperature,
             readout=self.readout or of_order["readout"],
             feed=self.feed,
             self_attention=self.self_attention,
@@ -208,3 +242,16 @@ class Seq2SeqSettings(TranslationSettings):
         from pyattn.models.seq2seq import Seq2Seq
 
         return Seq2Seq(self.config(task.tokenizer.get_vocab_size()))
+
+    def task_of(self, corpus: ParallelCorpus) -> TranslationTask:
+        if not self.reinforced:
+            return super().task_of(corpus)
+        from pyattn.training.hard import HardTranslationTask
+
+        return HardTranslationTask(
+            corpus,
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+            weight=_REINFORCE if self.reinforce is None else self.reinforce,
+            entropy_weight=_ENTROPY if self.entropy is None else self.entropy,
+        )
