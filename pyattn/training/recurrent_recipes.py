@@ -12,9 +12,10 @@ from pyattn.check import RangeError
 from pyattn.models.seq2seq import BRIDGES, ORDERS, READOUTS, SCORES, Seq2SeqConfig
 from pyattn.nn.recurrent import CELLS
 from pyattn.training.recipes import OfText, TranslationSettings
-from pyattn.training.settings import SIZE, Settings, at_least, between, one_of, option, shared
+from pyattn.training.settings import NOT_NEGATIVE, PROBABILITY, SIZE, Settings, at_least, between, one_of, option, shared
 
 if TYPE_CHECKING:
+    from pyattn.models.caption import CaptionConfig
     from pyattn.models.rnn import RNNConfig
     from pyattn.training.task import Task
 
@@ -208,3 +209,61 @@ class Seq2SeqSettings(TranslationSettings):
         from pyattn.models.seq2seq import Seq2Seq
 
         return Seq2Seq(self.config(task.tokenizer.get_vocab_size()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionSettings(Settings):
+    """Show, Attend and Tell: a network that learns to describe pictures, and looks where it needs to."""
+
+    kind: ClassVar[str] = "caption"
+
+    hard: bool = option(False, "Look at one position for each word, drawn by the weights, and not at all by weight.")
+    soft_rows: float = option(0.5, "With --hard, part of the captions that are read softly in training.", PROBABILITY)
+    entropy: float = option(0.002, "With --hard, how much the entropy of the weights is rewarded.", NOT_NEGATIVE)
+    coverage: float = option(
+        0.0, "How much of the doubly stochastic term, by which all of a picture is looked at.", NOT_NEGATIVE
+    )
+    gate: bool = option(True, "Each word also decides how much of what it sees it takes in.")
+    image_size: int = option(64, "Pixels of a picture on either side; others are cut and scaled.", between(2, 4096))
+    layers: int = option(3, "Of the encoder, each of which halves the sides of the picture.", between(1, 12))
+    grid_size: int = option(128, "Size of the vectors that the encoder makes of a picture.", SIZE)
+    hidden: int = option(256, "Size of the LSTM's states.", SIZE)
+    score_size: int = option(128, "Hidden layer of the additive score.", SIZE)
+    batch: int = option(64, "Captions in a step.", between(1, 2**24))
+
+    context: int = option(64, "The most tokens of a caption.", between(1, 2**24))
+    steps: int = shared("steps", 6000)
+
+    def config(self, vocab: int) -> CaptionConfig:
+        from pyattn.models.caption import CaptionConfig
+
+        return CaptionConfig(
+            vocab=vocab,
+            context=self.context,
+            grid_size=self.grid_size,
+            width=self.width,
+            hidden=self.hidden,
+            score_size=self.score_size,
+            image_size=self.image_size,
+            layers=self.layers,
+            hard=self.hard,
+            soft_rows=self.soft_rows,
+            gate=self.gate,
+            dropout=self.dropout,
+            attention=self.attention,
+            pad=0,
+            start=1,
+            end=2,
+        )
+
+    def model(self, task: Task) -> nn.Module:
+        from pyattn.models.caption import ShowAttendTell
+
+        return ShowAttendTell(self.config(task.tokenizer.get_vocab_size()))
+
+    def task(self, cache: Path) -> Task:
+        from pyattn.training.captions import SceneTask, Weights
+
+        return SceneTask(
+            vocab=self.vocab, batch=self.batch, seed=self.seed, weights=Weights(self.coverage, self.entropy)
+        )

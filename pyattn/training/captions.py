@@ -1,0 +1,157 @@
+"""Captions of pictures: batches and losses, of scenes that are made as they are needed, or of a user's own folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from pyattn.models.caption import Looks, doubly_stochastic, reinforce
+from pyattn.tokens import encode_all
+from pyattn.training import parallel, text
+from pyattn.training.scene_captions import TEMPLATES, captions
+from pyattn.training.scenes import Scene, picture, scene
+from pyattn.training.task import Task
+from pyattn.training.translation import END, PAD, START, learn_tokenizer
+
+_VALIDATION_SCENES = 512
+_UNSEEN = 2**40  # the first number of scenes that no run trains on, the same in all runs
+_TOKENIZED_SCENES = 2000  # whose captions have every word many times
+_MEMORY = 0.9  # of the baseline
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Of the parts of the loss beside the captions' own.
+
+    coverage: lambda of the doubly stochastic term.
+    entropy: lambda_e of a hard model's entropy.
+    """
+
+    coverage: float = 0.0
+    entropy: float = 0.0
+
+
+class CaptionBatch(NamedTuple):
+    """A batch. Rows of tokens are filled up with PAD."""
+
+    images: Tensor  # uint8 [b, 3, size, size]
+    tokens_in: Tensor  # int64 [b, m]: START and the caption without its END
+    tokens_out: Tensor  # int64 [b, m]: the caption
+
+
+class CaptionTask(Task):
+    """Predicting each token of a caption from the picture and the tokens before it:
+    `model(images [b, 3, size, size], tokens [b, m], return_looks=True) -> (logits [b, m, vocab], Looks)`.
+
+    A loss of captions is the mean over tokens of -log p, and the doubly stochastic term has the same divisor: so the two
+    are weighed as in the paper, where both are means over captions of sums.
+
+    What trains a hard model's weights is added to the captions' term as a number that is 0 and has the gradient of
+    `reinforce`. The baseline is the paper's moving average of log p(y|s) over the steps before, equation 12. It is
+    carried from step to step, and changes between steps alone, so that a step may be cut into any number of batches.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, digest: str, weights: Weights) -> None:
+        self.tokenizer = tokenizer
+        self.digest = digest
+        self.baselines: dict[str, float] = {}
+        self.weights = weights
+        self._baseline = torch.zeros((), dtype=torch.float64)
+        self._rewards: Tensor | None = None  # of this step: their sum, and how many
+
+    def collate(self, examples: Sequence[tuple[Tensor, Tensor]]) -> CaptionBatch:
+        images, tokens = zip(*examples, strict=True)
+        tokens_out = pad_sequence(list(tokens), batch_first=True, padding_value=PAD)
+        # Shifted by one; what shifts out is PAD, or an END that no longer has anything to predict.
+        tokens_in = F.pad(tokens_out[:, :-1], (1, 0), value=START)
+        tokens_in[tokens_in == END] = PAD
+        return CaptionBatch(torch.stack(images), tokens_in, tokens_out)
+
+    def size(self, batch: CaptionBatch) -> int:
+        return int((batch.tokens_out != PAD).sum())
+
+    def counts(self, batch: CaptionBatch) -> dict[str, int]:
+        tokens = self.size(batch)
+        return {"caption": tokens} | ({"coverage": tokens} if self.weights.coverage else {})
+
+    def losses(self, model: nn.Module, batch: CaptionBatch, smoothing: float) -> dict[str, Tensor]:
+        logits, looks = model(batch.images, batch.tokens_in, return_looks=True)
+        of_tokens = F.cross_entropy(
+            logits.float().mT, batch.tokens_out, ignore_index=PAD, reduction="none", label_smoothing=smoothing
+        )
+        is_word = batch.tokens_out != PAD
+        losses = {"caption": of_tokens.sum()}
+        if looks.is_hard is not None and logits.requires_grad:
+            added = self._reinforced(looks, looks.is_hard, -of_tokens.detach().sum(1), is_word)
+            losses["caption"] = losses["caption"] + (added - added.detach())
+        if self.weights.coverage:
+            losses["coverage"] = self.weights.coverage * doubly_stochastic(looks.weights.float(), is_word).sum()
+        return losses
+
+    def carried(self, model: nn.Module) -> dict[str, Tensor]:
+        if not parallel.original(model).config.hard:
+            return {}
+        self._settle()
+        return {"baseline": self._baseline}
+
+    def restore_carried(self, model: nn.Module, carried: dict[str, Tensor]) -> None:
+        if carried:
+            self._baseline = carried["baseline"].double().cpu()
+
+    def _reinforced(self, looks: Looks, is_hard: Tensor, log_probs: Tensor, is_word: Tensor) -> Tensor:
+        """The sum of `reinforce` over a batch, whose rewards count for the next step's baseline."""
+        counted = is_hard.double()
+        rewards = torch.stack([(log_probs * counted).sum(), counted.sum()])
+        self._rewards = rewards if self._rewards is None else self._rewards + rewards
+        baseline = self._baseline.to(log_probs)
+        looks = looks._replace(weights=looks.weights.float())
+        return reinforce(looks, log_probs, is_word, baseline, entropy=self.weights.entropy).sum()
+
+    def _settle(self) -> None:
+        """Ends a step: its mean reward goes into the baseline. All processes come here together."""
+        if self._rewards is None:
+            return
+        total, count = parallel.summed(self._rewards).tolist()
+        if count:
+            self._baseline = _MEMORY * self._baseline + (1 - _MEMORY) * total / count
+        self._rewards = None
+
+
+class SceneTask(CaptionTask):
+    """Scenes of `pyattn.training.scenes`, of which each step has `batch` new ones, each with one of its captions."""
+
+    def __init__(self, *, vocab: int, batch: int, seed: int, weights: Weights) -> None:
+        sentences = [line for number in range(_TOKENIZED_SCENES) for line in captions(scene(0, _UNSEEN + number))]
+        tokenizer = learn_tokenizer(sentences, vocab)
+        super().__init__(tokenizer, text.digest(sentences, vocab), weights)
+        self.batch = batch
+        self.seed = seed
+
+    def examples(self, step: int) -> Sequence[tuple[Tensor, Tensor]]:
+        self._settle()
+        first = (step - 1) * self.batch
+        return self._told([scene(self.seed, number) for number in range(first, first + self.batch)])
+
+    def validation(self) -> list[CaptionBatch]:
+        scenes = [scene(0, _UNSEEN + number) for number in range(_VALIDATION_SCENES)]
+        examples = self._told(scenes)
+        return [self.collate(examples[low : low + self.batch]) for low in range(0, len(examples), self.batch)]
+
+    def describe(self) -> str:
+        return (
+            f"scenes of shapes, {self.batch} new ones in each step and {_VALIDATION_SCENES} for validation, "
+            f"{self.tokenizer.get_vocab_size():,} tokens in the vocabulary"
+        )
+
+    def _told(self, scenes: Sequence[Scene]) -> list[tuple[Tensor, Tensor]]:
+        """Pictures with a caption each, the templates in turn."""
+        lines = [captions(each)[place % TEMPLATES] for place, each in enumerate(scenes)]
+        images = [torch.from_numpy(picture(each)) for each in scenes]
+        return list(zip(images, map(torch.tensor, encode_all(self.tokenizer, lines)), strict=True))
