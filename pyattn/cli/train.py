@@ -189,21 +189,24 @@ def train_caption(
     device: Device = None,
     **settings: Any,
 ) -> None:
-    """Train Show, Attend and Tell to describe pictures: scenes of coloured shapes, which need no download.
+    """Train Show, Attend and Tell to describe pictures: your own, or scenes of coloured shapes that need no download.
 
-    At the end it says how many captions of scenes are right, and how often it looked at what it named.
+    A folder of pictures is one of Flickr8k, COCO, Karpathy's JSON, or has a metadata.csv or .jsonl with file_name and
+    caption. Of scenes it says at the end how many captions are right, and how much it looked at what it named.
 
     [bold]A whole example[/bold]
 
-    pyattn train caption --out runs/caption\n
+    pyattn train caption --out runs/scenes\n
     pyattn train caption --hard --out runs/hard\n
+    pyattn train caption --images flickr8k --image-size 128 --layers 4 --out runs/caption\n
     pyattn train caption --out runs/caption --resume          [dim]# after Ctrl-C, or with more --steps[/dim]\n
     pyattn caption --model runs/caption/model --pictures runs/looks picture.png
 
     With --resume every setting comes from the checkpoint; --steps and --patience may be raised.
     """
     with _training(ctx, CaptionSettings, out, device, resume=resume, overwrite=overwrite) as run:
-        _write_scores(run)
+        if run.settings.images is None:  # type: ignore[attr-defined]
+            _write_scores(run)
 
 
 @app.command("bert")

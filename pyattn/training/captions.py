@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -15,9 +19,12 @@ from torch.nn.utils.rnn import pad_sequence
 from pyattn.models.caption import Looks, doubly_stochastic, reinforce
 from pyattn.tokens import encode_all
 from pyattn.training import parallel, text
+from pyattn.training.caption_files import TRAIN, VALIDATION, Described, read_folder
+from pyattn.training.images import ImageError, read_image
 from pyattn.training.scene_captions import TEMPLATES, captions
 from pyattn.training.scenes import Scene, picture, scene
 from pyattn.training.task import Task
+from pyattn.training.text import Sentences, TextError
 from pyattn.training.translation import END, PAD, START, learn_tokenizer
 
 _VALIDATION_SCENES = 512
@@ -124,6 +131,55 @@ class CaptionTask(Task):
         self._rewards = None
 
 
+@dataclass(frozen=True, slots=True)
+class CaptionCorpus:
+    """Pictures with captions, of which each is of one picture and a picture may have several."""
+
+    images: Tensor  # uint8 [pictures, 3, size, size]
+    captions: Sentences  # each ending in END
+    pictures: Tensor  # int64 [captions]: the picture of each
+    train: list[int]  # which captions
+    validation: list[int]
+    tokenizer: Tokenizer
+    digest: str  # of pictures, captions and what was asked for
+
+    def example(self, row: int) -> tuple[Tensor, Tensor]:
+        return self.images[self.pictures[row]], self.captions[row]
+
+
+class PictureTask(CaptionTask):
+    """Pictures of a user's own: an epoch has every caption once, in random order, `batch` in a step and the rest in the
+    last one. Which ones a step has depends on (seed, step) alone."""
+
+    def __init__(self, corpus: CaptionCorpus, *, batch: int, seed: int, weights: Weights) -> None:
+        super().__init__(corpus.tokenizer, corpus.digest, weights)
+        self.corpus = corpus
+        self.batch = batch
+        self.seed = seed
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.corpus.train) // self.batch)
+
+    def examples(self, step: int) -> Sequence[tuple[Tensor, Tensor]]:
+        self._settle()
+        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        order = numpy.random.default_rng((self.seed, epoch)).permutation(self.corpus.train)
+        return [self.corpus.example(row) for row in order[place * self.batch : (place + 1) * self.batch].tolist()]
+
+    def validation(self) -> list[CaptionBatch]:
+        rows = self.corpus.validation
+        parts = [rows[low : low + self.batch] for low in range(0, len(rows), self.batch)]
+        return [self.collate([self.corpus.example(row) for row in part]) for part in parts]
+
+    def describe(self) -> str:
+        return (
+            f"{len(self.corpus.images):,} pictures with {len(self.corpus.train):,} captions and "
+            f"{len(self.corpus.validation):,} for validation, {self.tokenizer.get_vocab_size():,} tokens in the "
+            f"vocabulary, {self.steps_per_epoch:,} steps per epoch"
+        )
+
+
 class SceneTask(CaptionTask):
     """Scenes of `pyattn.training.scenes`, of which each step has `batch` new ones, each with one of its captions."""
 
@@ -155,3 +211,65 @@ class SceneTask(CaptionTask):
         lines = [captions(each)[place % TEMPLATES] for place, each in enumerate(scenes)]
         images = [torch.from_numpy(picture(each)) for each in scenes]
         return list(zip(images, map(torch.tensor, encode_all(self.tokenizer, lines)), strict=True))
+
+
+def load_pictures(folder: Path, *, vocab: int, context: int, size: int, cache: Path) -> CaptionCorpus:
+    """Reads pictures and captions, scales the pictures, tokenizes the captions, and holds some pictures out.
+
+    All pictures are decoded before the first step, so that a damaged one ends no run, and kept in memory and in the
+    cache as they are scaled: 12 kB each at 64 pixels.
+
+    Args:
+        folder: of one of the forms of `read_folder`. Where it names no part for validation, some pictures are held out.
+        vocab: size of the byte-level BPE vocabulary to learn, of the training captions.
+        context: positions of the model; a caption with its mark must fit them.
+        size: pixels of the scaled pictures, on either side.
+    Raises:
+        TextError: as `read_folder`; a caption is too long; there is one picture alone, or none for training.
+        ImageError: a picture cannot be read.
+    """
+    described = read_folder(folder)
+    parts = _parts(described, folder)
+    lines = [line for each in described for line in each.lines]
+    pictures = torch.tensor([i for i, each in enumerate(described) for _ in each.lines])
+    train, validation = ([row for row, i in enumerate(pictures.tolist()) if parts[i] == part] for part in (TRAIN, VALIDATION))
+    digest = _digest(described, vocab, size)
+
+    def make() -> tuple[Tokenizer, dict[str, Tensor]]:
+        tokenizer = learn_tokenizer([lines[row].caption for row in train], vocab)
+        captions = Sentences.of(encode_all(tokenizer, (line.caption for line in lines)))
+        images = torch.stack([read_image(each.path, size) for each in described])
+        return tokenizer, {"images": images, "tokens": captions.tokens, "ends": captions.ends}
+
+    tokenizer, stored = text.cached(cache / f"{digest}.safetensors", make)
+    captions = Sentences(stored["tokens"], stored["ends"])
+    if (longest := int(captions.lengths.max())) > context:
+        where = lines[int(captions.lengths.argmax())].where
+        raise TextError(f"images: {where} has {longest} tokens with its end mark, more than the {context} positions of "
+                        "--context")  # fmt: skip
+    return CaptionCorpus(stored["images"], captions, pictures, train, validation, tokenizer, digest)
+
+
+def _parts(described: Sequence[Described], folder: Path) -> list[str]:
+    """TRAIN or VALIDATION for each picture."""
+    if any(each.part == VALIDATION for each in described):
+        parts = [each.part or TRAIN for each in described]
+    elif len(described) < 2:
+        raise TextError(f"images: expected at least 2 pictures, one for validation, got 1 in {folder}")
+    else:
+        held_out = set(text.held_out(len(described))[1])
+        parts = [VALIDATION if i in held_out else TRAIN for i in range(len(described))]
+    if TRAIN not in parts:
+        raise TextError(f"images: expected pictures for training, those of {folder} are all for validation")
+    return parts
+
+
+def _digest(described: Sequence[Described], *choices: object) -> str:
+    """Names the captions and the bytes of the pictures."""
+    try:
+        contents = (hashlib.sha256(each.path.read_bytes()).hexdigest() for each in described)
+        told = (repr([line.caption for line in each.lines]) for each in described)
+        parts = (str(each.part) for each in described)
+        return text.digest(chain.from_iterable(zip(contents, told, parts, strict=True)), *choices)
+    except OSError as error:
+        raise ImageError(f"image: cannot read {error.filename}: {error.strerror}") from error

@@ -12,6 +12,7 @@ from pyattn.check import RangeError
 from pyattn.models.seq2seq import BRIDGES, ORDERS, READOUTS, SCORES, Seq2SeqConfig
 from pyattn.nn.recurrent import CELLS
 from pyattn.training.recipes import OfText, TranslationSettings
+from pyattn.training.scenes import SIDE
 from pyattn.training.settings import NOT_NEGATIVE, PROBABILITY, SIZE, Settings, at_least, between, one_of, option, shared
 
 if TYPE_CHECKING:
@@ -217,6 +218,12 @@ class CaptionSettings(Settings):
 
     kind: ClassVar[str] = "caption"
 
+    images: str | None = option(
+        None,
+        "Folder of pictures and captions: Flickr8k, COCO, Karpathy's JSON, or metadata.csv with file_name, caption.",
+        shown="scenes of shapes, made as needed",
+        path=True,
+    )
     hard: bool = option(False, "Look at one position for each word, drawn by the weights, and not at all by weight.")
     soft_rows: float = option(0.5, "With --hard, part of the captions that are read softly in training.", PROBABILITY)
     entropy: float = option(0.002, "With --hard, how much the entropy of the weights is rewarded.", NOT_NEGATIVE)
@@ -233,6 +240,11 @@ class CaptionSettings(Settings):
 
     context: int = option(64, "The most tokens of a caption.", between(1, 2**24))
     steps: int = shared("steps", 6000)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images is None and self.image_size != SIDE:
+            raise RangeError(f"image_size: expected {SIDE} without --images, as scenes have, got {self.image_size}")
 
     def config(self, vocab: int) -> CaptionConfig:
         from pyattn.models.caption import CaptionConfig
@@ -262,8 +274,12 @@ class CaptionSettings(Settings):
         return ShowAttendTell(self.config(task.tokenizer.get_vocab_size()))
 
     def task(self, cache: Path) -> Task:
-        from pyattn.training.captions import SceneTask, Weights
+        from pyattn.training.captions import PictureTask, SceneTask, Weights, load_pictures
 
-        return SceneTask(
-            vocab=self.vocab, batch=self.batch, seed=self.seed, weights=Weights(self.coverage, self.entropy)
+        weights = Weights(self.coverage, self.entropy)
+        if self.images is None:
+            return SceneTask(vocab=self.vocab, batch=self.batch, seed=self.seed, weights=weights)
+        corpus = load_pictures(
+            Path(self.images), vocab=self.vocab, context=self.context, size=self.image_size, cache=cache
         )
+        return PictureTask(corpus, batch=self.batch, seed=self.seed, weights=weights)
