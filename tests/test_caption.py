@@ -106,7 +106,9 @@ def test_outputs_and_every_gradient_are_those_of_a_loop_over_the_papers_equation
     gradients = torch.autograd.grad(loss, list(model.parameters()))
 
     own = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    grids = torch.func.functional_call(model.encoder, {n[8:]: p for n, p in own.items() if n[:8] == "encoder."}, images())
+    grids = torch.func.functional_call(
+        model.encoder, {n[8:]: p for n, p in own.items() if n[:8] == "encoder."}, images()
+    )
     found = [by_the_paper(own, grid, tokens) for grid, tokens in zip(grids, TOKENS, strict=True)]
     expected, weights = (torch.stack(part) for part in zip(*found, strict=True))
     assert_close(logits, expected, rtol=1e-6, atol=1e-9)

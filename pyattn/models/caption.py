@@ -186,9 +186,7 @@ class ShowAttendTell(Pretrained):
         nn.init.normal_(self.embedding.weight, std=c.width**-0.5)
         nn.init.zeros_(self.output.bias)
 
-    def forward(
-        self, images: Tensor, tokens: Tensor, *, return_looks: bool = False
-    ) -> Tensor | tuple[Tensor, Looks]:
+    def forward(self, images: Tensor, tokens: Tensor, *, return_looks: bool = False) -> Tensor | tuple[Tensor, Looks]:
         """Logits of the token behind each token of the captions.
 
         Args:
@@ -398,7 +396,9 @@ class CaptionDecoder:
         held = [prompt.shape[1]] * len(prompt) if lengths is None else lengths.tolist()
         longest = max((have + more for have, more in zip(held, counts, strict=True)), default=0)
         if longest > self.config.context:
-            raise RangeError(f"count: expected a caption of at most context={self.config.context} tokens, got {longest}")
+            raise RangeError(
+                f"count: expected a caption of at most context={self.config.context} tokens, got {longest}"
+            )
         return self.model.read(self.images, prompt, lengths)
 
     def step(self, tokens: Tensor, state: Telling) -> Tensor:

@@ -186,7 +186,9 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str,
             if missing := [name for name in columns if name not in header]:
                 raise TextError(f"images: expected a column {missing[0]} in {where}, got {','.join(row)[:80]!r}")
         elif row:
-            if header[-1] in _CAPTION_COLUMNS:  # which may have commas of its own without being quoted
+            if header[-1] in _CAPTION_COLUMNS and len(row) > len(
+                header
+            ):  # which may have commas of its own without being quoted
                 row = [*row[: len(header) - 1], ",".join(row[len(header) - 1 :])]
             if len(row) != len(header):
                 raise TextError(f"images: expected {','.join(header)} in {where}, got {','.join(row)[:80]!r}")
@@ -252,7 +254,9 @@ _FORMS: dict[str, tuple[tuple[str, ...], Callable[[Path, list[Path]], Iterator[_
     "Karpathy": (("dataset_*.json",), _karpathy),
     "imagefolder": (
         tuple(
-            f"{part}metadata.{kind}" for part in ("", "train/", "validation/", "val/", "test/") for kind in ("csv", "jsonl")
+            f"{part}metadata.{kind}"
+            for part in ("", "train/", "validation/", "val/", "test/")
+            for kind in ("csv", "jsonl")
         ),
         _imagefolder,
     ),

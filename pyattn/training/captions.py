@@ -232,7 +232,9 @@ def load_pictures(folder: Path, *, vocab: int, context: int, size: int, cache: P
     parts = _parts(described, folder)
     lines = [line for each in described for line in each.lines]
     pictures = torch.tensor([i for i, each in enumerate(described) for _ in each.lines])
-    train, validation = ([row for row, i in enumerate(pictures.tolist()) if parts[i] == part] for part in (TRAIN, VALIDATION))
+    train, validation = (
+        [row for row, i in enumerate(pictures.tolist()) if parts[i] == part] for part in (TRAIN, VALIDATION)
+    )
     digest = _digest(described, vocab, size)
 
     def make() -> tuple[Tokenizer, dict[str, Tensor]]:

@@ -66,6 +66,6 @@ def _scaled(image: Image.Image, size: int) -> numpy.ndarray:
     """The middle square as [size, size, 3]."""
     width, height = image.size
     side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
-    return numpy.array(image.resize((size, size), Image.Resampling.BICUBIC, box))
+    left, top = (width - side) // 2, (height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return numpy.array(square.resize((size, size), Image.Resampling.BICUBIC))

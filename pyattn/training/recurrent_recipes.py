@@ -13,7 +13,17 @@ from pyattn.models.seq2seq import BRIDGES, ORDERS, READOUTS, SCORES, Seq2SeqConf
 from pyattn.nn.recurrent import CELLS
 from pyattn.training.recipes import OfText, TranslationSettings
 from pyattn.training.scenes import SIDE
-from pyattn.training.settings import NOT_NEGATIVE, PROBABILITY, SIZE, Settings, at_least, between, one_of, option, shared
+from pyattn.training.settings import (
+    NOT_NEGATIVE,
+    PROBABILITY,
+    SIZE,
+    Settings,
+    at_least,
+    between,
+    one_of,
+    option,
+    shared,
+)
 
 if TYPE_CHECKING:
     from pyattn.models.caption import CaptionConfig

@@ -76,7 +76,9 @@ def parse(caption: str) -> Description:
     phrases = [phrase for phrase in (_phrase(found, number) for number in (1, 2)) if phrase is not None]
     verb, is_one = found["there"] or found["lead_there"] or found["verb"], phrases[0].count == 1
     if verb is not None and (verb == "is") != is_one:
-        raise CaptionError(f"caption: expected {'is' if is_one else 'are'} of {phrases[0].count}, got {caption[:200]!r}")
+        raise CaptionError(
+            f"caption: expected {'is' if is_one else 'are'} of {phrases[0].count}, got {caption[:200]!r}"
+        )
     return Description(tuple(phrases), found["relation"])
 
 
