@@ -1,4 +1,4 @@
-"""Scenes and their captions: functions of a number alone, grammatical, parsed back exactly; and scores of what is told."""
+"""Scenes and their captions: functions of a number alone, grammatical, parsed back; and scores of what is told."""
 
 from __future__ import annotations
 

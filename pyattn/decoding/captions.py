@@ -76,7 +76,7 @@ def tell(
 def _by_word(tokenizer: Any, tokens: Sequence[int], weights: Tensor) -> tuple[list[str], Tensor]:
     """The words of a caption, and the mean of the weights [m, L] of each one's tokens."""
     begins = [i for i, token in enumerate(tokens) if i == 0 or tokenizer.id_to_token(token).startswith(_WORD)]
-    ends = [*begins[1:], len(tokens)]
+    ends = [*begins, len(tokens)][1:]
     words = [tokenizer.decode(tokens[begin:end]).strip() for begin, end in zip(begins, ends, strict=True)]
     means = [weights[begin:end].mean(0) for begin, end in zip(begins, ends, strict=True)]
     return words, torch.stack(means) if means else weights[:0]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
@@ -46,8 +47,8 @@ def draw_alignment(picture: Path, weights: Tensor, source: Sequence[str], target
 
 
 def draw_looks(picture: Path, image: Tensor, words: Sequence[str], weights: Tensor) -> None:
-    """Draws where each word of a caption was seen: the image, and beside it once for each word, dark where the weight is
-    small next to the word's largest.
+    """Draws where each word of a caption was seen: the image, and beside it once for each word, dark where the weight
+    is small next to the word's largest.
 
     Args:
         picture: the file to write.
@@ -72,7 +73,7 @@ def draw_looks(picture: Path, image: Tensor, words: Sequence[str], weights: Tens
         axes.imshow(pixels, extent=extent)
         shade = _SHADE * (1 - of_word / of_word.max().clamp(min=1e-12)).view(1, 1, side, side)
         smooth = F.interpolate(shade, (image.shape[1], image.shape[2]), mode="bilinear")[0, 0].numpy()
-        axes.imshow(smooth * 0, cmap="gray", vmin=0, vmax=1, alpha=smooth, extent=extent)
+        axes.imshow(numpy.zeros_like(smooth), cmap="gray", vmin=0, vmax=1, alpha=smooth, extent=extent)
         axes.set_title(word, parse_math=False)
     with replacing(picture) as path:
         figure.savefig(path, format="png", dpi=100)

@@ -33,6 +33,7 @@ from pyattn.nn.scores import AdditiveScore
 from pyattn.spec import dtype_name
 
 OWN_TYPE = "pyattn-caption"  # in config.json
+_LEAST_CHANNELS = 32  # of an encoder's layer; each has half of the next one's, and no fewer than these
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,8 @@ class ConvEncoder(nn.Module):
     def __init__(self, config: CaptionConfig) -> None:
         super().__init__()
         c = config
-        sizes = [max(16, c.grid_size >> (c.layers - 1 - layer)) for layer in range(c.layers - 1)] + [c.grid_size]
+        halvings = range(c.layers - 1, 0, -1)
+        sizes = [*(max(_LEAST_CHANNELS, c.grid_size >> times) for times in halvings), c.grid_size]
         before = [3, *sizes[:-1]]
         self.layers = nn.ModuleList(
             nn.Conv2d(*pair, 3, stride=2, padding=1) for pair in zip(before, sizes, strict=True)

@@ -55,10 +55,11 @@ class CaptionBatch(NamedTuple):
 
 class CaptionTask(Task):
     """Predicting each token of a caption from the picture and the tokens before it:
-    `model(images [b, 3, size, size], tokens [b, m], return_looks=True) -> (logits [b, m, vocab], Looks)`.
+    `model(images [b, 3, size, size], tokens [b, m], return_looks=...) -> logits [b, m, vocab]`, with `Looks` beside
+    them where hard attention or the doubly stochastic term needs them.
 
-    A loss of captions is the mean over tokens of -log p, and the doubly stochastic term has the same divisor: so the two
-    are weighed as in the paper, where both are means over captions of sums.
+    A loss of captions is the mean over tokens of -log p, and the doubly stochastic term has the same divisor: the two
+    are then weighed as in the paper, where both are means over captions of sums.
 
     What trains a hard model's weights is added to the captions' term as a number that is 0 and has the gradient of
     `reinforce`. The baseline is the paper's moving average of log p(y|s) over the steps before, equation 12. It is
@@ -89,16 +90,19 @@ class CaptionTask(Task):
         return {"caption": tokens} | ({"coverage": tokens} if self.weights.coverage else {})
 
     def losses(self, model: nn.Module, batch: CaptionBatch, smoothing: float) -> dict[str, Tensor]:
-        logits, looks = model(batch.images, batch.tokens_in, return_looks=True)
+        # What needs no weights is trained without them, by a cheaper call.
+        is_watched = self.weights.coverage > 0 or parallel.original(model).config.hard
+        found = model(batch.images, batch.tokens_in, return_looks=is_watched)
+        logits, looks = found if is_watched else (found, None)
         of_tokens = F.cross_entropy(
             logits.float().mT, batch.tokens_out, ignore_index=PAD, reduction="none", label_smoothing=smoothing
         )
         is_word = batch.tokens_out != PAD
         losses = {"caption": of_tokens.sum()}
-        if looks.is_hard is not None and logits.requires_grad:
+        if looks is not None and looks.is_hard is not None and logits.requires_grad:
             added = self._reinforced(looks, looks.is_hard, -of_tokens.detach().sum(1), is_word)
             losses["caption"] = losses["caption"] + (added - added.detach())
-        if self.weights.coverage:
+        if looks is not None and self.weights.coverage:
             losses["coverage"] = self.weights.coverage * doubly_stochastic(looks.weights.float(), is_word).sum()
         return losses
 

@@ -1,4 +1,4 @@
-"""Image files as pixels of one size, by Pillow: whatever a folder of pictures holds, or an error that names the file."""
+"""Image files as pixels of one size, by Pillow; or an error that names the file."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def _of_one(kind: Kind, objects: tuple[Object, ...]) -> tuple[str, ...]:
 
 
 def _of_two(first: tuple[Kind, tuple[Object, ...]], second: tuple[Kind, tuple[Object, ...]]) -> tuple[str, ...]:
-    (a, b), (of_a, of_b) = zip(first, second, strict=True)
+    (a, of_a), (b, of_b) = first, second
     relation = next(iter(_relations(of_a, of_b)), None)
     joint, inverse = ("and", "and") if relation is None else (relation, _RELATIONS[relation])
     plain_a, plain_b = _named(a, len(of_a)), _named(b, len(of_b))

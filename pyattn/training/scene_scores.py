@@ -70,7 +70,9 @@ def scores_of(scenes: Sequence[Scene], told: Sequence[Caption]) -> SceneScores:
         parsed += 1
         right += description.is_of(each)
         looks += _looks(each, description, caption.weights)
-    inside, pointed, area = (sum(column) / max(1, len(looks)) for column in zip(*looks or [(0.0, 0.0, 0.0)]))
+    inside, pointed, area = (
+        sum(column) / max(1, len(looks)) for column in zip(*looks or [(0.0, 0.0, 0.0)], strict=True)
+    )
     return SceneScores(len(scenes), parsed / len(scenes), right / len(scenes), inside, pointed, area)
 
 
