@@ -75,7 +75,8 @@ def tell(
 
 def _by_word(tokenizer: Any, tokens: Sequence[int], weights: Tensor) -> tuple[list[str], Tensor]:
     """The words of a caption, and the mean of the weights [m, L] of each one's tokens."""
-    begins = [i for i, token in enumerate(tokens) if i == 0 or tokenizer.id_to_token(token).startswith(_WORD)]
+    pieces = [tokenizer.id_to_token(token) or "" for token in tokens]  # a model may have more tokens than are used
+    begins = [i for i, piece in enumerate(pieces) if i == 0 or piece.startswith(_WORD)]
     ends = [*begins, len(tokens)][1:]
     words = [tokenizer.decode(tokens[begin:end]).strip() for begin, end in zip(begins, ends, strict=True)]
     means = [weights[begin:end].mean(0) for begin, end in zip(begins, ends, strict=True)]

@@ -47,14 +47,22 @@ class SceneScores:
         )
 
 
+def held_back(count: int, *, held_out: bool) -> list[Scene]:
+    """`count` scenes, the same ones always, which are in no training and no validation.
+
+    held_out: with a pair of colour and shape that no scene of the training has.
+    """
+    return [scene(0, _FIRST + number, held_out=held_out) for number in range(count)]
+
+
 def score_scenes(
     model: Any, tokenizer: Any, *, count: int = 500, held_out: bool = False, beams: int = 1
 ) -> SceneScores:
-    """Lets a model describe `count` scenes that are in no training, greedily or by beam search.
+    """Lets a model describe the scenes of `held_back`, greedily or by beam search.
 
-    held_out: of scenes with a pair of colour and shape that no training scene has.
+    held_out: as for `held_back`.
     """
-    scenes = [scene(0, _FIRST + number, held_out=held_out) for number in range(count)]
+    scenes = held_back(count, held_out=held_out)
     images = torch.stack([torch.from_numpy(picture(each)) for each in scenes])
     return scores_of(scenes, tell(model, tokenizer, images, beams=beams, most=_MOST_TOKENS))
 
