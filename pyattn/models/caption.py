@@ -122,7 +122,8 @@ class Telling:
         self.memory = memory
         self.state = state  # [2, 1, rows, hidden]
         self.is_soft = is_soft  # bool [rows], of a hard model in training: rows that nevertheless see the sum
-        self.looks: list[tuple[Tensor, Tensor | None]] = []  # of each step weights [rows, L] and positions [rows]
+        # Of each step weights [rows, L] and positions [rows]; None where nobody asks.
+        self.looks: list[tuple[Tensor, Tensor | None]] | None = None
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i becomes what rows[i] is now. Grids are not copied for rows that share one."""
@@ -206,7 +207,9 @@ class ShowAttendTell(Pretrained):
         """
         check_tokens("tokens", tokens)
         self._check_length("tokens", tokens.shape[1])
-        telling = self._begin(images, [[] for _ in tokens], wanted=return_looks)
+        telling = self._begin(images, [[] for _ in tokens], with_weights=return_looks)
+        looks: list[tuple[Tensor, Tensor | None]] = []
+        telling.looks = looks if return_looks else None
         embedded = self._embedded("tokens", tokens)
         states, seen = [], []
         for x in embedded.unbind(1):
@@ -216,7 +219,7 @@ class ShowAttendTell(Pretrained):
             logits = self._logits(embedded, torch.stack(states, 1), torch.stack(seen, 1))
         else:
             logits = self.output(embedded)
-        return (logits, self._looks(telling, len(tokens))) if return_looks else logits
+        return (logits, self._joined(looks, telling)) if return_looks else logits
 
     def decoder(self, images: Tensor) -> CaptionDecoder:
         """What `pyattn.decoding` tells captions of these images by, as `forward` takes them."""
@@ -226,7 +229,7 @@ class ShowAttendTell(Pretrained):
         """Reads the beginning of a caption of each image (`CaptionDecoder.prefill`): logits [b, vocab] and the rest."""
         held = [prompt.shape[1]] * len(prompt) if lengths is None else lengths.tolist()
         texts = [row[:length] for row, length in zip(prompt.tolist(), held, strict=True)]
-        telling = self._begin(images, texts, wanted=False)
+        telling = self._begin(images, texts, with_weights=False)
         logits = prompt.new_zeros(len(prompt), self.config.vocab, dtype=telling.state.dtype)
         for place in range(prompt.shape[1]):
             before = telling.state
@@ -242,10 +245,10 @@ class ShowAttendTell(Pretrained):
         seen = self._advance(embedded, telling)
         return self._logits(embedded, telling.state[0, 0], seen)
 
-    def _begin(self, images: Tensor, texts: list[list[int]], *, wanted: bool) -> Telling:
+    def _begin(self, images: Tensor, texts: list[list[int]], *, with_weights: bool) -> Telling:
         """Encodes the images, prepares their keys, and starts a row for each text, as many for each image.
 
-        wanted: whether `Telling.looks` shall have the weights of soft attention, which hard attention has anyway.
+        with_weights: whether steps of soft attention make their weights, which those of hard attention make anyway.
         """
         c, rows = self.config, len(texts)
         grid = self._grid(images)
@@ -255,7 +258,7 @@ class ShowAttendTell(Pretrained):
         mean = grid.mean(1)
         state = torch.stack([self.initial_h(mean), self.initial_c(mean)]).unsqueeze(1)
         columns = torch.eye(cells, dtype=grid.dtype, device=grid.device).expand(b, -1, -1)
-        values = torch.cat([grid, columns], -1) if wanted or c.hard else grid
+        values = torch.cat([grid, columns], -1) if with_weights or c.hard else grid
         memory = Memory([(self.score.keys(grid), values)], b, None, grid.device)
         if rows != b:
             memory.reorder([i for i in range(b) for _ in range(rows // b)])
@@ -300,28 +303,28 @@ class ShowAttendTell(Pretrained):
         context, weights = found[:, :size], found[:, size:]
         if weights.shape[1] == 0:
             return context
-        if not self.config.hard:
-            telling.looks.append((weights, None))
+        positions = None
+        if self.config.hard:
+            positions = sampled(weights) if self.training else weights.argmax(-1)
+        if telling.looks is not None:
+            telling.looks.append((weights, positions))
+        if positions is None:
             return context
-        positions = sampled(weights) if self.training else weights.argmax(-1)
-        telling.looks.append((weights, positions))
         sources = torch.tensor(memory.sources, device=h.device)
         at_position = values[sources, positions, :size]
         return at_position if telling.is_soft is None else torch.where(telling.is_soft[:, None], context, at_position)
 
-    def _looks(self, telling: Telling, rows: int) -> Looks:
-        cells = telling.memory.layers[0][1].shape[1]
-        weights = [each for each, _ in telling.looks]
-        positions = [each for _, each in telling.looks if each is not None]
-        is_hard = None
-        if self.config.hard:
-            is_hard = torch.ones_like(telling.state[0, 0, :, 0], dtype=torch.bool)
-            is_hard = is_hard if telling.is_soft is None else ~telling.is_soft
-        return Looks(
-            torch.stack(weights, 1) if weights else telling.state.new_zeros(rows, 0, cells),
-            torch.stack(positions, 1) if positions else None,
-            is_hard,
-        )
+    def _joined(self, looks: Sequence[tuple[Tensor, Tensor | None]], telling: Telling) -> Looks:
+        """Those of all steps together."""
+        like, cells = telling.state[0, 0], telling.memory.layers[0][1].shape[1]
+        weights = [like.new_zeros(len(like), 0, cells), *(each.unsqueeze(1) for each, _ in looks)]
+        if not self.config.hard:
+            return Looks(torch.cat(weights, 1), None, None)
+        positions = [each.unsqueeze(1) for _, each in looks if each is not None]
+        none = torch.zeros(len(like), 0, dtype=torch.long, device=like.device)
+        is_soft = torch.zeros(len(like), dtype=torch.bool, device=like.device)
+        is_soft = is_soft if telling.is_soft is None else telling.is_soft
+        return Looks(torch.cat(weights, 1), torch.cat([none, *positions], 1), ~is_soft)
 
     def _logits(self, embedded: Tensor, states: Tensor, seen: Tensor) -> Tensor:
         """Of [..., width], [..., hidden] and [..., grid_size]: [..., vocab]."""
