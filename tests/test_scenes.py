@@ -120,7 +120,7 @@ def test_templates_are_the_documented_ones() -> None:
     assert captions(two) == (
         "two small orange crosses above a large blue square",
         "there are two small orange crosses above a large blue square",
-        "a large blue square below two small orange crosses",
+        "in the top row there are two small orange crosses above a large blue square",
         "two small orange crosses in the top row and a large blue square in the bottom middle",
         "two orange crosses that are small are above a blue square that is large",
     )

@@ -243,13 +243,14 @@ class CaptionSettings(Settings):
     gate: bool = option(True, "Each word also decides how much of what it sees it takes in.")
     image_size: int = option(64, "Pixels of a picture on either side; others are cut and scaled.", between(2, 4096))
     layers: int = option(3, "Of the encoder, each of which halves the sides of the picture.", between(1, 12))
-    grid_size: int = option(128, "Size of the vectors that the encoder makes of a picture.", SIZE)
-    hidden: int = option(256, "Size of the LSTM's states.", SIZE)
-    score_size: int = option(128, "Hidden layer of the additive score.", SIZE)
+    grid_size: int = option(64, "Size of the vectors that the encoder makes of a picture.", SIZE)
+    hidden: int = option(128, "Size of the LSTM's states.", SIZE)
+    score_size: int = option(64, "Hidden layer of the additive score.", SIZE)
     batch: int = option(64, "Captions in a step.", between(1, 2**24))
 
     context: int = option(64, "The most tokens of a caption.", between(1, 2**24))
-    steps: int = shared("steps", 6000)
+    steps: int = shared("steps", 3000)
+    lr: float = shared("lr", 3e-3)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
     a large blue square in the top left                                 one kind
     two small red circles above a large blue square                     two kinds, with a relation where one holds
     there are two small red circles above a large blue square
-    a large blue square below two small red circles
+    in the top row there are two small red circles above a large blue square
     two small red circles in the top row and a large blue square in the bottom left
     two red circles that are small are above a blue square that is large
 
@@ -24,7 +24,7 @@ TEMPLATES = 5
 _COUNTS = {"two": 2, "three": 3, "four": 4}
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
 _CENTRE = "in the centre"
-_RELATIONS = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}  # and their inverses
+_RELATIONS = ("above", "below", "left of")  # the leftmost object is the first kind's, so nothing is right of another
 
 
 class CaptionError(PyattnError, ValueError):
@@ -94,17 +94,19 @@ def _of_one(kind: Kind, objects: tuple[Object, ...]) -> tuple[str, ...]:
 def _of_two(first: tuple[Kind, tuple[Object, ...]], second: tuple[Kind, tuple[Object, ...]]) -> tuple[str, ...]:
     (a, of_a), (b, of_b) = first, second
     relation = next(iter(_relations(of_a, of_b)), None)
-    joint, inverse = ("and", "and") if relation is None else (relation, _RELATIONS[relation])
+    joint = relation or "and"
     plain_a, plain_b = _named(a, len(of_a)), _named(b, len(of_b))
     placed = [
         name if (place := _place(objects)) is None else f"{name} {place}"
         for name, objects in ((plain_a, of_a), (plain_b, of_b))
     ]
     verb = "" if relation is None else f"{_be(len(of_a))} "
+    simple = f"{plain_a} {joint} {plain_b}"
+    there, place = f"there {_be(len(of_a))} {simple}", _place(of_a)
     return (
-        f"{plain_a} {joint} {plain_b}",
-        f"there {_be(len(of_a))} {plain_a} {joint} {plain_b}",
-        f"{plain_b} {inverse} {plain_a}",
+        simple,
+        there,
+        there if place is None else f"{place} {there}",
         " and ".join(placed),
         f"{_named(a, len(of_a), by_predicate=True)} {verb}{joint} {_named(b, len(of_b), by_predicate=True)}",
     )
@@ -155,7 +157,6 @@ def _relations(first: tuple[Object, ...], second: tuple[Object, ...]) -> list[st
         "above": all(a.row < b.row for a, b in pairs),
         "below": all(a.row > b.row for a, b in pairs),
         "left of": all(a.column < b.column for a, b in pairs),
-        "right of": all(a.column > b.column for a, b in pairs),
     }
     return [name for name, held in holds.items() if held]
 
