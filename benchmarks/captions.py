@@ -1,8 +1,8 @@
 """How well captioning models describe scenes of shapes, side by side: `python -m benchmarks.captions --help`.
 
-A caption is right if it names exactly the scene's objects and says nothing false (`pyattn.training.scene_scores`). That
-is asked of scenes with the pairs of colour and shape that training had, and of scenes with pairs that it never had. BLEU
-has the five templates as references. Where models look is measured while they name a colour or a shape.
+A caption is right if it names exactly the scene's objects and says nothing false (`pyattn.training.scene_scores`), for
+scenes with the pairs of colour and shape that training had, and for scenes with pairs that it never had. BLEU has the
+five templates as references. Where models look is measured while they name a colour or a shape.
 """
 
 from __future__ import annotations

@@ -124,9 +124,9 @@ def test_the_encoder_is_its_convolutions_and_a_vector_for_each_position() -> Non
     model = built()
     x, p = images(1), dict(model.encoder.named_parameters())
     for layer in range(2):
-        padded = F.pad(2 * x - 1 if layer == 0 else x, (1, 1, 1, 1))
+        padded = F.pad(2 * x - 1 if layer == 0 else x, (2, 2, 2, 2))
         side = x.shape[2] // 2
-        patches = [padded[0, :, 2 * r : 2 * r + 3, 2 * s : 2 * s + 3] for r in range(side) for s in range(side)]
+        patches = [padded[0, :, 2 * r : 2 * r + 5, 2 * s : 2 * s + 5] for r in range(side) for s in range(side)]
         kernel = p[f"layers.{layer}.weight"]
         rows = torch.stack([(kernel * patch).sum((1, 2, 3)) + p[f"layers.{layer}.bias"] for patch in patches])
         rows = (rows - rows.mean(1, keepdim=True)) / (rows.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
