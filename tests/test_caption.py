@@ -249,15 +249,15 @@ def test_a_caption_goes_on_from_its_beginning() -> None:
 def test_greedy_beams_and_samples_agree_with_the_whole() -> None:
     model = built()
     decoder = model.decoder(images())
-    greedy = generate(decoder, decoder.start, 6, end=2)
-    assert [each[0].tokens for each in beam_search(decoder, decoder.start, 6, beams=1, end=2)] == greedy
+    greedy = generate(decoder, decoder.start, 6)
+    assert [each[0].tokens for each in beam_search(decoder, decoder.start, 6, beams=1, choices=1)] == greedy
     best = beam_search(decoder, decoder.start, 6, beams=4, end=2)[1][0]
     tokens = [*best.tokens, *[2] * best.ended]
     log_p = model(images()[1:2], torch.tensor([[1, *tokens[:-1]]])).log_softmax(-1)[0]
     assert_close(sum(log_p[i, token].item() for i, token in enumerate(tokens)), best.log_prob, rtol=1e-5, atol=1e-5)
-    options = {"sampling": Sampling(), "end": 2}
     drawn = [
-        generate(decoder, decoder.start, 6, generator=torch.Generator().manual_seed(s), **options) for s in (0, 0, 1)
+        generate(decoder, decoder.start, 6, sampling=Sampling(), generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 0, 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
 
