@@ -136,8 +136,9 @@ class ConvEncoder(nn.Module):
     """Images as a grid of vectors: `layers` of a 5 x 5 convolution that halves the sides, layer norm and ReLU.
 
     A vector sees 2^(layers + 2) - 3 pixels of either side, and nothing else of the image, so that attention has
-    something to find: with 3 layers 29, in which an object of 20 fits wherever it stands. Layer norm is over the channels of one position, for the same reason, and does not join images
-    as batch norm would. Where a vector stands is told by a learned one, which is added.
+    something to find: with 3 layers 29, in which an object of 20 fits wherever it stands. Layer norm is over the
+    channels of one position, for the same reason, and does not join images as batch norm would. Where a vector stands
+    is told by a learned one, which is added.
     """
 
     def __init__(self, config: CaptionConfig) -> None:
