@@ -161,7 +161,7 @@ def test_rows_read_softly_see_the_sum_and_learn_from_it_alone() -> None:
     grids = model.encoder(images()).detach()
     for row in (~looks.is_hard).nonzero().flatten().tolist()[:3]:
         assert_close(logits[row], by_the_paper(own, grids[row // 10], tokens[row])[0])
-    added = reinforce(looks, torch.ones(30).double(), tokens != 0, torch.tensor(0.5), entropy=0.1)
+    added = reinforce(looks, torch.ones(30).double(), tokens != 0, torch.tensor(0.5), reward=1.0, entropy=0.1)
     assert torch.equal(added != 0, looks.is_hard)
 
 
@@ -182,7 +182,7 @@ def test_reinforce_is_the_gradient_of_the_expected_loss(monkeypatch: pytest.Monk
             chance = looks.weights[0, 0, first] * looks.weights[0, 1, second]
             expected = expected - chance * log_p.sum()
             is_word = torch.ones(1, 2, dtype=torch.bool)
-            loss = -log_p + reinforce(looks, log_p, is_word, torch.tensor(-3.0), entropy=0.0)
+            loss = -log_p + reinforce(looks, log_p, is_word, torch.tensor(-3.0), reward=1.0, entropy=0.0)
             found = torch.autograd.grad(loss.sum(), parameters, allow_unused=True, retain_graph=True)
             for total, gradient in zip(estimate, found, strict=True):
                 total += 0 if gradient is None else chance.detach() * gradient
@@ -194,12 +194,12 @@ def test_reinforce_rewards_entropy_of_words_alone() -> None:
     weights = torch.tensor([[[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]]]).double().requires_grad_()
     looks = Looks(weights, torch.tensor([[0, 0, 1]]), torch.tensor([True]))
     is_word = torch.tensor([[True, True, False]])
-    added = reinforce(looks, torch.tensor([2.0]).double(), is_word, torch.tensor(2.0), entropy=0.3)
+    added = reinforce(looks, torch.tensor([2.0]).double(), is_word, torch.tensor(2.0), reward=1.0, entropy=0.3)
     assert_close(added, torch.tensor([-0.3 * math.log(2)]).double())
     added.sum().backward()
     assert weights.grad.isfinite().all() and not weights.grad[0, 2].any()
     with pytest.raises(RangeError, match="looks: expected those of a hard model"):
-        reinforce(Looks(weights, None, None), torch.zeros(1), is_word, torch.tensor(0.0), entropy=0.0)
+        reinforce(Looks(weights, None, None), torch.zeros(1), is_word, torch.tensor(0.0), reward=1.0, entropy=0.0)
 
 
 def test_positions_are_drawn_by_their_weights() -> None:

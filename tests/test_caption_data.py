@@ -376,7 +376,10 @@ def _settings(**options: Any) -> CaptionSettings:
 
 def _scenes(settings: CaptionSettings) -> SceneTask:
     return SceneTask(
-        vocab=450, batch=settings.batch, seed=settings.seed, weights=Weights(settings.coverage, settings.entropy)
+        vocab=450,
+        batch=settings.batch,
+        seed=settings.seed,
+        weights=Weights(settings.coverage, settings.reward, settings.entropy),
     )
 
 
@@ -426,12 +429,12 @@ def test_a_baseline_is_the_moving_average_of_whole_steps_and_is_carried() -> Non
 
 
 def test_hard_attention_changes_the_gradient_and_not_the_loss() -> None:
-    task = _scenes(_settings(hard=True, entropy=0.1))
+    task = _scenes(_settings(hard=True))
     model = _settings(hard=True).model(task).train()
     batch = task.collate(task.examples(1))
     found = []
     for coefficient in (0.0, 5.0):
-        task.weights = Weights(0.0, coefficient)
+        task.weights = Weights(0.0, coefficient, 0.01)
         torch.manual_seed(1)
         model.zero_grad()
         losses = _losses(model, task, batch, torch.float32, 0.0)

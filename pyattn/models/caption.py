@@ -430,29 +430,32 @@ def doubly_stochastic(weights: Tensor, is_word: Tensor) -> Tensor:
     return (1 - looked).square().sum(-1)
 
 
-def reinforce(looks: Looks, log_probs: Tensor, is_word: Tensor, baseline: Tensor, *, entropy: float) -> Tensor:
+def reinforce(
+    looks: Looks, log_probs: Tensor, is_word: Tensor, baseline: Tensor, *, reward: float, entropy: float
+) -> Tensor:
     """What a hard model's captions add to the loss, so that its gradient reaches the weights.
 
-    The gradient of -(log p(y|s) - baseline) log p(s) - entropy H(s), for captions that saw drawn positions s.
+    The gradient of -reward (log p(y|s) - baseline) log p(s) - entropy H(s), for captions that saw drawn positions s.
 
     Args:
         looks: of the captions, [b, m, L], from a hard model in training.
         log_probs: [b], log p(y|s) of whole captions; no gradient goes into them here.
         is_word: bool [b, m].
-        baseline: what the reward is measured against.
-        entropy: the factor of the entropy term.
+        baseline: what log p(y|s) is measured against.
+        reward, entropy: the factors of the two terms, the paper's lambda_r and lambda_e. With a reward of 1 the
+            gradient is, in the mean, that of the expected loss.
     Returns:
         [b]; 0 for captions that saw the sum.
     Raises:
         RangeError: the looks are a soft model's.
-    Source: Xu et al. 2015, section 4.1, equations 11 to 13, with lambda_r = 1.
+    Source: Xu et al. 2015, section 4.1, equations 11 to 13.
     """
     if looks.positions is None or looks.is_hard is None:
         raise RangeError("looks: expected those of a hard model, got soft attention's, which has a gradient")
     tiny = torch.finfo(looks.weights.dtype).tiny
     logs = looks.weights.clamp(min=tiny).log()
     of_drawn = logs.gather(-1, looks.positions[..., None]).squeeze(-1)
-    reward = (log_probs.detach() - baseline)[:, None]
+    gain = (log_probs.detach() - baseline)[:, None]
     uncertainty = -(looks.weights * logs).sum(-1)
-    of_words = (-reward * of_drawn - entropy * uncertainty) * is_word
+    of_words = (-reward * gain * of_drawn - entropy * uncertainty) * is_word
     return of_words.sum(-1) * looks.is_hard

@@ -38,10 +38,11 @@ class Weights:
     """Of the parts of the loss beside the captions' own.
 
     coverage: lambda of the doubly stochastic term.
-    entropy: lambda_e of a hard model's entropy.
+    reward, entropy: lambda_r and lambda_e of a hard model.
     """
 
     coverage: float = 0.0
+    reward: float = 1.0
     entropy: float = 0.0
 
 
@@ -123,7 +124,8 @@ class CaptionTask(Task):
         self._rewards = rewards if self._rewards is None else self._rewards + rewards
         baseline = self._baseline.to(log_probs)
         looks = looks._replace(weights=looks.weights.float())
-        return reinforce(looks, log_probs, is_word, baseline, entropy=self.weights.entropy).sum()
+        factors = {"reward": self.weights.reward, "entropy": self.weights.entropy}
+        return reinforce(looks, log_probs, is_word, baseline, **factors).sum()
 
     def _settle(self) -> None:
         """Ends a step: its mean reward goes into the baseline. All processes come here together."""

@@ -236,6 +236,9 @@ class CaptionSettings(Settings):
     )
     hard: bool = option(False, "Look at one position for each word, drawn by the weights, and not at all by weight.")
     soft_rows: float = option(0.5, "With --hard, part of the captions that are read softly in training.", PROBABILITY)
+    reward: float = option(
+        0.1, "With --hard, how much looks are rewarded that made a caption more probable.", NOT_NEGATIVE
+    )
     entropy: float = option(0.002, "With --hard, how much the entropy of the weights is rewarded.", NOT_NEGATIVE)
     coverage: float = option(
         0.0, "How much of the doubly stochastic term, by which all of a picture is looked at.", NOT_NEGATIVE
@@ -287,7 +290,7 @@ class CaptionSettings(Settings):
     def task(self, cache: Path) -> Task:
         from pyattn.training.captions import PictureTask, SceneTask, Weights, load_pictures
 
-        weights = Weights(self.coverage, self.entropy)
+        weights = Weights(self.coverage, self.reward, self.entropy)
         if self.images is None:
             return SceneTask(vocab=self.vocab, batch=self.batch, seed=self.seed, weights=weights)
         corpus = load_pictures(
