@@ -22,7 +22,7 @@ from pyattn.decoding.pictures import draw_looks
 from pyattn.models import CaptionConfig, ShowAttendTell
 from pyattn.training import captions, images, metrics, scene_scores
 from pyattn.training.caption_files import TRAIN, VALIDATION, read_folder
-from pyattn.training.captions import PictureTask, SceneTask, Weights, load_pictures
+from pyattn.training.captions import LossFactors, PictureTask, SceneTask, load_pictures
 from pyattn.training.images import ImageError, read_image
 from pyattn.training.loop import _losses, adamw, train
 from pyattn.training.recurrent_recipes import CaptionSettings
@@ -357,12 +357,12 @@ def test_a_caption_that_is_too_long_and_a_picture_alone_are_refused(tmp_path: Pa
 
 def test_an_epoch_has_every_caption_once_by_seed_and_step_alone(tmp_path: Path) -> None:
     corpus = _load(_metadata(tmp_path))
-    task = PictureTask(corpus, batch=4, seed=0, weights=Weights())
+    task = PictureTask(corpus, batch=4, seed=0, factors=LossFactors())
     for epoch in range(2):
         steps = range(1 + 3 * epoch, 4 + 3 * epoch)
         found = sorted(tuple(tokens.tolist()) for step in steps for _, tokens in task.examples(step))
         assert found == sorted(tuple(corpus.captions[row].tolist()) for row in corpus.train)
-    other = PictureTask(corpus, batch=4, seed=0, weights=Weights())
+    other = PictureTask(corpus, batch=4, seed=0, factors=LossFactors())
     assert all(torch.equal(a[1], b[1]) for a, b in zip(task.examples(5), other.examples(5), strict=True))
     batch = task.collate(task.examples(1))
     assert batch.tokens_in[0, 0] == 1 and torch.equal(batch.tokens_in[0, 1:3], batch.tokens_out[0, :2])
@@ -379,7 +379,7 @@ def _scenes(settings: CaptionSettings) -> SceneTask:
         vocab=450,
         batch=settings.batch,
         seed=settings.seed,
-        weights=Weights(settings.coverage, settings.reward, settings.entropy),
+        factors=LossFactors(settings.coverage, settings.reward, settings.entropy),
     )
 
 
@@ -434,7 +434,7 @@ def test_hard_attention_changes_the_gradient_and_not_the_loss() -> None:
     batch = task.collate(task.examples(1))
     found = []
     for coefficient in (0.0, 5.0):
-        task.weights = Weights(0.0, coefficient, 0.01)
+        task.factors = LossFactors(0.0, coefficient, 0.01)
         torch.manual_seed(1)
         model.zero_grad()
         losses = _losses(model, task, batch, torch.float32, 0.0)

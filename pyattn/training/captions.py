@@ -34,7 +34,7 @@ _MEMORY = 0.9  # of the baseline
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class LossFactors:
     """Of the parts of the loss beside the captions' own.
 
     coverage: lambda of the doubly stochastic term.
@@ -67,11 +67,11 @@ class CaptionTask(Task):
     carried from step to step, and changes between steps alone, so that a step may be cut into any number of batches.
     """
 
-    def __init__(self, tokenizer: Tokenizer, digest: str, weights: Weights) -> None:
+    def __init__(self, tokenizer: Tokenizer, digest: str, factors: LossFactors) -> None:
         self.tokenizer = tokenizer
         self.digest = digest
         self.baselines: dict[str, float] = {}
-        self.weights = weights
+        self.factors = factors
         self._baseline = torch.zeros((), dtype=torch.float64)
         self._rewards: Tensor | None = None  # of this step: their sum, and how many
 
@@ -88,24 +88,25 @@ class CaptionTask(Task):
 
     def counts(self, batch: CaptionBatch) -> dict[str, int]:
         tokens = self.size(batch)
-        return {"caption": tokens} | ({"coverage": tokens} if self.weights.coverage else {})
+        return {"caption": tokens} | ({"coverage": tokens} if self.factors.coverage else {})
 
     def losses(self, model: nn.Module, batch: CaptionBatch, smoothing: float) -> dict[str, Tensor]:
         # What needs no weights is trained without them, by a cheaper call.
-        is_watched = self.weights.coverage > 0 or parallel.original(model).config.hard
+        is_watched = self.factors.coverage > 0 or parallel.original(model).config.hard
         found = model(batch.images, batch.tokens_in, return_looks=is_watched)
         logits, looks = found if is_watched else (found, None)
-        of_tokens = F.cross_entropy(
-            logits.float().mT, batch.tokens_out, ignore_index=PAD, reduction="none", label_smoothing=smoothing
-        )
-        is_word = batch.tokens_out != PAD
-        losses = {"caption": of_tokens.sum()}
-        if looks is not None and looks.is_hard is not None and logits.requires_grad:
-            added = self._reinforced(looks, looks.is_hard, -of_tokens.detach().sum(1), is_word)
-            losses["caption"] = losses["caption"] + (added - added.detach())
-        if looks is not None and self.weights.coverage:
-            losses["coverage"] = self.weights.coverage * doubly_stochastic(looks.weights.float(), is_word).sum()
-        return losses
+        logits, targets, is_word = logits.float().mT, batch.tokens_out, batch.tokens_out != PAD
+        loss = F.cross_entropy(logits, targets, ignore_index=PAD, reduction="sum", label_smoothing=smoothing)
+        if looks is None:
+            return {"caption": loss}
+        if looks.is_hard is not None and loss.requires_grad:
+            log_probs = -F.cross_entropy(logits.detach(), targets, ignore_index=PAD, reduction="none").sum(1)
+            added = self._reinforced(looks, looks.is_hard, log_probs, is_word)
+            loss = loss + (added - added.detach())
+        if not self.factors.coverage:
+            return {"caption": loss}
+        coverage = doubly_stochastic(looks.weights.float(), is_word).sum()
+        return {"caption": loss, "coverage": self.factors.coverage * coverage}
 
     def carried(self, model: nn.Module) -> dict[str, Tensor]:
         if not parallel.original(model).config.hard:
@@ -124,7 +125,7 @@ class CaptionTask(Task):
         self._rewards = rewards if self._rewards is None else self._rewards + rewards
         baseline = self._baseline.to(log_probs)
         looks = looks._replace(weights=looks.weights.float())
-        factors = {"reward": self.weights.reward, "entropy": self.weights.entropy}
+        factors = {"reward": self.factors.reward, "entropy": self.factors.entropy}
         return reinforce(looks, log_probs, is_word, baseline, **factors).sum()
 
     def _settle(self) -> None:
@@ -157,8 +158,8 @@ class PictureTask(CaptionTask):
     """Pictures of a user's own: an epoch has every caption once, in random order, `batch` in a step and the rest in the
     last one. Which ones a step has depends on (seed, step) alone."""
 
-    def __init__(self, corpus: CaptionCorpus, *, batch: int, seed: int, weights: Weights) -> None:
-        super().__init__(corpus.tokenizer, corpus.digest, weights)
+    def __init__(self, corpus: CaptionCorpus, *, batch: int, seed: int, factors: LossFactors) -> None:
+        super().__init__(corpus.tokenizer, corpus.digest, factors)
         self.corpus = corpus
         self.batch = batch
         self.seed = seed
@@ -189,10 +190,10 @@ class PictureTask(CaptionTask):
 class SceneTask(CaptionTask):
     """Scenes of `pyattn.training.scenes`, of which each step has `batch` new ones, each with one of its captions."""
 
-    def __init__(self, *, vocab: int, batch: int, seed: int, weights: Weights) -> None:
+    def __init__(self, *, vocab: int, batch: int, seed: int, factors: LossFactors) -> None:
         sentences = [line for number in range(_TOKENIZED_SCENES) for line in captions(scene(0, _UNSEEN + number))]
         tokenizer = learn_tokenizer(sentences, vocab)
-        super().__init__(tokenizer, text.digest(sentences, vocab), weights)
+        super().__init__(tokenizer, text.digest(sentences, vocab), factors)
         self.batch = batch
         self.seed = seed
 

@@ -288,12 +288,12 @@ class CaptionSettings(Settings):
         return ShowAttendTell(self.config(task.tokenizer.get_vocab_size()))
 
     def task(self, cache: Path) -> Task:
-        from pyattn.training.captions import PictureTask, SceneTask, Weights, load_pictures
+        from pyattn.training.captions import LossFactors, PictureTask, SceneTask, load_pictures
 
-        weights = Weights(self.coverage, self.reward, self.entropy)
+        factors = LossFactors(self.coverage, self.reward, self.entropy)
         if self.images is None:
-            return SceneTask(vocab=self.vocab, batch=self.batch, seed=self.seed, weights=weights)
+            return SceneTask(vocab=self.vocab, batch=self.batch, seed=self.seed, factors=factors)
         corpus = load_pictures(
             Path(self.images), vocab=self.vocab, context=self.context, size=self.image_size, cache=cache
         )
-        return PictureTask(corpus, batch=self.batch, seed=self.seed, weights=weights)
+        return PictureTask(corpus, batch=self.batch, seed=self.seed, factors=factors)
