@@ -48,7 +48,7 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 
 def test_help_shows_every_command_and_an_example() -> None:
     text = _run("--help").output
-    for word in ("info", "verify", "bench", "train", "compare", "tag", "A whole example"):
+    for word in ("info", "verify", "bench", "train", "compare", "tag", "caption", "A whole example"):
         assert word in text
     for model, own in (
         ("gpt", "--tokens"),
@@ -58,6 +58,7 @@ def test_help_shows_every_command_and_an_example() -> None:
         ("transformer-xl", "--memory"),
         ("xlnet", "--predict"),
         ("seq2seq", "--score"),
+        ("caption", "--coverage"),
     ):
         text = _run("train", model, "--help").output
         assert f"pyattn train {model} " in text

@@ -43,7 +43,7 @@ def _randomized(model: torch.nn.Module) -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def translator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("translator")
-    tokenizer = translation._learn(SENTENCES * 5, 300)
+    tokenizer = translation.learn_tokenizer(SENTENCES * 5, 300)
     torch.manual_seed(0)
     config = TransformerConfig(tokenizer.get_vocab_size(), context=40, layers=1, heads=2, width=16, hidden=32)
     _randomized(Transformer(config)).save_pretrained(folder)

@@ -16,7 +16,7 @@ except ModuleNotFoundError as missing:
 
 import pyattn
 from pyattn import machine
-from pyattn.cli import checks, text, train
+from pyattn.cli import checks, pictures, text, train
 from pyattn.cli.console import Commands
 
 app = typer.Typer(
@@ -59,6 +59,7 @@ app.command()(text.translate)
 app.command()(text.generate)
 app.command()(text.fill_mask)
 app.command()(text.tag)
+app.command()(pictures.caption)
 
 
 def main() -> None:

@@ -96,7 +96,7 @@ def translate(
     if pictures is not None and getattr(network, "score", None) is None:
         raise RangeError(f"pictures: expected a recurrent model with attention, {model} has a {type(network).__name__}"
                          " without alignment")  # fmt: skip
-    tokenizer = _tokenizer(model, network.config.vocab)
+    tokenizer = tokenizer_beside(model, network.config.vocab)
     rules = Rules(repetition_penalty, no_repeat_ngram, forbidden=(network.config.pad, network.config.start))
     normalize = by_length(length_penalty) if gnmt is None else by_gnmt(gnmt)
     given = text.standard_input() if source is None else text.lines(source, "source")
@@ -118,8 +118,8 @@ def translate(
             if pictures is not None:
                 _draw_alignments(network, tokenizer, sentences, found, pictures, len(told) + 1)
             for translations in found:
-                told.append(_one_line(translations[0].text) if translations else "")
-                scored = [f"{len(told)}\t{each.score:.4f}\t{_one_line(each.text)}" for each in translations[:best]]
+                told.append(one_line(translations[0].text) if translations else "")
+                scored = [f"{len(told)}\t{each.score:.4f}\t{one_line(each.text)}" for each in translations[:best]]
                 print(*(scored if best > 1 else told[-1:]), sep="\n", file=file, flush=True)
     if references is not None:
         _check_count(references, len(told), reference, source)
@@ -171,7 +171,7 @@ def generate(
     kinds = {"gpt2": GPT, "openai-gpt": GPT, rnn.OWN_TYPE: rnn.RNNLM}
     kinds |= dict.fromkeys((transformer_xl.OWN_TYPE, "transfo-xl"), transformer_xl.TransformerXL)
     network = load(model, kinds, attention=attention).to(chosen)
-    tokenizer = _tokenizer(model, network.config.vocab)
+    tokenizer = tokenizer_beside(model, network.config.vocab)
     texts = prompt or ["" if types_in() else "\n".join(standard_input())]
     prompts = [encode(tokenizer, text).ids or [first_token(tokenizer)] for text in texts]
     padded, lengths = pad_batch(prompts, chosen)
@@ -225,7 +225,7 @@ def fill_mask(
     from pyattn.training.text import TextError, standard_input
 
     network = BertForMaskedLM.from_pretrained(model, attention=attention).to(chosen_device(device))
-    tokenizer = _tokenizer(model, network.config.vocab)
+    tokenizer = tokenizer_beside(model, network.config.vocab)
     tokenizer.encode_special_tokens = False  # [MASK] is meant
     if (mask := tokenizer.token_to_id("[MASK]")) is None:
         raise TextError(f"text: the tokenizer beside {model} has no [MASK]")
@@ -280,7 +280,7 @@ def tag(
         raise RangeError("reference: expected no --source beside it, because its own words are read")
     kinds = {kind.__name__: kind for kind in (RNNForTokenClassification, RNNForSequenceClassification)}
     network = load(model, kinds).to(chosen_device(device))
-    tokenizer = _tokenizer(model, network.config.vocab)
+    tokenizer = tokenizer_beside(model, network.config.vocab)
     by_word = isinstance(network, RNNForTokenClassification)
     given: Iterable[list[str]]
     if reference is None:
@@ -335,7 +335,7 @@ def _draw_alignments(
             draw_alignment(folder / f"{number}.png", network.alignment(*rows)[0], words(source), words(target))
 
 
-def _tokenizer(folder: Path, vocab: int) -> Tokenizer:
+def tokenizer_beside(folder: Path, vocab: int) -> Tokenizer:
     """The tokenizer.json beside a model.
 
     Raises:
@@ -358,7 +358,7 @@ def _tokenizer(folder: Path, vocab: int) -> Tokenizer:
     return tokenizer
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """A translation for a file of lines: one that has several would move all behind it."""
     return re.sub(r"[\n\r\t]", " ", text)
 

@@ -23,7 +23,7 @@ from pyattn.training.recipes import (
     TransformerXLSettings,
     XLNetSettings,
 )
-from pyattn.training.recurrent_recipes import RNNSettings, Seq2SeqSettings
+from pyattn.training.recurrent_recipes import CaptionSettings, RNNSettings, Seq2SeqSettings
 from pyattn.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -181,6 +181,36 @@ def train_seq2seq(
         pass
 
 
+@app.command("caption")
+@settings_options(CaptionSettings)
+def train_caption(
+    ctx: typer.Context,
+    out: Out = Path("runs/caption"),
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    **settings: Any,
+) -> None:
+    """Train Show, Attend and Tell to describe pictures: your own, or scenes of coloured shapes that need no download.
+
+    A folder of pictures is one of Flickr8k, COCO, Karpathy's JSON, or has a metadata.csv or .jsonl with file_name and
+    caption. Of scenes it says at the end how many captions are right, and how much it looked at what it named.
+
+    [bold]A whole example[/bold]
+
+    pyattn train caption --out runs/scenes\n
+    pyattn train caption --hard --out runs/hard\n
+    pyattn train caption --images flickr8k --image-size 128 --layers 4 --out runs/caption\n
+    pyattn train caption --out runs/caption --resume          [dim]# after Ctrl-C, or with more --steps[/dim]\n
+    pyattn caption --model runs/caption/model --pictures runs/looks picture.png
+
+    With --resume every setting comes from the checkpoint; --steps and --patience may be raised.
+    """
+    with _training(ctx, CaptionSettings, out, device, resume=resume, overwrite=overwrite) as run:
+        if run.settings.images is None:  # type: ignore[attr-defined]
+            _write_scores(run)
+
+
 @app.command("bert")
 @settings_options(BertSettings)
 def train_bert(
@@ -312,6 +342,17 @@ def _write_sample(run: Run, count: int) -> None:
         text = write_sample(run.model, run.task.tokenizer, run.folder / "sample.txt", count, run.settings.seed)
         console.rule("sample")
         console.print(text, soft_wrap=True)
+
+
+def _write_scores(run: Run) -> None:
+    """Says how well scenes are described by the best model."""
+    if parallel.rank() == 0:
+        from pyattn.models.caption import ShowAttendTell
+        from pyattn.training.scene_scores import score_scenes
+
+        model = ShowAttendTell.from_pretrained(run.model_path).to(run.device)
+        for name, held_out in (("seen pairs of colour and shape", False), ("held-out pairs", True)):
+            say(f"{name}: {score_scenes(model, run.task.tokenizer, held_out=held_out)}")
 
 
 def _show_run(run: Run) -> None:

@@ -10,6 +10,7 @@ from pyattn.models.bert import (
     BertForSequenceClassification,
     BertForTokenClassification,
 )
+from pyattn.models.caption import CaptionConfig, ShowAttendTell
 from pyattn.models.gpt import GPT, GPTConfig
 from pyattn.models.pretrained import PretrainedError
 from pyattn.models.rnn import RNNLM, RNNConfig, RNNForSequenceClassification, RNNForTokenClassification
@@ -36,6 +37,7 @@ __all__ = [
     "BertForQuestionAnswering",
     "BertForSequenceClassification",
     "BertForTokenClassification",
+    "CaptionConfig",
     "GPTConfig",
     "PretrainedError",
     "RNNConfig",
@@ -43,6 +45,7 @@ __all__ = [
     "RNNForTokenClassification",
     "Seq2Seq",
     "Seq2SeqConfig",
+    "ShowAttendTell",
     "Transformer",
     "TransformerConfig",
     "TransformerXL",

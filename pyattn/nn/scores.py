@@ -194,9 +194,8 @@ class Score(nn.Module):
         What fused attention is measured against. Arguments and results are those of `attend`, query [b, m, query_size].
         """
         scores = self.scores(query, keys)
-        mask, j = None, torch.arange(values.shape[1], device=values.device)
-        if key_lengths is not None:
-            mask = (j < key_lengths[:, None])[:, None, None]
+        j = torch.arange(values.shape[1], device=values.device)
+        mask = None if key_lengths is None else (j < key_lengths[:, None])[:, None, None]
         if row_windows is not None:
             first, stop = (t[:, None, :, None] for t in row_windows)
             mask = (j >= first) & (j < stop) & (True if mask is None else mask)

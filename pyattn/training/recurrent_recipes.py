@@ -12,9 +12,22 @@ from pyattn.check import RangeError
 from pyattn.models.seq2seq_config import BRIDGES, ORDERS, READOUTS, SCORES, WINDOWS, Seq2SeqConfig
 from pyattn.nn.recurrent import CELLS
 from pyattn.training.recipes import OfText, TranslationSettings
-from pyattn.training.settings import NOT_NEGATIVE, POSITIVE, SIZE, Settings, at_least, between, one_of, option, shared
+from pyattn.training.scenes import SIDE
+from pyattn.training.settings import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    SIZE,
+    Settings,
+    at_least,
+    between,
+    one_of,
+    option,
+    shared,
+)
 
 if TYPE_CHECKING:
+    from pyattn.models.caption import CaptionConfig
     from pyattn.models.rnn import RNNConfig
     from pyattn.training.task import Task
     from pyattn.training.translation import ParallelCorpus, TranslationTask
@@ -255,3 +268,80 @@ class Seq2SeqSettings(TranslationSettings):
             weight=_REINFORCE if self.reinforce is None else self.reinforce,
             entropy_weight=_ENTROPY if self.entropy is None else self.entropy,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionSettings(Settings):
+    """Show, Attend and Tell: a network that learns to describe pictures, and looks where it needs to."""
+
+    kind: ClassVar[str] = "caption"
+
+    images: str | None = option(
+        None,
+        "Folder of pictures and captions: Flickr8k, COCO, Karpathy's JSON, or metadata.csv with file_name, caption.",
+        shown="scenes of shapes, made as needed",
+        path=True,
+    )
+    hard: bool = option(False, "Look at one position for each word, drawn by the weights, and not at all by weight.")
+    soft_rows: float = option(0.5, "With --hard, part of the captions that are read softly in training.", PROBABILITY)
+    reward: float = option(
+        0.1, "With --hard, how much looks are rewarded that made a caption more probable.", NOT_NEGATIVE
+    )
+    entropy: float = option(0.002, "With --hard, how much the entropy of the weights is rewarded.", NOT_NEGATIVE)
+    coverage: float = option(
+        0.0, "How much of the doubly stochastic term, by which all of a picture is looked at.", NOT_NEGATIVE
+    )
+    gate: bool = option(True, "Each word also decides how much of what it sees it takes in.")
+    image_size: int = option(64, "Pixels of a picture on either side; others are cut and scaled.", between(2, 4096))
+    layers: int = option(3, "Of the encoder, each of which halves the sides of the picture.", between(1, 12))
+    grid_size: int = option(64, "Size of the vectors that the encoder makes of a picture.", SIZE)
+    hidden: int = option(128, "Size of the LSTM's states.", SIZE)
+    score_size: int = option(64, "Hidden layer of the additive score.", SIZE)
+    batch: int = option(64, "Captions in a step.", between(1, 2**24))
+
+    context: int = option(64, "The most tokens of a caption.", between(1, 2**24))
+    steps: int = shared("steps", 3000)
+    lr: float = shared("lr", 3e-3)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images is None and self.image_size != SIDE:
+            raise RangeError(f"image_size: expected {SIDE} without --images, as scenes have, got {self.image_size}")
+
+    def config(self, vocab: int) -> CaptionConfig:
+        from pyattn.models.caption import CaptionConfig
+
+        return CaptionConfig(
+            vocab=vocab,
+            context=self.context,
+            grid_size=self.grid_size,
+            width=self.width,
+            hidden=self.hidden,
+            score_size=self.score_size,
+            image_size=self.image_size,
+            layers=self.layers,
+            hard=self.hard,
+            soft_rows=self.soft_rows,
+            gate=self.gate,
+            dropout=self.dropout,
+            attention=self.attention,
+            pad=0,
+            start=1,
+            end=2,
+        )
+
+    def model(self, task: Task) -> nn.Module:
+        from pyattn.models.caption import ShowAttendTell
+
+        return ShowAttendTell(self.config(task.tokenizer.get_vocab_size()))
+
+    def task(self, cache: Path) -> Task:
+        from pyattn.training.captions import LossFactors, PictureTask, SceneTask, load_pictures
+
+        factors = LossFactors(self.coverage, self.reward, self.entropy)
+        if self.images is None:
+            return SceneTask(vocab=self.vocab, batch=self.batch, seed=self.seed, factors=factors)
+        corpus = load_pictures(
+            Path(self.images), vocab=self.vocab, context=self.context, size=self.image_size, cache=cache
+        )
+        return PictureTask(corpus, batch=self.batch, seed=self.seed, factors=factors)

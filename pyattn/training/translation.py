@@ -225,7 +225,7 @@ def _chosen(pairs: Pairs, rows: list[int]) -> Pairs:
 
 def _tokenize(sides: list[list[str]], vocab: int) -> tuple[Tokenizer, dict[str, Tensor]]:
     """Learns the vocabulary from the training pair of `sides` and encodes all of them."""
-    tokenizer = _learn(sides[0] + sides[1], vocab)
+    tokenizer = learn_tokenizer(sides[0] + sides[1], vocab)
     stored: dict[str, Tensor] = {}
     for i, side in enumerate(sides):
         sentences = Sentences.of(encode_all(tokenizer, side))
@@ -233,8 +233,8 @@ def _tokenize(sides: list[list[str]], vocab: int) -> tuple[Tokenizer, dict[str, 
     return tokenizer, stored
 
 
-def _learn(sentences: list[str], vocab: int) -> Tokenizer:
-    """A byte-level BPE whose `encode` ends a sentence with END and whose `decode` gives the sentence back."""
+def learn_tokenizer(sentences: list[str], vocab: int) -> Tokenizer:
+    """A byte-level BPE, MARKS first, whose `encode` ends a sentence with END and whose `decode` gives it back."""
     normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])
     tokenizer = text.byte_pairs(sentences, vocab, MARKS, prefix_space=True, normalizer=normalizer)
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])

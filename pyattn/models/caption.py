@@ -1,0 +1,461 @@
+"""Show, Attend and Tell (Xu et al. 2015, arXiv:1502.03044): captions of pictures, by soft or hard attention.
+
+    a_1 .. a_L = encoder(image)                          a grid of vectors; or any grid that is given
+    h_0, c_0   = two perceptrons of mean(a)              section 3.1.2
+    alpha_t    = softmax_i(w . tanh(W h_{t-1} + U a_i))  the state before the step asks
+    soft       z_t = beta_t sum_i alpha_ti a_i           beta_t = sigmoid(f(h_{t-1})), section 4.2.1
+    hard       z_t = beta_t a_s, s drawn by alpha_t      section 4.1
+    h_t, c_t   = LSTM([E y_{t-1}; z_t], h_{t-1}, c_{t-1})
+    logits     = L_o (E y_{t-1} + L_h h_t + L_z z_t)     equation 7
+
+The encoder is a small convolutional network, trained along: the paper's is a VGG net that others have trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, NamedTuple, cast, get_type_hints
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyattn.check import DtypeError, RangeError, ShapeError
+from pyattn.decoding.protocol import check_prompt
+from pyattn.models.pretrained import Fields, Pretrained
+from pyattn.nn.attend import check_attention
+from pyattn.nn.embedding import check_tokens, embed
+from pyattn.nn.linear import Linear
+from pyattn.nn.memory import Memory
+from pyattn.nn.recurrent import Recurrent
+from pyattn.nn.scores import AdditiveScore
+from pyattn.spec import dtype_name
+
+OWN_TYPE = "pyattn-caption"  # in config.json
+_LEAST_CHANNELS = 32  # of an encoder's layer; each has half of the next one's, and no fewer than these
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionConfig:
+    """Sizes and form of one model. The defaults are for pictures of 64 x 64 pixels.
+
+    Args:
+        vocab: tokens.
+        context: the most tokens of a caption, with the start token.
+        grid_size: of the grid's vectors.
+        width, hidden: size of a token's vector and of the LSTM's states.
+        score_size: hidden layer of the additive score.
+        image_size: pixels of the encoder's images on either side; None for a model without an encoder, of grids alone.
+        layers: of the encoder, each of which halves the sides: the grid is of image_size / 2^layers squared.
+        hard: whether a step looks at one position. In training it is drawn by the weights, in eval mode it is the one
+            of the largest weight.
+        soft_rows: part of the captions that a hard model reads softly in training, drawn anew in each call (the paper's
+            second way to reduce the estimator's variance; there a half).
+        gate: whether beta_t scales what is seen. Without one it is 1.
+        dropout: probability, of embeddings and of what L_o multiplies.
+        attention: "pyattn", or "torch": scores, softmax and sum one after the other.
+        pad, start, end: the tokens that fill batches, that every caption begins with, and that ends one.
+
+    Raises:
+        RangeError: a size below 1, probabilities outside [0, 1), a token outside the vocabulary, layers that do not
+            divide the image, an unknown attention.
+    """
+
+    vocab: int = 2048
+    context: int = 64
+    grid_size: int = 128
+    width: int = 128
+    hidden: int = 256
+    score_size: int = 128
+    image_size: int | None = 64
+    layers: int = 3
+    hard: bool = False
+    soft_rows: float = 0.5
+    gate: bool = True
+    dropout: float = 0.0
+    attention: str = "pyattn"
+    pad: int = 0
+    start: int = 1
+    end: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("vocab", "context", "grid_size", "width", "hidden", "score_size", "image_size", "layers"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise RangeError(f"{name}: expected at least 1, got {size}")
+        for name in ("dropout", "soft_rows"):
+            if not 0 <= (part := getattr(self, name)) < 1:
+                raise RangeError(f"{name}: expected a probability in [0, 1), got {part}")
+        for name in ("pad", "start", "end"):
+            if not 0 <= (token := getattr(self, name)) < self.vocab:
+                raise RangeError(f"{name}: expected a token in [0, vocab={self.vocab}), got {token}")
+        check_attention(self.attention)
+        if self.image_size is not None and (self.layers > 20 or self.image_size % 2**self.layers):
+            raise RangeError(f"image_size: expected a multiple of 2^layers = 2^{self.layers}, got {self.image_size}")
+
+    @property
+    def side(self) -> int | None:
+        """Of the encoder's grid."""
+        return None if self.image_size is None else self.image_size // 2**self.layers
+
+
+# The paper's model of 14 x 14 vectors of a VGG net, with the sizes of its published code for Flickr30k and COCO.
+PUBLISHED = {
+    "xu": CaptionConfig(vocab=10000, grid_size=512, width=512, hidden=1000, score_size=512, image_size=None),
+}
+
+
+class Looks(NamedTuple):
+    """Where the steps of captions looked."""
+
+    weights: Tensor  # [b, m, L], alpha
+    positions: Tensor | None  # int64 [b, m], of a hard model what was looked at
+    is_hard: Tensor | None  # bool [b], of a hard model: which captions saw that alone; the others the weighted sum
+
+
+class Telling:
+    """Captions as far as they are told: what each row has read, the grids it looks at, its LSTM's state."""
+
+    def __init__(self, read: list[list[int]], memory: Memory, state: Tensor, is_soft: Tensor | None) -> None:
+        self.read = read
+        self.memory = memory
+        self.state = state  # [2, 1, rows, hidden]
+        self.is_soft = is_soft  # bool [rows], of a hard model in training: rows that nevertheless see the sum
+        # Of each step weights [rows, L] and positions [rows]; None where nobody asks.
+        self.looks: list[tuple[Tensor, Tensor | None]] | None = None
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Row i becomes what rows[i] is now. Grids are not copied for rows that share one."""
+        self.read = [self.read[row] for row in rows]
+        self.memory.reorder(rows)
+        self.state = self.state[:, :, list(rows)]
+
+
+class ConvEncoder(nn.Module):
+    """Images as a grid of vectors: `layers` of a 5 x 5 convolution that halves the sides, layer norm and ReLU.
+
+    A vector sees 2^(layers + 2) - 3 pixels of either side, and nothing else of the image, so that attention has
+    something to find: with 3 layers 29, in which an object of 20 fits wherever it stands. Layer norm is over the
+    channels of one position, for the same reason, and does not join images as batch norm would. Where a vector stands
+    is told by a learned one, which is added.
+    """
+
+    def __init__(self, config: CaptionConfig) -> None:
+        super().__init__()
+        c = config
+        halvings = range(c.layers - 1, 0, -1)
+        sizes = [*(max(_LEAST_CHANNELS, c.grid_size >> times) for times in halvings), c.grid_size]
+        before = [3, *sizes[:-1]]
+        self.layers = nn.ModuleList(
+            nn.Conv2d(*pair, 5, stride=2, padding=2) for pair in zip(before, sizes, strict=True)
+        )
+        self.norms = nn.ModuleList(map(nn.LayerNorm, sizes))
+        self.positions = nn.Parameter(torch.randn(cast(int, c.side) ** 2, c.grid_size) * 0.1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [b, 3, H, H], uint8 or floating in [0, 1]; returns [b, L, grid_size], row by row."""
+        x = images.to(self.positions.dtype)
+        x = 2 * (x / 255 if images.dtype is torch.uint8 else x) - 1
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = F.relu(norm(layer(x).movedim(1, -1))).movedim(-1, 1)
+        return x.flatten(2).mT + self.positions
+
+
+class ShowAttendTell(Pretrained):
+    """The model. Attention runs on `pyattn.additive_attention`, one query for each caption and step.
+
+    Where the weights are wanted (pictures, hard attention, the doubly stochastic term), they come out of the same call
+    as the context: the columns of the identity stand beside the values, and what they sum up to are the weights, with
+    their gradient. Steps follow one another, so that all of them are [b, m, L] together, as a caption is short.
+    """
+
+    config: CaptionConfig
+
+    def __init__(self, config: CaptionConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.encoder = None if c.image_size is None else ConvEncoder(c)
+        self.embedding = nn.Embedding(c.vocab, c.width)
+        self.initial_h, self.initial_c = (
+            nn.Sequential(Linear(c.grid_size, c.hidden), nn.Tanh(), Linear(c.hidden, c.hidden), nn.Tanh())
+            for _ in range(2)
+        )
+        self.score = AdditiveScore(c.hidden, c.grid_size, c.score_size, bias=True)
+        self.gate = Linear(c.hidden, 1) if c.gate else None
+        self.cell = Recurrent("lstm", c.width + c.grid_size, c.hidden)
+        self.output_h = Linear(c.hidden, c.width, bias=False)
+        self.output_z = Linear(c.grid_size, c.width, bias=False)
+        self.output = Linear(c.width, c.vocab)
+        nn.init.normal_(self.embedding.weight, std=c.width**-0.5)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, images: Tensor, tokens: Tensor, *, return_looks: bool = False) -> Tensor | tuple[Tensor, Looks]:
+        """Logits of the token behind each token of the captions.
+
+        Args:
+            images: [b, 3, image_size, image_size], uint8 or floating in [0, 1]; or a grid [b, L, grid_size].
+            tokens: [b, m] integer, beginning with the start token. Padding behind a caption changes nothing before it.
+                Of [t * b, m], rows i * t to i * t + t - 1 are captions of image i, which is encoded once.
+            return_looks: also return where each step looked.
+        Returns:
+            [b, m, vocab]; with return_looks also `Looks`, row i of which is that of the token behind token i.
+        Raises:
+            RangeError: more tokens than the context; images for a model without an encoder; on the CPU also tokens
+                outside the vocabulary.
+            ShapeError: images or grids of other sizes than the model's, or captions that do not fit them in number.
+            DtypeError: images that are neither uint8 nor floating.
+        """
+        check_tokens("tokens", tokens)
+        self._check_length("tokens", tokens.shape[1])
+        telling = self._begin(images, [[] for _ in tokens], with_weights=return_looks)
+        looks: list[tuple[Tensor, Tensor | None]] = []
+        telling.looks = looks if return_looks else None
+        embedded = self._embedded("tokens", tokens)
+        states, seen = [], []
+        for x in embedded.unbind(1):
+            seen.append(self._advance(x, telling))
+            states.append(telling.state[0, 0])
+        if seen:
+            logits = self._logits(embedded, torch.stack(states, 1), torch.stack(seen, 1))
+        else:
+            logits = self.output(embedded)
+        return (logits, self._joined(looks, telling)) if return_looks else logits
+
+    def decoder(self, images: Tensor) -> CaptionDecoder:
+        """What `pyattn.decoding` tells captions of these images by, as `forward` takes them."""
+        return CaptionDecoder(self, images)
+
+    def read(self, images: Tensor, prompt: Tensor, lengths: Tensor | None) -> tuple[Tensor, Telling]:
+        """Reads the beginning of a caption of each image (`CaptionDecoder.prefill`): logits [b, vocab] and the rest."""
+        held = [prompt.shape[1]] * len(prompt) if lengths is None else lengths.tolist()
+        texts = [row[:length] for row, length in zip(prompt.tolist(), held, strict=True)]
+        telling = self._begin(images, texts, with_weights=False)
+        logits = prompt.new_zeros(len(prompt), self.config.vocab, dtype=telling.state.dtype)
+        for place in range(prompt.shape[1]):
+            before = telling.state
+            of_step = self.step(prompt[:, place], telling)
+            is_inside = torch.tensor([place < length for length in held], device=prompt.device)[:, None]
+            logits = torch.where(is_inside, of_step, logits)
+            telling.state = torch.where(is_inside, telling.state, before)
+        return logits, telling
+
+    def step(self, tokens: Tensor, telling: Telling) -> Tensor:
+        """Reads one more token of each row, tokens [b]. Returns the logits [b, vocab] of the one after it."""
+        embedded = self._embedded("tokens", tokens)
+        seen = self._advance(embedded, telling)
+        return self._logits(embedded, telling.state[0, 0], seen)
+
+    def _begin(self, images: Tensor, texts: list[list[int]], *, with_weights: bool) -> Telling:
+        """Encodes the images, prepares their keys, and starts a row for each text, as many for each image.
+
+        with_weights: whether steps of soft attention make their weights, which those of hard attention make anyway.
+        """
+        c, rows = self.config, len(texts)
+        grid = self._grid(images)
+        b, cells, _ = grid.shape
+        if rows % b if b else rows:
+            raise ShapeError(f"tokens: expected captions for a multiple of the {b} images, got {rows}")
+        mean = grid.mean(1)
+        state = torch.stack([self.initial_h(mean), self.initial_c(mean)]).unsqueeze(1)
+        columns = torch.eye(cells, dtype=grid.dtype, device=grid.device).expand(b, -1, -1)
+        values = torch.cat([grid, columns], -1) if with_weights or c.hard else grid
+        memory = Memory([(self.score.keys(grid), values)], b, None, grid.device)
+        if rows != b:
+            memory.reorder([i for i in range(b) for _ in range(rows // b)])
+            state = state.repeat_interleave(rows // b, 2)
+        is_soft = None
+        if c.hard and self.training:
+            is_soft = torch.rand(rows, device=grid.device) < c.soft_rows
+        return Telling(texts, memory, state, is_soft)
+
+    def _grid(self, images: Tensor) -> Tensor:
+        """images, if they are none yet, as a grid [b, L, grid_size]."""
+        c, given = self.config, list(images.shape)
+        if not (images.is_floating_point() or (images.dtype is torch.uint8 and images.ndim == 4)):
+            raise DtypeError(f"images: expected uint8, or floating numbers, got {dtype_name(images.dtype)}")
+        if images.ndim == 3:
+            if given[1] == 0 or given[2] != c.grid_size:
+                raise ShapeError(f"images: expected a grid [b, L >= 1, grid_size={c.grid_size}], got {given}")
+            return images
+        if self.encoder is None:
+            raise RangeError(f"images: expected a grid [b, L, grid_size={c.grid_size}], got {given}: the model has no "
+                             "encoder")  # fmt: skip
+        if images.ndim != 4 or given[1:] != [3, c.image_size, c.image_size]:
+            raise ShapeError(f"images: expected [b, 3, {c.image_size}, {c.image_size}] or a grid [b, L, "
+                             f"grid_size={c.grid_size}], got {given}")  # fmt: skip
+        return self.encoder(images)
+
+    def _advance(self, embedded: Tensor, telling: Telling) -> Tensor:
+        """One step of each row, embedded [rows, width]: looks, steps, and returns what was seen, [rows, grid_size]."""
+        h = telling.state[0, 0]
+        seen = self._look(h, telling)
+        if self.gate is not None:
+            seen = torch.sigmoid(self.gate(h)) * seen
+        _, telling.state = self.cell.step(torch.cat([embedded, seen], -1), telling.state)
+        return seen
+
+    def _look(self, h: Tensor, telling: Telling) -> Tensor:
+        """z of each row without its gate, [rows, grid_size], of states h [rows, hidden]."""
+        memory, size = telling.memory, self.config.grid_size
+        keys, values = memory.layers[0]
+        attend = self.score.attend if self.config.attention == "pyattn" else self.score.attend_unfused
+        found = memory.by_row(cast(Tensor, attend(memory.by_source(h.unsqueeze(1)), keys, values)), 1).squeeze(1)
+        context, weights = found[:, :size], found[:, size:]
+        if weights.shape[1] == 0:
+            return context
+        positions = None
+        if self.config.hard:
+            positions = sampled(weights) if self.training else weights.argmax(-1)
+        if telling.looks is not None:
+            telling.looks.append((weights, positions))
+        if positions is None:
+            return context
+        sources = torch.tensor(memory.sources, device=h.device)
+        at_position = values[sources, positions, :size]
+        return at_position if telling.is_soft is None else torch.where(telling.is_soft[:, None], context, at_position)
+
+    def _joined(self, looks: Sequence[tuple[Tensor, Tensor | None]], telling: Telling) -> Looks:
+        """Those of all steps together."""
+        like, cells = telling.state[0, 0], telling.memory.layers[0][1].shape[1]
+        weights = [like.new_zeros(len(like), 0, cells), *(each.unsqueeze(1) for each, _ in looks)]
+        if not self.config.hard:
+            return Looks(torch.cat(weights, 1), None, None)
+        positions = [each.unsqueeze(1) for _, each in looks if each is not None]
+        none = torch.zeros(len(like), 0, dtype=torch.long, device=like.device)
+        is_soft = torch.zeros(len(like), dtype=torch.bool, device=like.device)
+        is_soft = is_soft if telling.is_soft is None else telling.is_soft
+        return Looks(torch.cat(weights, 1), torch.cat([none, *positions], 1), ~is_soft)
+
+    def _logits(self, embedded: Tensor, states: Tensor, seen: Tensor) -> Tensor:
+        """Of [..., width], [..., hidden] and [..., grid_size]: [..., vocab]."""
+        read = embedded + self.output_h(states) + self.output_z(seen)
+        return self.output(F.dropout(read, self.config.dropout, self.training))
+
+    def _embedded(self, name: str, tokens: Tensor) -> Tensor:
+        return F.dropout(embed(name, tokens, self.embedding.weight), self.config.dropout, self.training)
+
+    def _check_length(self, name: str, length: int) -> None:
+        if length > self.config.context:
+            raise RangeError(f"{name}: expected at most context={self.config.context}, got {length}")
+
+    @classmethod
+    def config_from(cls, fields: Fields) -> CaptionConfig:
+        fields.expect(model_type=OWN_TYPE)
+        types = get_type_hints(CaptionConfig)
+        return CaptionConfig(**{name: fields.typed(name, types[name]) for name in CaptionConfig.__dataclass_fields__})
+
+    def config_fields(self) -> dict[str, Any]:
+        return {"model_type": OWN_TYPE, "architectures": ["ShowAttendTell"], **asdict(self.config)}
+
+    def stored(self) -> dict[str, Tensor]:
+        return dict(self.named_parameters())
+
+
+class CaptionDecoder:
+    """A model and the images that it tells of, for `pyattn.decoding`: prompt i is the beginning of a caption of image
+    i, at least the start token. Rows of one image, such as beams, share its grid.
+
+        decoder = model.decoder(images)
+        beam_search(decoder, decoder.start, 20, beams=4, end=model.config.end)
+    """
+
+    continues_prompt: ClassVar[bool] = False  # a caption cannot go on without its beginning
+
+    def __init__(self, model: ShowAttendTell, images: Tensor) -> None:
+        self.model = model
+        self.config = model.config
+        self.images = images
+
+    @property
+    def start(self) -> Tensor:
+        """The prompts of captions of which nothing is given, int64 [b, 1]."""
+        return torch.full((len(self.images), 1), self.config.start, device=self.images.device)
+
+    def prefill(
+        self,
+        prompt: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        count: int | Sequence[int],
+        page: int | None = None,
+    ) -> tuple[Tensor, Telling]:
+        """Encodes the images and reads the beginnings (`pyattn.decoding.protocol`).
+
+        Args:
+            prompt: [b, m] integer, padded behind; the first token of each is the start token.
+            lengths: [b] integer, tokens of each; all m by default.
+            count: how many tokens `step` may be given afterwards; one number, or one for each prompt.
+            page: of no use here, where a state has one size.
+        Returns:
+            logits [b, vocab] of the next tokens, and what `step` goes on with.
+        Raises:
+            RangeError: a prompt and its count exceed the context.
+            ShapeError: prompts are not as many as the images.
+        """
+        check_prompt(prompt, lengths)
+        if len(prompt) != len(self.images):
+            raise ShapeError(f"prompt: expected one for each of the {len(self.images)} images, got {len(prompt)}")
+        if not isinstance(count, int) and len(count) != len(prompt):
+            raise RangeError(f"count: expected one number, or {len(prompt)}, got {len(count)}")
+        counts = [count] * len(prompt) if isinstance(count, int) else list(count)
+        held = [prompt.shape[1]] * len(prompt) if lengths is None else lengths.tolist()
+        longest = max((have + more for have, more in zip(held, counts, strict=True)), default=0)
+        if longest > self.config.context:
+            raise RangeError(
+                f"count: expected a caption of at most context={self.config.context} tokens, got {longest}"
+            )
+        return self.model.read(self.images, prompt, lengths)
+
+    def step(self, tokens: Tensor, state: Telling) -> Tensor:
+        return self.model.step(tokens, state)
+
+
+def sampled(weights: Tensor) -> Tensor:
+    """A position for each row of weights [b, L], drawn by them: int64 [b]. No gradient."""
+    return torch.multinomial(weights.detach().float(), 1).squeeze(1)
+
+
+def doubly_stochastic(weights: Tensor, is_word: Tensor) -> Tensor:
+    """sum_i (1 - sum_t alpha_ti)^2: how far positions are from being looked at once, all words of a caption together.
+
+    Args:
+        weights: [b, m, L].
+        is_word: bool [b, m]; the steps of padding do not look.
+    Returns:
+        [b]
+    Source: Xu et al. 2015, equation 14.
+    """
+    looked = (weights * is_word[..., None]).sum(1)
+    return (1 - looked).square().sum(-1)
+
+
+def reinforce(
+    looks: Looks, log_probs: Tensor, is_word: Tensor, baseline: Tensor, *, reward: float, entropy: float
+) -> Tensor:
+    """What a hard model's captions add to the loss, so that its gradient reaches the weights.
+
+    The gradient of -reward (log p(y|s) - baseline) log p(s) - entropy H(s), for captions that saw drawn positions s.
+
+    Args:
+        looks: of the captions, [b, m, L], from a hard model in training.
+        log_probs: [b], log p(y|s) of whole captions; no gradient goes into them here.
+        is_word: bool [b, m].
+        baseline: what log p(y|s) is measured against.
+        reward, entropy: the factors of the two terms, the paper's lambda_r and lambda_e. With a reward of 1 the
+            gradient is, in the mean, that of the expected loss.
+    Returns:
+        [b]; 0 for captions that saw the sum.
+    Raises:
+        RangeError: the looks are a soft model's.
+    Source: Xu et al. 2015, section 4.1, equations 11 to 13.
+    """
+    if looks.positions is None or looks.is_hard is None:
+        raise RangeError("looks: expected those of a hard model, got soft attention's, which has a gradient")
+    tiny = torch.finfo(looks.weights.dtype).tiny
+    logs = looks.weights.clamp(min=tiny).log()
+    of_drawn = logs.gather(-1, looks.positions[..., None]).squeeze(-1)
+    gain = (log_probs.detach() - baseline)[:, None]
+    uncertainty = -(looks.weights * logs).sum(-1)
+    of_words = (-reward * gain * of_drawn - entropy * uncertainty) * is_word
+    return of_words.sum(-1) * looks.is_hard
