@@ -64,7 +64,7 @@ def load(given: str) -> tuple[str, Any, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.captions", description=__doc__)
     parser.add_argument("--scenes", type=int, default=1000, help="of either sort (default: %(default)s)")
-    parser.add_argument("--beams", type=int, default=1, help="width of the beam search (default: %(default)s)")
+    parser.add_argument("--beams", type=int, default=4, help="width of the beam search (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/captions"), help="pictures (default: %(default)s)")
     parser.add_argument("models", nargs="+", help="NAME=FOLDER, a model that `pyattn train caption` has left")
     options = parser.parse_args(arguments)

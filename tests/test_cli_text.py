@@ -235,7 +235,7 @@ def test_lines_of_another_kind_are_named(guesser: Path) -> None:
 
 
 def test_translation_with_a_line_s_end_stays_one_line() -> None:
-    assert text._one_line("a\nb\rc\td") == "a b c d"
+    assert text.one_line("a\nb\rc\td") == "a b c d"
 
 
 def test_generate_several_prompts_without_a_token(writer: Path) -> None:

@@ -16,7 +16,7 @@ from pyattn.files import replacing
 
 _INCHES = 0.32  # of a word
 _COLUMNS = 6  # of pictures side by side
-_SHADE = 0.75  # of what was not looked at
+_SHADE = 0.85  # of what was not looked at
 
 
 def draw_alignment(picture: Path, weights: Tensor, source: Sequence[str], target: Sequence[str]) -> None:

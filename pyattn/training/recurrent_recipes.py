@@ -300,7 +300,7 @@ class CaptionSettings(Settings):
     batch: int = option(64, "Captions in a step.", between(1, 2**24))
 
     context: int = option(64, "The most tokens of a caption.", between(1, 2**24))
-    steps: int = shared("steps", 3000)
+    steps: int = shared("steps", 5000)
     lr: float = shared("lr", 3e-3)
 
     def __post_init__(self) -> None:

@@ -56,9 +56,9 @@ def held_back(count: int, *, held_out: bool) -> list[Scene]:
 
 
 def score_scenes(
-    model: Any, tokenizer: Any, *, count: int = 500, held_out: bool = False, beams: int = 1
+    model: Any, tokenizer: Any, *, count: int = 500, held_out: bool = False, beams: int = 4
 ) -> SceneScores:
-    """Lets a model describe the scenes of `held_back`, greedily or by beam search.
+    """Lets a model describe the scenes of `held_back`, by beam search, as `pyattn caption` does.
 
     held_out: as for `held_back`.
     """
