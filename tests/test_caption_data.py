@@ -435,9 +435,11 @@ def test_a_baseline_takes_all_parts_of_a_step_when_the_next_one_begins(tmp_path:
     is_hard, is_word = torch.tensor([True, False]), torch.ones(2, 1, dtype=torch.bool)
     looks = Looks(torch.full((2, 1, 2), 0.5), torch.zeros(2, 1, dtype=torch.long), is_hard)
     for task in tasks:
-        for log_p in (-4.0, -8.0):  # of two parts; captions that are read softly do not count
+        # Of two parts, both against the baseline of the steps before, 0; captions that are read softly do not count.
+        for log_p in (-4.0, -8.0):
             added = task._reinforced(looks, is_hard, torch.tensor([log_p, -100.0]), is_word)
-            assert added == pytest.approx(-log_p * numpy.log(0.5))  # against the baseline of the steps before
+            expected = -task.factors.reward * log_p * numpy.log(0.5)
+            assert added == pytest.approx(expected)
         task.examples(2)
         assert task._baseline.item() == pytest.approx(0.1 * -6)
 
