@@ -20,6 +20,7 @@ from pyattn.check import ShapeError
 from pyattn.cli import app
 from pyattn.decoding.pictures import draw_looks
 from pyattn.models import CaptionConfig, ShowAttendTell
+from pyattn.models.caption import Looks
 from pyattn.training import captions, images, metrics, scene_scores
 from pyattn.training.caption_files import TRAIN, VALIDATION, read_folder
 from pyattn.training.captions import LossFactors, PictureTask, SceneTask, load_pictures
@@ -426,6 +427,21 @@ def test_a_baseline_is_the_moving_average_of_whole_steps_and_is_carried() -> Non
     rewards = [-step.losses["caption"] * step.tokens / settings.batch for step in steps]  # of hard rows and soft ones
     average = sum(0.1 * 0.9 ** (2 - i) * reward for i, reward in enumerate(rewards))
     assert carried.item() == pytest.approx(average, rel=0.15)
+
+
+def test_a_baseline_takes_all_parts_of_a_step_when_the_next_one_begins(tmp_path: Path) -> None:
+    settings = _settings(hard=True)
+    tasks = [_scenes(settings), PictureTask(_load(_metadata(tmp_path)), batch=4, seed=0, factors=LossFactors())]
+    is_hard, is_word = torch.tensor([True, False]), torch.ones(2, 1, dtype=torch.bool)
+    looks = Looks(torch.full((2, 1, 2), 0.5), torch.zeros(2, 1, dtype=torch.long), is_hard)
+    for task in tasks:
+        # Of two parts, both against the baseline of the steps before, 0; captions that are read softly do not count.
+        for log_p in (-4.0, -8.0):
+            added = task._reinforced(looks, is_hard, torch.tensor([log_p, -100.0]), is_word)
+            expected = -task.factors.reward * log_p * numpy.log(0.5)
+            assert added == pytest.approx(expected, rel=0.01)  # beside it the entropy
+        task.examples(2)
+        assert task._baseline.item() == pytest.approx(0.1 * -6)
 
 
 def test_hard_attention_changes_the_gradient_and_not_the_loss() -> None:

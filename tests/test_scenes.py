@@ -151,6 +151,13 @@ def test_a_description_is_right_when_it_has_all_objects_and_all_it_says_is_true(
     assert parse(caption).is_of(shown) is is_right
 
 
+def test_objects_that_are_named_twice_are_not_right() -> None:
+    shown = _scene(("small red circle", 0), ("small red circle", 2))
+    assert parse("two small red circles").is_of(shown)
+    for twice in ("two small red circles and two small red circles", "a small red circle and a small red circle"):
+        assert not parse(twice).is_of(shown)
+
+
 @pytest.mark.parametrize(
     "caption",
     [
