@@ -24,6 +24,7 @@ from .tiles import head_start, load_tile, statistics_start
 def products_with(
     q_tile,
     do_tile,
+    term,
     k_base,
     v_base,
     start_n,
@@ -39,13 +40,14 @@ def products_with(
     ALIGN: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """q k^T and d_out v^T of the keys `start_n ...`, of which those in [first, last) are read; both [BLOCK, BLOCK]."""
+    """q k^T onto the relative term, as other kernels sum them, and d_out v^T, of the keys `start_n ...`, of which those
+    in [first, last) are read; both [BLOCK, BLOCK]."""
     keys = start_n + tl.arange(0, BLOCK)
     wanted = (keys >= first) & (keys < last)
     k_tile = load_tile(k_base, stride_kn, start_n, wanted, True, HEAD_DIM, BLOCK, BLOCK_D, ALIGN, OFFSET)
     v_tile = load_tile(v_base, stride_vn, start_n, wanted, True, HEAD_DIM_V, BLOCK, BLOCK_DV, ALIGN, OFFSET)
-    q_k = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-    return q_k, tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
+    s = tl.dot(q_tile, tl.trans(k_tile), term, input_precision="ieee")
+    return s, tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=launch.RUNTIME_VALUES)
@@ -181,7 +183,7 @@ def _flash_bwd_drelative_kernel(
             rq_tile = load_rows(rq_base, start_m, M, HEAD_DIM_E, BLOCK, BLOCK_E)
             # [BLOCK, BLOCK]
             turns = turning(start_m, BLOCK, 1)
-            s = turn(tl.dot(rq_tile, tl.trans(rk_tile), input_precision="ieee"), turns, 1)
+            term = turn(tl.dot(rq_tile, tl.trans(rk_tile), input_precision="ieee"), turns, 1)
             is_near = of_low(turns, BLOCK)  # of keys from i on, as of rows
             cols = rows[None, :] + tl.where(is_near, 0, BLOCK)
             q_tile = load_tile(q_base, stride_qm, start_m, in_m, True, HEAD_DIM, BLOCK, BLOCK_D, ALIGN, OFFSET)
@@ -189,16 +191,16 @@ def _flash_bwd_drelative_kernel(
                 q_tile = q_tile * SCALE_SIGN
             do_tile = load_tile(do_base, stride_dom, start_m, in_m, True, HEAD_DIM_V, BLOCK, BLOCK_DV, ALIGN, OFFSET)
             first, last = keys_seen(start_m, tl.minimum(start_m + BLOCK, M), n_keys, offset, left, right)[:2]
-            q_k, do_v = products_with(
-                q_tile, do_tile, k_base, v_base, start_n, first, last, stride_kn, stride_vn,
+            near_s, near_dp = products_with(
+                q_tile, do_tile, term, k_base, v_base, start_n, first, last, stride_kn, stride_vn,
                 HEAD_DIM, HEAD_DIM_V, BLOCK, BLOCK_D, BLOCK_DV, ALIGN, OFFSET,
             )  # fmt: skip
-            far_q_k, far_do_v = products_with(
-                q_tile, do_tile, k_base, v_base, start_n + BLOCK, first, last, stride_kn, stride_vn,
+            far_s, far_dp = products_with(
+                q_tile, do_tile, term, k_base, v_base, start_n + BLOCK, first, last, stride_kn, stride_vn,
                 HEAD_DIM, HEAD_DIM_V, BLOCK, BLOCK_D, BLOCK_DV, ALIGN, OFFSET,
             )  # fmt: skip
-            s += tl.where(is_near, q_k, far_q_k)
-            dp = tl.where(is_near, do_v, far_do_v)
+            s = tl.where(is_near, near_s, far_s)
+            dp = tl.where(is_near, near_dp, far_dp)
             # A key before the first one is put behind the last, where nothing is read.
             keys = tl.where(start_n + cols < 0, N - start_n, cols)
             s, t = to_scores(
