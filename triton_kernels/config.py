@@ -131,9 +131,19 @@ TABLE: dict[tuple[str, str, int], dict[int, Config]] = {
     },
     # With tiles of 64 the code for 10.0 would multiply rows that have not arrived yet in dq; so says the PTX machine.
     ("relative dkdv", "hopper", 16): {64: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 2)},
-    **{(f"relative {k}", "any", 16): {256: Config(32, 32, 8, 2)} for k in RELATIVE},
-    **{(f"relative {k}", "heavy", 16): {256: Config(32, 32, 8, 2)} for k in ("forward", "dq", "dkdv")},
-    ("relative rows", "heavy", 16): {64: Config(32, 32, 8, 1), 256: Config(32, 32, 8, 2)},
+    **{
+        (f"relative {k}", name, 16): {256: Config(32, 32, 8, 2)}
+        for k in ("forward", "dq", "dkdv")
+        for name in ("any", "heavy")
+    },
+    **{
+        ("relative rows", name, 16): {
+            64: Config(32, 32, 8, stages),
+            128: Config(16, 16, 4, 1),
+            256: Config(16, 16, 8, 1),
+        }
+        for name, stages in (("any", 2), ("heavy", 1))
+    },
     **{
         (f"relative {k}", name, 16): {
             64: Config(32, 32, 4, 1),
