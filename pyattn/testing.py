@@ -184,6 +184,7 @@ CASES: tuple[Case, ...] = (
     Case("relative-learned-bias", relative=1, relative_shared=True, m=140, n=130),
     Case("relative-memory", relative=32, relative_shared=True, causal=True, m=70, n=200, layout="bmhd"),
     Case("relative-window", relative=17, window=(9, 4), m=140, n=140),
+    Case("relative-scale-negative", relative=20, m=40, n=70, scale=-0.3, bias="11mn"),
     Case("relative-no-keys", relative=8, n=0),
     Case("relative-no-queries", relative=8, m=0),
     Case("relative-large", relative=32, powers=(3, 3), m=70, n=70),

@@ -1,4 +1,4 @@
-"""Runs on a text of 160 characters, for tests of models whose states go from step to step."""
+"""Short runs, for tests of training whose state goes from step to step."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from typer.testing import CliRunner
+
+from pyattn.cli import app
 from pyattn.training.run import Run, open_run
 from pyattn.training.settings import Settings
 
 
 def open_on_text(folder: Path, recipe: type[Settings], settings: dict[str, Any], resume: bool, **given: Any) -> Run:
-    """given: settings that the user names."""
+    """On a text of 160 characters. given: settings that the user names."""
     folder.parent.mkdir(exist_ok=True)
     text = folder.parent / "text"
     text.write_text(Path(argparse.__file__).read_text("utf-8")[:160])
@@ -28,3 +31,10 @@ def results(run: Run, last: int = 1000) -> list[tuple[float | None, ...]]:
             run.save()
             break
     return found
+
+
+def command(*arguments: object) -> str:
+    """What pyattn shows for a command that ends well."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output

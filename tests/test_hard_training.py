@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from stream_runs import results
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -101,25 +102,15 @@ def _open(folder: Path, resume: bool = False, **given: Any) -> Run:
     return open_run(folder, Seq2SeqSettings, settings, set(given), "cpu", resume=resume, overwrite=False)
 
 
-def _results(run: Run, last: int = 1000) -> list[tuple[float | None, ...]]:
-    found = []
-    for step in run.steps():
-        found.append((step.loss, step.grad_norm, step.val_loss))
-        if step.step == last:
-            run.save()
-            break
-    return found
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("last", [1, 3, 4])
 def test_resumed_run_equals_uninterrupted_bitwise(tmp_path: Path, last: int, accumulate: int) -> None:
     whole = _open(tmp_path / "whole", accumulate=accumulate)
-    expected = _results(whole)
-    found = _results(_open(tmp_path / "parts", accumulate=accumulate), last)
+    expected = results(whole)
+    found = results(_open(tmp_path / "parts", accumulate=accumulate), last)
     torch.manual_seed(999)
     second = _open(tmp_path / "parts", resume=True)
-    assert found + _results(second) == expected
+    assert found + results(second) == expected
     ours, theirs = (run.model.state_dict() | run.task.carried(run.model) for run in (second, whole))
     assert ours["baseline"] < -1
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -127,13 +118,13 @@ def test_resumed_run_equals_uninterrupted_bitwise(tmp_path: Path, last: int, acc
 
 def test_baseline_is_part_of_the_checkpoint_and_matters(tmp_path: Path) -> None:
     whole = _open(tmp_path / "whole")
-    expected = _results(whole)
-    _results(_open(tmp_path / "parts"), 3)
+    expected = results(whole)
+    results(_open(tmp_path / "parts"), 3)
     carried = checkpoint.load(tmp_path / "parts" / "checkpoint.safetensors").tensors["carry.baseline"]
     assert carried.dtype is torch.float64 and carried.shape == ()
     run = _open(tmp_path / "parts", resume=True)
     run.task.restore_carried(run.model, {"baseline": torch.zeros((), dtype=torch.float64)})
-    assert _results(run) != expected[3:]
+    assert results(run) != expected[3:]
 
 
 def test_straight_through_learns_by_the_likelihood_alone(tmp_path: Path) -> None:

@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from stream_runs import open_on_text, results
+from stream_runs import command, open_on_text, results
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from torch.nn import functional as F
-from typer.testing import CliRunner
 
 import pyattn
-from pyattn.cli import app
 from pyattn.decoding.sampling import GREEDY, generate
 from pyattn.models.transformer_xl import TransformerXL, TransformerXLConfig
 from pyattn.training import checkpoint, metrics
@@ -217,15 +215,9 @@ def test_settings_reach_the_model() -> None:
     assert TransformerXLSettings(width=64, heads=4).config(300).head_size == 16
 
 
-def _command(*arguments: object) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 def test_command_trains_resumes_and_writes(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    output = _command(
+    output = command(
         *("train", "transformer-xl", "--text", argparse.__file__, "--layers", 1, "--width", 16, "--hidden", 16),
         *("--context", 16, "--memory", 24, "--batch", 4, "--vocab", 300, "--steps", 4, "--device", "cpu"),
         *("--sample-tokens", 7, "--out", out),
@@ -233,10 +225,10 @@ def test_command_trains_resumes_and_writes(tmp_path: Path) -> None:
     assert re.search(r"TransformerXL with [\d,]+ parameters and pyattn attention on cpu; .* 4 streams with 16", output)
     assert "step     4/4  validation" in output
     assert (out / "sample.txt").read_text("utf-8") in output
-    _command("train", "transformer-xl", "--out", out, "--resume", "--steps", 6, "--sample-tokens", 0)
+    command("train", "transformer-xl", "--out", out, "--resume", "--steps", 6, "--sample-tokens", 0)
     assert [line["step"] for line in metrics.read(out)] == [1, 2, 3, 4, 5, 6]
     assert load_file(out / "checkpoint.safetensors")["carry.states"].shape == (1, 1, 4, 24, 16)
-    written = _command(
+    written = command(
         *("generate", "--model", out / "model", "--prompt", "def main", "--tokens", 40, "--temperature", 0),
         *("--device", "cpu"),
     )

@@ -13,12 +13,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from stream_runs import command
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 import pyattn
-from pyattn.cli import app
 from pyattn.models.xlnet import XLNetConfig, XLNetLMHead
 from pyattn.models.xlnet_heads import XLNetForSequenceClassification
 from pyattn.training import metrics
@@ -395,22 +394,16 @@ def test_settings_reach_the_model() -> None:
     assert XLNetSettings(context=512).predicted == 85
 
 
-def _command(*arguments: object) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 def test_command_trains_shows_the_baseline_and_resumes(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    output = _command(
+    output = command(
         *("train", "xlnet", "--text", argparse.__file__, "--layers", 1, "--width", 16, "--hidden", 16),
         *("--context", 16, "--memory", 24, "--batch", 4, "--vocab", 300, "--steps", 4, "--device", "cpu"),
         *("--out", out),
     )
     assert re.search(r"XLNetLMHead with [\d,]+ parameters and pyattn attention on cpu; .* 4 streams with a row", output)
     assert re.search(r"step     4/4  validation [\d.]+  permuted [\d.]+ \(of [\d.]+\)", output)
-    _command("train", "xlnet", "--out", out, "--resume", "--steps", 6)
+    command("train", "xlnet", "--out", out, "--resume", "--steps", 6)
     assert [line["step"] for line in metrics.read(out)] == [1, 2, 3, 4, 5, 6]
     assert load_file(out / "checkpoint.safetensors")["carry.states"].shape == (1, 1, 4, 24, 16)
     assert XLNetLMHead.from_pretrained(out / "model").config.reuse == 8

@@ -13,14 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stream_runs import open_on_text, results
+from stream_runs import command, open_on_text, results
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typer.testing import CliRunner
 
 import pyattn
-from pyattn.cli import app
 from pyattn.models.rnn import RNNLM, RNNConfig
 from pyattn.training import checkpoint, metrics
 from pyattn.training.checkpoint import CheckpointError
@@ -336,24 +334,18 @@ def test_settings_that_do_not_go_together_are_named(options: dict[str, Any], mes
         RNNSettings(**options)
 
 
-def _command(*arguments: object) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 def test_command_trains_resumes_and_writes(tmp_path: Path) -> None:
     options: Sequence[object] = (
         *("--text", argparse.__file__, "--layers", 1, "--width", 16, "--hidden", 16, "--context", 16, "--batch", 4),
         *("--vocab", 300, "--steps", 4, "--device", "cpu"),
     )
     out = tmp_path / "run"
-    output = _command("train", "rnn", *options, "--sample-tokens", 7, "--out", out)
+    output = command("train", "rnn", *options, "--sample-tokens", 7, "--out", out)
     assert re.search(r"RNNLM with [\d,]+ parameters on cpu; .* 4 streams with 16 tokens of each in a step", output)
     assert "step     4/4  validation" in output
     assert (out / "sample.txt").read_text("utf-8") in output
-    _command("train", "rnn", "--out", out, "--resume", "--steps", 6, "--sample-tokens", 0)
+    command("train", "rnn", "--out", out, "--resume", "--steps", 6, "--sample-tokens", 0)
     assert [line["step"] for line in metrics.read(out)] == [1, 2, 3, 4, 5, 6]
     assert load_file(out / "checkpoint.safetensors")["carry.states"].shape == (2, 1, 4, 16)
-    attending = _command("train", "rnn", *options, "--self-attention", "--out", tmp_path / "a", "--sample-tokens", 0)
+    attending = command("train", "rnn", *options, "--self-attention", "--out", tmp_path / "a", "--sample-tokens", 0)
     assert "parameters and pyattn attention on cpu" in attending

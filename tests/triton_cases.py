@@ -35,7 +35,8 @@ InterpreterBuilder.create_dot = _exact_dot
 SMOKE = """plain cross odd-head-sizes scale-negative causal window key-lengths mask-full gqa dropout-gqa-causal segments
     bias-per-head softcap-causal-bias alibi-causal sinks packed-gqa-window packed-dropout-alibi-sinks everything
     additive additive-saturated additive-packed relative relative-one-query relative-learned-bias relative-memory
-    relative-window relative-ranks-everything ranks ranks-causal row-windows row-windows-additive"""
+    relative-scale-negative relative-window relative-ranks-everything ranks ranks-causal row-windows
+    row-windows-additive"""
 EMPTY = """no-queries no-keys no-batch no-head-size no-value-size scores-huge relative-no-keys relative-no-queries
     relative-large"""
 RUNS = [(c, torch.float32) for c in CASES if c.id in (SMOKE + " " + EMPTY).split()]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, NamedTuple, cast, get_type_hints
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -342,8 +342,7 @@ class ShowAttendTell(Pretrained):
     @classmethod
     def config_from(cls, fields: Fields) -> CaptionConfig:
         fields.expect(model_type=OWN_TYPE)
-        types = get_type_hints(CaptionConfig)
-        return CaptionConfig(**{name: fields.typed(name, types[name]) for name in CaptionConfig.__dataclass_fields__})
+        return fields.all_of(CaptionConfig)
 
     def config_fields(self) -> dict[str, Any]:
         return {"model_type": OWN_TYPE, "architectures": ["ShowAttendTell"], **asdict(self.config)}

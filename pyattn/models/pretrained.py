@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 _SHOWN = 5  # names per list, in an error
 _MANY_LAYERS = 1000  # that can be made to compare them, even where their tensors are missing
 Self = TypeVar("Self", bound="Pretrained")
+C = TypeVar("C")
 
 
 class PretrainedError(PyattnError, ValueError):
@@ -200,6 +201,10 @@ class Fields:
                 return tuple(value)
         wanted = " or ".join(map(_in_words, kinds))
         raise PretrainedError(f"model: expected {wanted} for {name} in {self.path}, got {value!r}")
+
+    def all_of(self, config: type[C]) -> C:
+        """A configuration of our own, each of whose fields is in the file by its name and of its type."""
+        return config(**{name: self.typed(name, kind) for name, kind in get_type_hints(config).items()})
 
     def optional(self, name: str, kind: Any, default: Any = None) -> Any:
         """A field that may be missing, null counting as missing, and else is of a type, as for `typed`."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, NamedTuple, cast, get_type_hints
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -375,8 +375,7 @@ class Seq2Seq(Pretrained):
     @classmethod
     def config_from(cls, fields: Fields) -> Seq2SeqConfig:
         fields.expect(model_type=OWN_TYPE)
-        types = get_type_hints(Seq2SeqConfig)
-        return Seq2SeqConfig(**{name: fields.typed(name, types[name]) for name in Seq2SeqConfig.__dataclass_fields__})
+        return fields.all_of(Seq2SeqConfig)
 
     def config_fields(self) -> dict[str, Any]:
         return {"model_type": OWN_TYPE, "architectures": ["Seq2Seq"], **asdict(self.config)}

@@ -65,7 +65,6 @@ LARGE = (
 # Branches that no case of the contract enters.
 FURTHER = (
     Case("bias-scale-negative", bias="1hmn", scale=-0.3),
-    Case("relative-scale-negative", relative=20, b=1, h=2, hk=1, m=40, n=70, scale=-0.3, bias="11mn"),
     Case("additive-bias-full", additive=True, b=1, m=40, n=70, d=17, scale=-0.3, bias="bhmn", mask="b11n",
          unseen_nan=True),
 )  # fmt: skip
