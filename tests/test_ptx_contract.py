@@ -14,9 +14,7 @@ ROWS = chosen("sm_80")
 PAGED = [(1, 16, "causal"), (24, 7, "alibi-softcap-sinks")]  # (queries, rows of a page, options of test_kvcache.py)
 # Beginnings of branches that only compute an address, a factor or zeros, which the compiler may take from elsewhere.
 MERGED = (
-    "mask_base = head_start(",
-    "bias_base = head_start(",
-    "dbias_base = head_start(",
+    "start = head_start(",
     "return start, start, start, stop",
     "s = s * magnitude",
     "drq = tl.zeros(",

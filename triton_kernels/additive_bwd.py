@@ -35,6 +35,7 @@ from .schedule import (
     MASKED_RUN,
     block_start,
     first_run,
+    held_keys,
     hides_inside,
     keys_seen,
     load_ids,
@@ -48,9 +49,18 @@ from .schedule import (
     within_ids,
     within_windows,
 )
-from .score import through_softcap, to_scores
+from .score import load_slope, through_softcap, to_scores
 from .softmax import LOG2_E, exp_scores, score_gradient
-from .tiles import head_start, load_tile, score_ptrs, statistics_start, store_tile
+from .tiles import (
+    head_start,
+    load_d_lse,
+    load_statistic,
+    load_tile,
+    score_ptrs,
+    scores_start,
+    statistics_start,
+    store_tile,
+)
 
 
 @triton.jit(do_not_specialize=launch.RUNTIME_VALUES)
@@ -148,21 +158,12 @@ def _additive_bwd_dq_kernel(
         i_s, block, first_m, n_queries, first_n, n_keys = locate(block, cu_q_ptr, cu_k_ptr, S, M, N, BLOCK_M)
         offset = n_keys - n_queries
     start_m = tl.maximum(tl.cdiv(n_queries, BLOCK_M) - 1 - block, 0) * BLOCK_M
-    if lengths_ptr is not None:
-        n_keys = tl.minimum(tl.load(lengths_ptr + i_b), N)  # a wrong length must not read past the keys
+    n_keys = held_keys(lengths_ptr, i_b, n_keys)
     v_base = head_start(v_ptr, i_b, i_h // GROUP, first_n, stride_vb, stride_vh, stride_vn, ALIGN)
-    mask_base = mask_ptr
-    if mask_ptr is not None:
-        mask_base = head_start(mask_ptr, i_b, i_h, None, stride_mask_b, stride_mask_h, stride_mask_m, 1)
-    bias_base = bias_ptr
-    if bias_ptr is not None:
-        bias_base = head_start(bias_ptr, i_b, i_h, None, stride_bias_b, stride_bias_h, stride_bias_m, 1)
-    dbias_base = dbias_ptr
-    if dbias_ptr is not None:
-        dbias_base = head_start(dbias_ptr, i_b, i_h, None, stride_dbias_b, stride_dbias_h, stride_dbias_m, 1)
-    slope = slopes_ptr
-    if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + i_s * H + i_h)
+    mask_base = scores_start(mask_ptr, i_b, i_h, stride_mask_b, stride_mask_h)
+    bias_base = scores_start(bias_ptr, i_b, i_h, stride_bias_b, stride_bias_h)
+    dbias_base = scores_start(dbias_ptr, i_b, i_h, stride_dbias_b, stride_dbias_h)
+    slope = load_slope(slopes_ptr, i_s * H + i_h)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     EXACT: tl.constexpr = v_ptr.dtype.element_ty == tl.float32
@@ -182,11 +183,9 @@ def _additive_bwd_dq_kernel(
     # [BLOCK_M]
     i_m = start_m + rows
     delta = row_dots(do_tile, out_tile, EXACT)
-    d_lse = dlse_ptr
-    if dlse_ptr is not None:
-        d_lse = tl.load(statistics_start(dlse_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=0.0)[:, None]
-    top = tl.load(statistics_start(row_max_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=0.0)
-    log_sum = tl.load(statistics_start(log_sum_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=float("inf"))
+    d_lse = load_d_lse(dlse_ptr, i_b, i_h, H, M, first_m, i_m, in_m, 1)
+    top = load_statistic(row_max_ptr, i_b, i_h, H, M, first_m, i_m, in_m, 0.0)
+    log_sum = load_statistic(log_sum_ptr, i_b, i_h, H, M, first_m, i_m, in_m, float("inf"))
     delta = tl.where(log_sum == float("inf"), 0.0, delta)
     tl.store(statistics_start(delta_ptr, i_b, i_h, H, M, first_m) + i_m, delta, mask=in_m)
     q_parts = parts_start(q_parts_ptr, i_b, i_h, H, q_rows, first_m, EVEN) + start_m
@@ -375,8 +374,7 @@ def _additive_bwd_dkdv_kernel(
         offset = all_keys - n_queries
     start_n = block * BLOCK_N
     n_keys = all_keys
-    if lengths_ptr is not None:
-        n_keys = tl.minimum(tl.load(lengths_ptr + i_b), N)  # a wrong length must not read past the keys
+    n_keys = held_keys(lengths_ptr, i_b, n_keys)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     unit = factor * LOG2_E
@@ -429,15 +427,10 @@ def _additive_bwd_dkdv_kernel(
             mild = is_mild(tl.load(q_reach_ptrs), k_reach)
             weight_base = weight_ptr + i_h * EVEN
             # [BLOCK_M]
-            top = tl.load(statistics_start(row_max_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=0.0)
-            log_sum_ptrs = statistics_start(log_sum_ptr, i_b, i_h, H, M, first_m) + i_m
-            log_sum = tl.load(log_sum_ptrs, mask=in_m, other=float("inf"))
-            bias_base = bias_ptr
-            if bias_ptr is not None:
-                bias_base = head_start(bias_ptr, i_b, i_h, None, stride_bias_b, stride_bias_h, stride_bias_m, 1)
-            slope = slopes_ptr
-            if slopes_ptr is not None:
-                slope = tl.load(slopes_ptr + i_s * H + i_h)
+            top = load_statistic(row_max_ptr, i_b, i_h, H, M, first_m, i_m, in_m, 0.0)
+            log_sum = load_statistic(log_sum_ptr, i_b, i_h, H, M, first_m, i_m, in_m, float("inf"))
+            bias_base = scores_start(bias_ptr, i_b, i_h, stride_bias_b, stride_bias_h)
+            slope = load_slope(slopes_ptr, i_s * H + i_h)
             # [BLOCK_N, BLOCK_M]
             s_t = additive_scores(
                 q_parts, k_parts, rows[None, :], cols[:, None], q_rows, k_rows, in_m[None, :], in_keys[:, None],
@@ -454,15 +447,10 @@ def _additive_bwd_dkdv_kernel(
             # [BLOCK_N, BLOCK_DV], read again for each tile, because it would take registers through the columns' loops.
             v_tile = load_tile(v_base, stride_vn, start_n, in_keys, True, HEAD_DIM_V, BLOCK_N, BLOCK_DV, ALIGN, OFFSET)
             dp_t = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
-            delta = tl.load(statistics_start(delta_ptr, i_b, i_h, H, M, first_m) + i_m, mask=in_m, other=0.0)
-            d_lse = dlse_ptr
-            if dlse_ptr is not None:
-                dlse_ptrs = statistics_start(dlse_ptr, i_b, i_h, H, M, first_m) + i_m
-                d_lse = tl.load(dlse_ptrs, mask=in_m, other=0.0)[None, :]
+            delta = load_statistic(delta_ptr, i_b, i_h, H, M, first_m, i_m, in_m, 0.0)
+            d_lse = load_d_lse(dlse_ptr, i_b, i_h, H, M, first_m, i_m, in_m, 0)
             if run == MASKED_RUN:
-                mask_base = mask_ptr
-                if mask_ptr is not None:
-                    mask_base = head_start(mask_ptr, i_b, i_h, None, stride_mask_b, stride_mask_h, stride_mask_m, 1)
+                mask_base = scores_start(mask_ptr, i_b, i_h, stride_mask_b, stride_mask_h)
                 q_ids = load_ids(q_ids_ptr, i_b, M, i_m[None, :], in_m[None, :])
                 q_ranks = load_ids(q_ranks_ptr, i_b, M, i_m[None, :], in_m[None, :])
                 row_first = load_ids(row_first_ptr, i_b, M, i_m[None, :], in_m[None, :])

@@ -15,6 +15,7 @@ from .philox import dropout_keep
 from .schedule import (
     MASKED_RUN,
     block_start,
+    held_keys,
     hides_inside,
     keys_seen,
     load_ids,
@@ -27,9 +28,9 @@ from .schedule import (
     within_ids,
     within_windows,
 )
-from .score import to_scores
+from .score import load_slope, to_scores
 from .softmax import LOG2_E, finish_rows, softmax_step
-from .tiles import head_start, load_tile, statistics_start, store_tile
+from .tiles import head_start, load_tile, scores_start, statistics_start, store_tile
 
 
 @triton.jit(do_not_specialize=launch.RUNTIME_VALUES)
@@ -115,18 +116,11 @@ def _additive_fwd_kernel(
         i_s, block, first_m, n_queries, first_n, n_keys = locate(block, cu_q_ptr, cu_k_ptr, S, M, N, BLOCK_M)
         offset = n_keys - n_queries
     start_m = tl.maximum(tl.cdiv(n_queries, BLOCK_M) - 1 - block, 0) * BLOCK_M
-    if lengths_ptr is not None:
-        n_keys = tl.minimum(tl.load(lengths_ptr + i_b), N)  # a wrong length must not read past the keys
+    n_keys = held_keys(lengths_ptr, i_b, n_keys)
     v_base = head_start(v_ptr, i_b, i_h // GROUP, first_n, stride_vb, stride_vh, stride_vn, ALIGN)
-    mask_base = mask_ptr
-    if mask_ptr is not None:
-        mask_base = head_start(mask_ptr, i_b, i_h, None, stride_mask_b, stride_mask_h, stride_mask_m, 1)
-    bias_base = bias_ptr
-    if bias_ptr is not None:
-        bias_base = head_start(bias_ptr, i_b, i_h, None, stride_bias_b, stride_bias_h, stride_bias_m, 1)
-    slope = slopes_ptr
-    if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + i_s * H + i_h)
+    mask_base = scores_start(mask_ptr, i_b, i_h, stride_mask_b, stride_mask_h)
+    bias_base = scores_start(bias_ptr, i_b, i_h, stride_bias_b, stride_bias_h)
+    slope = load_slope(slopes_ptr, i_s * H + i_h)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     HIDES: tl.constexpr = hides_inside(mask_ptr, q_ids_ptr, q_ranks_ptr, row_first_ptr)

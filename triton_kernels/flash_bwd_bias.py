@@ -15,13 +15,10 @@ from .additive import MOST_ROWS, NOT_ADDITIVE, additive_scores, is_mild, parts_s
 from .mask import visible
 from .philox import dropout_keep
 from .relative import load_low_and_high, load_rows, matrix_start, relative_products
-from .schedule import (
-    keys_seen,
-    load_ids,
-)
-from .score import to_scores
+from .schedule import held_keys, keys_seen, load_ids
+from .score import load_slope, to_scores
 from .softmax import LOG2_E, exp_scores, score_gradient
-from .tiles import head_start, load_tile, score_ptrs, statistics_start
+from .tiles import head_start, load_d_lse, load_statistic, load_tile, score_ptrs, scores_start, statistics_start
 
 
 @triton.jit(do_not_specialize=launch.RUNTIME_VALUES)
@@ -144,16 +141,10 @@ def _flash_bwd_dbias_kernel(
     for i_bh in tl.range(0, each_h * each_b):
         i_h = own_h + i_bh % each_h
         i_b = own_b + i_bh // each_h
-        n_keys = N
-        if lengths_ptr is not None:
-            n_keys = tl.minimum(tl.load(lengths_ptr + i_b), N)  # a wrong length must not read past the keys
-        mask_base = mask_ptr
-        if mask_ptr is not None:
-            mask_base = head_start(mask_ptr, i_b, i_h, None, stride_mask_b, stride_mask_h, stride_mask_m, 1)
+        n_keys = held_keys(lengths_ptr, i_b, N)
+        mask_base = scores_start(mask_ptr, i_b, i_h, stride_mask_b, stride_mask_h)
         bias_base = head_start(bias_ptr, i_b, i_h, None, stride_bias_b, stride_bias_h, stride_bias_m, 1)
-        slope = slopes_ptr
-        if slopes_ptr is not None:
-            slope = tl.load(slopes_ptr + i_b * H + i_h)
+        slope = load_slope(slopes_ptr, i_b * H + i_h)
         q_base = head_start(q_ptr, i_b, i_h, None, stride_qb, stride_qh, stride_qm, ALIGN)
         k_base = head_start(k_ptr, i_b, i_h // GROUP, None, stride_kb, stride_kh, stride_kn, ALIGN)
         do_base = head_start(do_ptr, i_b, i_h, None, stride_dob, stride_doh, stride_dom, ALIGN)
@@ -164,14 +155,10 @@ def _flash_bwd_dbias_kernel(
             stop_m = tl.minimum(start_m + BLOCK_M, M)
             first, last = keys_seen(start_m, stop_m, n_keys, offset, left, right)[:2]
             i_m = start_m + rows
-            top = tl.load(statistics_start(row_max_ptr, i_b, i_h, H, M, None) + i_m, mask=in_m, other=0.0)
-            log_sum_ptrs = statistics_start(log_sum_ptr, i_b, i_h, H, M, None) + i_m
-            log_sum = tl.load(log_sum_ptrs, mask=in_m, other=float("inf"))
-            delta = tl.load(statistics_start(delta_ptr, i_b, i_h, H, M, None) + i_m, mask=in_m, other=0.0)
-            d_lse = dlse_ptr
-            if dlse_ptr is not None:
-                dlse_ptrs = statistics_start(dlse_ptr, i_b, i_h, H, M, None) + i_m
-                d_lse = tl.load(dlse_ptrs, mask=in_m, other=0.0)[:, None]
+            top = load_statistic(row_max_ptr, i_b, i_h, H, M, None, i_m, in_m, 0.0)
+            log_sum = load_statistic(log_sum_ptr, i_b, i_h, H, M, None, i_m, in_m, float("inf"))
+            delta = load_statistic(delta_ptr, i_b, i_h, H, M, None, i_m, in_m, 0.0)
+            d_lse = load_d_lse(dlse_ptr, i_b, i_h, H, M, None, i_m, in_m, 1)
             if weight_ptr is not None:
                 q_parts = parts_start(q_parts_ptr, i_b, i_h, H, q_rows, None, EVEN) + start_m
                 q_reach_ptrs = statistics_start(q_reach_ptr, i_b, i_h, H, q_rows, None) + i_m

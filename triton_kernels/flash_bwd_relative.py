@@ -14,10 +14,10 @@ from . import launch
 from .mask import visible
 from .philox import dropout_keep
 from .relative import load_rows, matrix_start, of_low, store_rows, turn, turning
-from .schedule import keys_seen, load_ids
-from .score import through_softcap, to_scores
+from .schedule import held_keys, keys_seen, load_ids
+from .score import load_slope, through_softcap, to_scores
 from .softmax import LOG2_E, exp_scores, score_gradient
-from .tiles import head_start, load_tile, statistics_start
+from .tiles import head_start, load_d_lse, load_statistic, load_tile, scores_start
 
 
 @triton.jit
@@ -151,18 +151,10 @@ def _flash_bwd_drelative_kernel(
         k_base = head_start(k_ptr, i_b, i_h // GROUP, None, stride_kb, stride_kh, stride_kn, ALIGN)
         do_base = head_start(do_ptr, i_b, i_h, None, stride_dob, stride_doh, stride_dom, ALIGN)
         v_base = head_start(v_ptr, i_b, i_h // GROUP, None, stride_vb, stride_vh, stride_vn, ALIGN)
-        mask_base = mask_ptr
-        if mask_ptr is not None:
-            mask_base = head_start(mask_ptr, i_b, i_h, None, stride_mask_b, stride_mask_h, stride_mask_m, 1)
-        bias_base = bias_ptr
-        if bias_ptr is not None:
-            bias_base = head_start(bias_ptr, i_b, i_h, None, stride_bias_b, stride_bias_h, stride_bias_m, 1)
-        slope = slopes_ptr
-        if slopes_ptr is not None:
-            slope = tl.load(slopes_ptr + i_b * H + i_h)
-        n_keys = N
-        if lengths_ptr is not None:
-            n_keys = tl.minimum(tl.load(lengths_ptr + i_b), N)  # a wrong length must not read past the keys
+        mask_base = scores_start(mask_ptr, i_b, i_h, stride_mask_b, stride_mask_h)
+        bias_base = scores_start(bias_ptr, i_b, i_h, stride_bias_b, stride_bias_h)
+        slope = load_slope(slopes_ptr, i_b * H + i_h)
+        n_keys = held_keys(lengths_ptr, i_b, N)
         # From the query that has key 0 at the first of the distances, to the one that has the last key at the last.
         query_of_key_0 = start_r + first_distance - offset
         start = tl.maximum(query_of_key_0, 0) // BLOCK * BLOCK
@@ -172,14 +164,10 @@ def _flash_bwd_drelative_kernel(
             start_n = tl.multiple_of(start_m - query_of_key_0 - (BLOCK - 1), BLOCK)  # may be negative
             i_m = start_m + rows
             in_m = i_m < M
-            top = tl.load(statistics_start(row_max_ptr, i_b, i_h, H, M, None) + i_m, mask=in_m, other=0.0)
-            log_sum_ptrs = statistics_start(log_sum_ptr, i_b, i_h, H, M, None) + i_m
-            log_sum = tl.load(log_sum_ptrs, mask=in_m, other=float("inf"))
-            delta = tl.load(statistics_start(delta_ptr, i_b, i_h, H, M, None) + i_m, mask=in_m, other=0.0)
-            d_lse = dlse_ptr
-            if dlse_ptr is not None:
-                dlse_ptrs = statistics_start(dlse_ptr, i_b, i_h, H, M, None) + i_m
-                d_lse = tl.load(dlse_ptrs, mask=in_m, other=0.0)[:, None]
+            top = load_statistic(row_max_ptr, i_b, i_h, H, M, None, i_m, in_m, 0.0)
+            log_sum = load_statistic(log_sum_ptr, i_b, i_h, H, M, None, i_m, in_m, float("inf"))
+            delta = load_statistic(delta_ptr, i_b, i_h, H, M, None, i_m, in_m, 0.0)
+            d_lse = load_d_lse(dlse_ptr, i_b, i_h, H, M, None, i_m, in_m, 1)
             rq_tile = load_rows(rq_base, start_m, M, HEAD_DIM_E, BLOCK, BLOCK_E)
             # [BLOCK, BLOCK]
             turns = turning(start_m, BLOCK, 1)

@@ -46,6 +46,14 @@ def stages(run, *ids):
 
 
 @triton.jit
+def held_keys(lengths_ptr, i_b, n_keys):
+    """How many of n_keys a batch entry has."""
+    if lengths_ptr is not None:
+        n_keys = tl.minimum(tl.load(lengths_ptr + i_b), n_keys)  # a wrong length must not read past the keys
+    return n_keys
+
+
+@triton.jit
 def keys_seen(start_m, stop_m, n_keys, offset, left, right):
     """(first, last, first_full, last_full): keys some, and keys every query of [start_m, stop_m) sees."""
     first = 0

@@ -19,6 +19,15 @@ def tanh(x):
 
 
 @triton.jit
+def load_slope(slopes_ptr, number):
+    """ALiBi's; None where slopes_ptr is."""
+    slope = slopes_ptr
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + number)
+    return slope
+
+
+@triton.jit
 def to_scores(
     s,
     start_m,

@@ -37,6 +37,30 @@ def statistics_start(ptr, i_b, i_h, H, M, row):
 
 
 @triton.jit
+def load_statistic(ptr, i_b, i_h, H, M, row, rows, inside, other):
+    """One statistic [b, H, M] of `rows`, which count from `row`; `other` of those not `inside`."""
+    return tl.load(statistics_start(ptr, i_b, i_h, H, M, row) + rows, mask=inside, other=other)
+
+
+@triton.jit
+def load_d_lse(ptr, i_b, i_h, H, M, row, rows, inside, AXIS: tl.constexpr):
+    """The gradient of lse, as a statistic that broadcasts along AXIS of a tile of scores; None where ptr is."""
+    d_lse = ptr
+    if ptr is not None:
+        d_lse = tl.expand_dims(load_statistic(ptr, i_b, i_h, H, M, row, rows, inside, 0.0), AXIS)
+    return d_lse
+
+
+@triton.jit
+def scores_start(ptr, i_b, i_h, stride_b, stride_h):
+    """Pointer to the scores of one batch entry and head in a tensor of their shape; None where ptr is."""
+    start = ptr
+    if ptr is not None:
+        start = head_start(ptr, i_b, i_h, None, stride_b, stride_h, None, 1)
+    return start
+
+
+@triton.jit
 def tile_ptrs(
     base, stride, start, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr, OFFSET: tl.constexpr
 ):
