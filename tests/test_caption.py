@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,8 @@ from pyattn import registry
 from pyattn.check import DtypeError, RangeError, ShapeError
 from pyattn.decoding import Sampling, beam_search, generate
 from pyattn.models import CaptionConfig, PretrainedError, ShowAttendTell, caption
-from pyattn.models.caption import Looks, doubly_stochastic, reinforce
+from pyattn.models.caption import doubly_stochastic
+from pyattn.nn import hard_attention_of_scores, reinforcement
 
 SIZES: dict[str, Any] = {
     "vocab": 11, "context": 9, "grid_size": 6, "width": 5, "hidden": 8, "score_size": 7, "image_size": 8, "layers": 2,
@@ -137,52 +137,67 @@ def test_the_encoder_is_its_convolutions_and_a_vector_for_each_position() -> Non
     assert_close(model.encoder(bytes_of), model.encoder(bytes_of / 255.0))
 
 
-def test_hard_attention_sees_the_drawn_positions_alone() -> None:
-    model = built(hard=True, soft_rows=0.0).train()
+def never_soft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caption, "half", lambda b, device: torch.zeros(b, dtype=torch.bool))
+
+
+def test_hard_attention_sees_the_drawn_positions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    never_soft(monkeypatch)
+    model = built(hard=True).train()
     own = {name: p.detach() for name, p in model.named_parameters()}
     logits, looks = model(images(), TOKENS, return_looks=True)
-    assert looks.is_hard.all()
     grids = model.encoder(images()).detach()
     for row in range(3):
         expected, weights = by_the_paper(own, grids[row], TOKENS[row], looks.positions[row])
         assert_close(logits[row], expected)
         assert_close(looks.weights[row], weights)
+        assert_close(looks.log_prob[row], weights.log().gather(1, looks.positions[row, :, None])[:, 0])
+        assert_close(looks.entropy[row], -(weights * weights.log()).sum(1))
     assert not torch.equal(model(images(), TOKENS), logits)  # other positions are drawn
     model.eval()
     _, looks = model(images(), TOKENS, return_looks=True)
     assert torch.equal(looks.positions, looks.weights.argmax(-1))
 
 
-def test_rows_read_softly_see_the_sum_and_learn_from_it_alone() -> None:
-    model, tokens = built(hard=True, soft_rows=0.5).train(), TOKENS.repeat(10, 1)
-    logits, looks = model(images(), tokens, return_looks=True)
-    assert 5 < looks.is_hard.sum() < 25
+def test_images_read_softly_show_the_sum_and_nothing_of_them_is_drawn() -> None:
+    model, tokens = built(hard=True).train(), TOKENS.repeat(20, 1)
+    given = images().repeat_interleave(10, 0)
+    logits, looks = model(given, tokens, return_looks=True)  # two captions of each
+    is_soft = (looks.positions == -1).all(1)
+    assert 10 < is_soft.sum() < 50 and torch.equal(is_soft[::2], is_soft[1::2])
+    assert not looks.log_prob[is_soft].any() and (looks.positions[~is_soft] >= 0).all()
     own = {name: p.detach() for name, p in model.named_parameters()}
-    grids = model.encoder(images()).detach()
-    for row in (~looks.is_hard).nonzero().flatten().tolist()[:3]:
-        assert_close(logits[row], by_the_paper(own, grids[row // 10], tokens[row])[0])
-    added = reinforce(looks, torch.ones(30).double(), tokens != 0, torch.tensor(0.5), reward=1.0, entropy=0.1)
-    assert torch.equal(added != 0, looks.is_hard)
+    grids = model.encoder(given).detach()
+    for row in is_soft.nonzero().flatten().tolist()[:3]:
+        assert_close(logits[row], by_the_paper(own, grids[row // 2], tokens[row])[0])
 
 
-def test_reinforce_is_the_gradient_of_the_expected_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reinforcement_is_the_gradient_of_the_expected_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over all positions that two steps can look at, each by its probability, whatever the baseline."""
-    model = built(hard=True, soft_rows=0.0, image_size=None).train()
+    never_soft(monkeypatch)
+    model = built(hard=True, image_size=None).train()
     grid = torch.randn(1, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     tokens, targets = torch.tensor([[1, 4]]), torch.tensor([[4, 2]])
     parameters = list(model.parameters())
     estimate = [torch.zeros_like(p) for p in parameters]
     expected = torch.zeros((), dtype=torch.float64)
+
+    def looking_at(position: int, scores: Tensor, *args: Any, **options: Any) -> Any:
+        chosen = hard_attention_of_scores(scores.masked_fill(torch.arange(3) != position, -torch.inf), *args, **options)
+        return chosen._replace(log_prob=scores.log_softmax(-1)[..., position])
+
     for first in range(3):
         for second in range(3):
             drawn = iter((first, second))
-            monkeypatch.setattr(caption, "sampled", lambda weights, drawn=drawn: torch.tensor([next(drawn)]))
+            monkeypatch.setattr(
+                caption, "hard_attention_of_scores", lambda *args, drawn=drawn, **o: looking_at(next(drawn), *args, **o)
+            )
             logits, looks = model(grid, tokens, return_looks=True)
+            assert looks.positions.tolist() == [[first, second]]
             log_p = -F.cross_entropy(logits.mT, targets, reduction="none").sum(1)
             chance = looks.weights[0, 0, first] * looks.weights[0, 1, second]
             expected = expected - chance * log_p.sum()
-            is_word = torch.ones(1, 2, dtype=torch.bool)
-            loss = -log_p + reinforce(looks, log_p, is_word, torch.tensor(-3.0), reward=1.0, entropy=0.0)
+            loss = -log_p + reinforcement(log_p, looks.log_prob, looks.entropy, torch.tensor(-3.0))
             found = torch.autograd.grad(loss.sum(), parameters, allow_unused=True, retain_graph=True)
             for total, gradient in zip(estimate, found, strict=True):
                 total += 0 if gradient is None else chance.detach() * gradient
@@ -190,23 +205,15 @@ def test_reinforce_is_the_gradient_of_the_expected_loss(monkeypatch: pytest.Monk
         assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs)
 
 
-def test_reinforce_rewards_entropy_of_words_alone() -> None:
-    weights = torch.tensor([[[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]]]).double().requires_grad_()
-    looks = Looks(weights, torch.tensor([[0, 0, 1]]), torch.tensor([True]))
-    is_word = torch.tensor([[True, True, False]])
-    added = reinforce(looks, torch.tensor([2.0]).double(), is_word, torch.tensor(2.0), reward=1.0, entropy=0.3)
-    assert_close(added, torch.tensor([-0.3 * math.log(2)]).double())
-    added.sum().backward()
-    assert weights.grad.isfinite().all() and not weights.grad[0, 2].any()
-    with pytest.raises(RangeError, match="looks: expected those of a hard model"):
-        reinforce(Looks(weights, None, None), torch.zeros(1), is_word, torch.tensor(0.0), reward=1.0, entropy=0.0)
-
-
-def test_positions_are_drawn_by_their_weights() -> None:
-    torch.manual_seed(0)
-    weights = torch.tensor([0.1, 0.0, 0.6, 0.3]).expand(20000, 4)
-    found = caption.sampled(weights).bincount(minlength=4) / 20000
-    assert_close(found, weights[0], rtol=0, atol=0.02)
+def test_straight_through_reaches_the_scores() -> None:
+    gradients = []
+    for temperature in (0.5, 2.0):
+        model = built(hard=True, temperature=temperature).train()
+        torch.manual_seed(3)
+        logits, looks = model(images(), TOKENS, return_looks=True)
+        assert (looks.positions >= 0).all()  # nothing is soft beside it
+        gradients.append(torch.autograd.grad(logits.square().sum(), model.score.weight)[0])
+    assert gradients[0].any() and not torch.allclose(*gradients)
 
 
 def test_doubly_stochastic_term_is_zero_where_everything_is_looked_at_once() -> None:
@@ -346,7 +353,8 @@ def test_what_does_not_fit_names_the_argument() -> None:
     [
         ({"image_size": 10}, r"image_size: expected a multiple of 2\^layers = 2\^2, got 10"),
         ({"hidden": 0}, "hidden: expected at least 1, got 0"),
-        ({"soft_rows": 1.0}, r"soft_rows: expected a probability in \[0, 1\), got 1.0"),
+        ({"temperature": 1.0}, "temperature: expected None without hard attention, got 1.0"),
+        ({"temperature": 0.0, "hard": True}, "temperature: expected a positive number, got 0.0"),
         ({"dropout": -0.1}, r"dropout: expected a probability in \[0, 1\), got -0.1"),
         ({"end": 11}, r"end: expected a token in \[0, vocab=11\), got 11"),
         ({"attention": "flash"}, "attention: expected one of pyattn, torch, got flash"),
@@ -357,11 +365,13 @@ def test_a_configuration_that_does_not_fit_names_the_field(options: dict[str, An
         CaptionConfig(**SIZES | options)
 
 
-def test_empty_captions_and_batches_are_defined() -> None:
-    model = built()
+@pytest.mark.parametrize("form", FORMS)
+def test_empty_captions_and_batches_are_defined(form: str) -> None:
+    model = built(**FORMS[form])
     assert model(images(), TOKENS[:, :0]).shape == (3, 0, 11)
     logits, looks = model(images(), TOKENS[:, :0], return_looks=True)
     assert logits.shape == (3, 0, 11) and looks.weights.shape == (3, 0, 4)
+    assert looks.positions is None if form != "hard" else looks.positions.shape == (3, 0)
     assert model(images()[:0], TOKENS[:0]).shape == (0, 5, 11)
 
 

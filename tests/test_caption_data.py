@@ -16,14 +16,14 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from pyattn.check import ShapeError
+from pyattn.check import RangeError, ShapeError
 from pyattn.cli import app
 from pyattn.decoding.pictures import draw_looks
 from pyattn.models import CaptionConfig, ShowAttendTell
-from pyattn.models.caption import Looks
 from pyattn.training import captions, images, metrics, scene_scores
 from pyattn.training.caption_files import TRAIN, VALIDATION, read_folder
-from pyattn.training.captions import LossFactors, PictureTask, SceneTask, load_pictures
+from pyattn.training.captions import PictureTask, SceneTask, load_pictures
+from pyattn.training.hard import Reinforcement
 from pyattn.training.images import ImageError, read_image
 from pyattn.training.loop import _losses, adamw, train
 from pyattn.training.recurrent_recipes import CaptionSettings
@@ -358,12 +358,12 @@ def test_a_caption_that_is_too_long_and_a_picture_alone_are_refused(tmp_path: Pa
 
 def test_an_epoch_has_every_caption_once_by_seed_and_step_alone(tmp_path: Path) -> None:
     corpus = _load(_metadata(tmp_path))
-    task = PictureTask(corpus, batch=4, seed=0, factors=LossFactors())
+    task = PictureTask(corpus, batch=4, seed=0, coverage=0.0, reinforcement=None)
     for epoch in range(2):
         steps = range(1 + 3 * epoch, 4 + 3 * epoch)
         found = sorted(tuple(tokens.tolist()) for step in steps for _, tokens in task.examples(step))
         assert found == sorted(tuple(corpus.captions[row].tolist()) for row in corpus.train)
-    other = PictureTask(corpus, batch=4, seed=0, factors=LossFactors())
+    other = PictureTask(corpus, batch=4, seed=0, coverage=0.0, reinforcement=None)
     assert all(torch.equal(a[1], b[1]) for a, b in zip(task.examples(5), other.examples(5), strict=True))
     batch = task.collate(task.examples(1))
     assert batch.tokens_in[0, 0] == 1 and torch.equal(batch.tokens_in[0, 1:3], batch.tokens_out[0, :2])
@@ -380,7 +380,8 @@ def _scenes(settings: CaptionSettings) -> SceneTask:
         vocab=450,
         batch=settings.batch,
         seed=settings.seed,
-        factors=LossFactors(settings.coverage, settings.reward, settings.entropy),
+        coverage=settings.coverage,
+        reinforcement=settings.reinforcement(),
     )
 
 
@@ -415,7 +416,7 @@ def test_doubly_stochastic_term_has_the_captions_divisor() -> None:
 
 
 def test_a_baseline_is_the_moving_average_of_whole_steps_and_is_carried() -> None:
-    settings = _settings(hard=True, soft_rows=0.25)
+    settings = _settings(hard=True)
     steps, model, task = _trained(settings)
     carried = task.carried(model)["baseline"]
     assert carried < 0
@@ -424,24 +425,32 @@ def test_a_baseline_is_the_moving_average_of_whole_steps_and_is_carried() -> Non
     other.restore_carried(model, {"baseline": carried})
     assert torch.equal(other.carried(model)["baseline"], carried)
     assert not _scenes(_settings()).carried(_settings().model(task))
-    rewards = [-step.losses["caption"] * step.tokens / settings.batch for step in steps]  # of hard rows and soft ones
+    rewards = [-step.losses["caption"] * step.tokens / settings.batch for step in steps]
     average = sum(0.1 * 0.9 ** (2 - i) * reward for i, reward in enumerate(rewards))
-    assert carried.item() == pytest.approx(average, rel=0.15)
+    assert carried.item() == pytest.approx(average, rel=1e-5)
 
 
-def test_a_baseline_takes_all_parts_of_a_step_when_the_next_one_begins(tmp_path: Path) -> None:
+def test_a_baseline_moves_when_the_next_step_begins(tmp_path: Path) -> None:
     settings = _settings(hard=True)
-    tasks = [_scenes(settings), PictureTask(_load(_metadata(tmp_path)), batch=4, seed=0, factors=LossFactors())]
-    is_hard, is_word = torch.tensor([True, False]), torch.ones(2, 1, dtype=torch.bool)
-    looks = Looks(torch.full((2, 1, 2), 0.5), torch.zeros(2, 1, dtype=torch.long), is_hard)
-    for task in tasks:
-        # Of two parts, both against the baseline of the steps before, 0; captions that are read softly do not count.
-        for log_p in (-4.0, -8.0):
-            added = task._reinforced(looks, is_hard, torch.tensor([log_p, -100.0]), is_word)
-            expected = -task.factors.reward * log_p * numpy.log(0.5)
-            assert added == pytest.approx(expected, rel=0.01)  # beside it the entropy
+    folder = _load(_metadata(tmp_path))
+    for task in (
+        _scenes(settings),
+        PictureTask(folder, batch=4, seed=0, coverage=0.0, reinforcement=settings.reinforcement()),
+    ):
+        assert task.reinforcement is not None
+        for log_p in (-4.0, -8.0):  # of two parts of one step
+            task.reinforcement.term(torch.tensor([log_p]), torch.zeros(1, 1), torch.zeros(1, 1))
+        assert task.reinforcement.baseline == 0
         task.examples(2)
-        assert task._baseline.item() == pytest.approx(0.1 * -6)
+        assert task.reinforcement.baseline.item() == pytest.approx(0.1 * -6)
+
+
+def test_what_choices_learn_by_is_refused_where_nothing_is_chosen() -> None:
+    for options in ({"reinforce": 1.0}, {"entropy": 0.1, "hard": True, "temperature": 1.0}, {"temperature": 1.0}):
+        with pytest.raises(
+            RangeError, match=r"(reinforce|entropy): expected --hard beside it|temperature: expected None without"
+        ):
+            _settings(**options)
 
 
 def test_hard_attention_changes_the_gradient_and_not_the_loss() -> None:
@@ -450,7 +459,7 @@ def test_hard_attention_changes_the_gradient_and_not_the_loss() -> None:
     batch = task.collate(task.examples(1))
     found = []
     for coefficient in (0.0, 5.0):
-        task.factors = LossFactors(0.0, coefficient, 0.01)
+        task.reinforcement = Reinforcement(weight=coefficient, entropy_weight=0.01)
         torch.manual_seed(1)
         model.zero_grad()
         losses = _losses(model, task, batch, torch.float32, 0.0)

@@ -17,6 +17,8 @@ FLOAT64 = {"dtype": torch.float64}
 LENGTHS = torch.tensor([N, 3])
 MASK = torch.rand(B, 1, M, N, generator=torch.Generator().manual_seed(3)) > 0.4
 SEGMENTS = torch.tensor([[0, 0, 1, 1, 2]] * B), torch.tensor([[0, 0, 1, 1, 1, 1, 0]] * B)
+RANKS = torch.tensor([[3, 0, 5, 2, 9]] * B), torch.tensor([[4, 1, 2, 8, 0, 3, 6]] * B)
+ROWS = torch.tensor([[0, 2, 5, 3, -1], [4, 1, 0, 6, 2]]), torch.tensor([[2, 7, 9, 3, 4], [7, 2, 1, 7, 6]])
 AHEAD = torch.arange(N) - torch.arange(M)[:, None] - (N - M)  # of one's own key
 HELD = (torch.arange(N) < LENGTHS[:, None])[:, None, None]
 # Options, and who then sees whom.
@@ -27,6 +29,11 @@ MASKS: dict[str, tuple[dict, Tensor]] = {
     "causal": ({"causal": True}, AHEAD <= 0),
     "window": ({"window": (2, 1)}, (AHEAD >= -2) & (AHEAD <= 1)),
     "segments": ({"segment_ids": SEGMENTS}, (SEGMENTS[0][:, :, None] == SEGMENTS[1][:, None])[:, None]),
+    "ranks": ({"ranks": RANKS}, (RANKS[1][:, None] < RANKS[0][:, :, None])[:, None]),
+    "row-windows": (
+        {"row_windows": ROWS},
+        ((torch.arange(N) >= ROWS[0][..., None]) & (torch.arange(N) < ROWS[1][..., None]))[:, None],
+    ),
     "several": ({"mask": MASK, "key_lengths": LENGTHS, "causal": True}, MASK & HELD & (AHEAD <= 0)),
 }
 
@@ -111,6 +118,8 @@ def test_a_query_without_keys_chooses_none() -> None:
         assert chosen.out.shape == (B, H, m, DV) and not chosen.out.any() and (chosen.indices == -1).all()
         by_scores = hard_attention_of_scores(torch.zeros(B, H, m, n, **FLOAT64), v[:, :, :n], temperature=1.0)
         assert_close(by_scores, chosen)
+    assert hard_attention(q[:0], k[:0], v[:0], temperature=1.0).out.shape == (0, H, M, DV)
+    assert hard_attention_of_scores(torch.zeros(0, H, M, N, **FLOAT64), v[:0], temperature=1.0).out.shape[0] == 0
 
 
 def test_scores_behind_a_length_are_not_seen() -> None:
@@ -139,11 +148,16 @@ def test_a_key_that_nobody_sees_is_not_there(poison: float) -> None:
 
 
 def test_draws_do_not_depend_on_how_many_queries_are_scored_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"mask": MASK, "causal": True, "segment_ids": SEGMENTS, "seed": 2, "temperature": 0.7}
-    whole = hard_attention(*tensors(), **options)
-    monkeypatch.setattr(hard, "_SCORES_AT_ONCE", B * H * N * 2)
-    assert len(list(hard._in_parts(*pyattn.core.prepare(*tensors())))) == 3
-    assert_close(hard_attention(*tensors(), **options), whole)
+    for options in (
+        {"mask": MASK, "causal": True, "segment_ids": SEGMENTS, "seed": 2, "temperature": 0.7},
+        {"ranks": RANKS, "seed": 2, "temperature": 0.7},
+        {"row_windows": ROWS, "seed": 2, "temperature": 0.7},
+    ):
+        whole = hard_attention(*tensors(), **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(hard, "_SCORES_AT_ONCE", B * H * N * 2)
+            assert len(list(hard._in_parts(*pyattn.core.prepare(*tensors())))) == 3
+            assert_close(hard_attention(*tensors(), **options), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

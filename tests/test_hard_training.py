@@ -74,7 +74,7 @@ def test_baseline_moves_when_a_step_is_over_by_all_its_parts(tmp_path: Path) -> 
         found: list[Tensor] = []
         for batch in micro_batches(task, step, parts):
             torch.manual_seed(step)
-            assert task._baseline.item() == pytest.approx(expected)
+            assert task.reinforcement.baseline.item() == pytest.approx(expected)
             task.losses(model, batch, 0.0)
             torch.manual_seed(step)
             logits, _ = model(batch.source, batch.target_in, batch.source_lengths, return_choices=True)
@@ -135,5 +135,5 @@ def test_straight_through_learns_by_the_likelihood_alone(tmp_path: Path) -> None
 def test_weights_of_reinforcement_are_the_settings(tmp_path: Path) -> None:
     for given, expected in (({"entropy": None}, (0.1, 0.001)), ({"reinforce": 0.0, "entropy": 2.0}, (0.0, 2.0))):
         task, _ = _task(tmp_path, **given)
-        assert (task.weight, task.entropy_weight) == expected
+        assert (task.reinforcement.weight, task.reinforcement.entropy_weight) == expected
     assert not reinforcement(torch.ones(1), torch.ones(1, 2), torch.ones(1, 2), torch.zeros(()), weight=0.0).any()

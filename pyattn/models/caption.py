@@ -26,6 +26,7 @@ from pyattn.decoding.protocol import check_prompt
 from pyattn.models.pretrained import Fields, Pretrained
 from pyattn.nn.attend import check_attention
 from pyattn.nn.embedding import check_tokens, embed
+from pyattn.nn.hard import check_temperature, half, hard_attention_of_scores
 from pyattn.nn.linear import Linear
 from pyattn.nn.memory import Memory
 from pyattn.nn.recurrent import Recurrent
@@ -48,18 +49,18 @@ class CaptionConfig:
         score_size: hidden layer of the additive score.
         image_size: pixels of the encoder's images on either side; None for a model without an encoder, of grids alone.
         layers: of the encoder, each of which halves the sides: the grid is of image_size / 2^layers squared.
-        hard: whether a step looks at one position. In training it is drawn by the weights, in eval mode it is the one
-            of the largest weight.
-        soft_rows: part of the captions that a hard model reads softly in training, drawn anew in each call (the paper's
-            second way to reduce the estimator's variance; there a half).
+        hard: whether a step looks at one position (`pyattn.nn.hard`): a drawn one in training, where half of the images
+            are seen softly, and else the most probable one.
+        temperature: of the straight-through Gumbel-softmax, by which hard attention then learns, all of it hard;
+            otherwise it is `pyattn.nn.reinforcement` that it learns by, and the loss is the caller's.
         gate: whether beta_t scales what is seen. Without one it is 1.
         dropout: probability, of embeddings and of what L_o multiplies.
         attention: "pyattn", or "torch": scores, softmax and sum one after the other.
         pad, start, end: the tokens that fill batches, that every caption begins with, and that ends one.
 
     Raises:
-        RangeError: a size below 1, probabilities outside [0, 1), a token outside the vocabulary, layers that do not
-            divide the image, an unknown attention.
+        RangeError: a size below 1, dropout outside [0, 1), a token outside the vocabulary, layers that do not divide
+            the image, an unknown attention, a temperature that is not positive or has no hard attention.
     """
 
     vocab: int = 2048
@@ -71,7 +72,7 @@ class CaptionConfig:
     image_size: int | None = 64
     layers: int = 3
     hard: bool = False
-    soft_rows: float = 0.5
+    temperature: float | None = None
     gate: bool = True
     dropout: float = 0.0
     attention: str = "pyattn"
@@ -84,13 +85,13 @@ class CaptionConfig:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise RangeError(f"{name}: expected at least 1, got {size}")
-        for name in ("dropout", "soft_rows"):
-            if not 0 <= (part := getattr(self, name)) < 1:
-                raise RangeError(f"{name}: expected a probability in [0, 1), got {part}")
+        if not 0 <= self.dropout < 1:
+            raise RangeError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
         for name in ("pad", "start", "end"):
             if not 0 <= (token := getattr(self, name)) < self.vocab:
                 raise RangeError(f"{name}: expected a token in [0, vocab={self.vocab}), got {token}")
         check_attention(self.attention)
+        check_temperature(self.hard, self.temperature)
         if self.image_size is not None and (self.layers > 20 or self.image_size % 2**self.layers):
             raise RangeError(f"image_size: expected a multiple of 2^layers = 2^{self.layers}, got {self.image_size}")
 
@@ -110,8 +111,9 @@ class Looks(NamedTuple):
     """Where the steps of captions looked."""
 
     weights: Tensor  # [b, m, L], alpha
-    positions: Tensor | None  # int64 [b, m], of a hard model what was looked at
-    is_hard: Tensor | None  # bool [b], of a hard model: which captions saw that alone; the others the weighted sum
+    positions: Tensor | None = None  # int64 [b, m], of a hard model what was looked at; -1 for who saw the weighted sum
+    log_prob: Tensor | None = None  # [b, m], of these positions: `pyattn.nn.hard.Chosen`
+    entropy: Tensor | None = None  # [b, m], of the weights
 
 
 class Telling:
@@ -121,9 +123,8 @@ class Telling:
         self.read = read
         self.memory = memory
         self.state = state  # [2, 1, rows, hidden]
-        self.is_soft = is_soft  # bool [rows], of a hard model in training: rows that nevertheless see the sum
-        # Of each step weights [rows, L] and positions [rows]; None where nobody asks.
-        self.looks: list[tuple[Tensor, Tensor | None]] | None = None
+        self.is_soft = is_soft  # bool [images], of a hard model in training: those that are nevertheless read softly
+        self.looks: list[Looks] | None = None  # of each step, m = 1; None where nobody asks
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i becomes what rows[i] is now. Grids are not copied for rows that share one."""
@@ -208,9 +209,8 @@ class ShowAttendTell(Pretrained):
         """
         check_tokens("tokens", tokens)
         self._check_length("tokens", tokens.shape[1])
-        telling = self._begin(images, [[] for _ in tokens], with_weights=return_looks)
-        looks: list[tuple[Tensor, Tensor | None]] = []
-        telling.looks = looks if return_looks else None
+        telling = self._begin(images, [[] for _ in tokens])
+        telling.looks = [] if return_looks else None
         embedded = self._embedded("tokens", tokens)
         states, seen = [], []
         for x in embedded.unbind(1):
@@ -220,7 +220,7 @@ class ShowAttendTell(Pretrained):
             logits = self._logits(embedded, torch.stack(states, 1), torch.stack(seen, 1))
         else:
             logits = self.output(embedded)
-        return (logits, self._joined(looks, telling)) if return_looks else logits
+        return logits if telling.looks is None else (logits, self._joined(telling.looks, telling))
 
     def decoder(self, images: Tensor) -> CaptionDecoder:
         """What `pyattn.decoding` tells captions of these images by, as `forward` takes them."""
@@ -230,7 +230,7 @@ class ShowAttendTell(Pretrained):
         """Reads the beginning of a caption of each image (`CaptionDecoder.prefill`): logits [b, vocab] and the rest."""
         held = [prompt.shape[1]] * len(prompt) if lengths is None else lengths.tolist()
         texts = [row[:length] for row, length in zip(prompt.tolist(), held, strict=True)]
-        telling = self._begin(images, texts, with_weights=False)
+        telling = self._begin(images, texts)
         logits = prompt.new_zeros(len(prompt), self.config.vocab, dtype=telling.state.dtype)
         for place in range(prompt.shape[1]):
             before = telling.state
@@ -246,27 +246,22 @@ class ShowAttendTell(Pretrained):
         seen = self._advance(embedded, telling)
         return self._logits(embedded, telling.state[0, 0], seen)
 
-    def _begin(self, images: Tensor, texts: list[list[int]], *, with_weights: bool) -> Telling:
-        """Encodes the images, prepares their keys, and starts a row for each text, as many for each image.
-
-        with_weights: whether steps of soft attention make their weights, which those of hard attention make anyway.
-        """
+    def _begin(self, images: Tensor, texts: list[list[int]]) -> Telling:
+        """Encodes the images, prepares their keys, and starts a row for each text, as many for each image."""
         c, rows = self.config, len(texts)
         grid = self._grid(images)
-        b, cells, _ = grid.shape
+        b = len(grid)
         if rows % b if b else rows:
             raise ShapeError(f"tokens: expected captions for a multiple of the {b} images, got {rows}")
         mean = grid.mean(1)
         state = torch.stack([self.initial_h(mean), self.initial_c(mean)]).unsqueeze(1)
-        columns = torch.eye(cells, dtype=grid.dtype, device=grid.device).expand(b, -1, -1)
-        values = torch.cat([grid, columns], -1) if with_weights or c.hard else grid
-        memory = Memory([(self.score.keys(grid), values)], b, None, grid.device)
+        memory = Memory([(self.score.keys(grid), grid)], b, None, grid.device)
         if rows != b:
             memory.reorder([i for i in range(b) for _ in range(rows // b)])
             state = state.repeat_interleave(rows // b, 2)
         is_soft = None
-        if c.hard and self.training:
-            is_soft = torch.rand(rows, device=grid.device) < c.soft_rows
+        if c.hard and c.temperature is None and self.training:
+            is_soft = half(b, grid.device)
         return Telling(texts, memory, state, is_soft)
 
     def _grid(self, images: Tensor) -> Tensor:
@@ -297,35 +292,41 @@ class ShowAttendTell(Pretrained):
 
     def _look(self, h: Tensor, telling: Telling) -> Tensor:
         """z of each row without its gate, [rows, grid_size], of states h [rows, hidden]."""
-        memory, size = telling.memory, self.config.grid_size
-        keys, values = memory.layers[0]
+        memory, is_watched = telling.memory, telling.looks is not None
         attend = self.score.attend if self.config.attention == "pyattn" else self.score.attend_unfused
-        found = memory.by_row(cast(Tensor, attend(memory.by_source(h.unsqueeze(1)), keys, values)), 1).squeeze(1)
-        context, weights = found[:, :size], found[:, size:]
-        if weights.shape[1] == 0:
-            return context
-        positions = None
+        query, (keys, grid) = memory.by_source(h.unsqueeze(1)), memory.layers[0]
         if self.config.hard:
-            positions = sampled(weights) if self.training else weights.argmax(-1)
+            # The sum of the identity's rows, by the weights, is the weights.
+            identity = torch.eye(grid.shape[1], dtype=grid.dtype, device=grid.device).expand(len(grid), -1, -1)
+            context, looks = self._choose(cast(Tensor, attend(query, keys, identity)), grid, telling)
+        elif is_watched:
+            context, weights = attend(query, keys, grid, return_weights=True)
+            looks = Looks(memory.by_row(weights, 1))
+        else:
+            context = cast(Tensor, attend(query, keys, grid))
         if telling.looks is not None:
-            telling.looks.append((weights, positions))
-        if positions is None:
-            return context
-        sources = torch.tensor(memory.sources, device=h.device)
-        at_position = values[sources, positions, :size]
-        return at_position if telling.is_soft is None else torch.where(telling.is_soft[:, None], context, at_position)
+            telling.looks.append(looks)
+        return memory.by_row(context, 1).squeeze(1)
 
-    def _joined(self, looks: Sequence[tuple[Tensor, Tensor | None]], telling: Telling) -> Looks:
+    def _choose(self, weights: Tensor, grid: Tensor, telling: Telling) -> tuple[Tensor, Looks]:
+        """The contexts of hard attention by weights [images, rows of one, L], and where each row looked."""
+        # The logarithm of a weight is its score, but for a number that all scores of a step have in common.
+        scores = weights.clamp(min=torch.finfo(weights.dtype).tiny).log().unsqueeze(1)
+        chosen = hard_attention_of_scores(
+            scores, grid.unsqueeze(1), greedy=not self.training, temperature=self.config.temperature,
+            soft=telling.is_soft,
+        )  # fmt: skip
+        of_choice = (telling.memory.by_row(t.transpose(1, 2), 1).squeeze(2) for t in chosen[1:])
+        return chosen.out.squeeze(1), Looks(telling.memory.by_row(weights, 1), *of_choice)
+
+    def _joined(self, looks: Sequence[Looks], telling: Telling) -> Looks:
         """Those of all steps together."""
-        like, cells = telling.state[0, 0], telling.memory.layers[0][1].shape[1]
-        weights = [like.new_zeros(len(like), 0, cells), *(each.unsqueeze(1) for each, _ in looks)]
-        if not self.config.hard:
-            return Looks(torch.cat(weights, 1), None, None)
-        positions = [each.unsqueeze(1) for _, each in looks if each is not None]
-        none = torch.zeros(len(like), 0, dtype=torch.long, device=like.device)
-        is_soft = torch.zeros(len(like), dtype=torch.bool, device=like.device)
-        is_soft = is_soft if telling.is_soft is None else telling.is_soft
-        return Looks(torch.cat(weights, 1), torch.cat([none, *positions], 1), ~is_soft)
+        if looks:
+            by_part: Any = zip(*looks, strict=True)
+            return Looks._make(None if parts[0] is None else torch.cat(parts, 1) for parts in by_part)
+        none = telling.state.new_zeros(len(telling.read), 0)
+        of_choice = (none.long(), none, none) if self.config.hard else ()
+        return Looks(none.unsqueeze(2).expand(-1, -1, telling.memory.layers[0][1].shape[1]), *of_choice)
 
     def _logits(self, embedded: Tensor, states: Tensor, seen: Tensor) -> Tensor:
         """Of [..., width], [..., hidden] and [..., grid_size]: [..., vocab]."""
@@ -410,11 +411,6 @@ class CaptionDecoder:
         return self.model.step(tokens, state)
 
 
-def sampled(weights: Tensor) -> Tensor:
-    """A position for each row of weights [b, L], drawn by them: int64 [b]. No gradient."""
-    return torch.multinomial(weights.detach().float(), 1).squeeze(1)
-
-
 def doubly_stochastic(weights: Tensor, is_word: Tensor) -> Tensor:
     """sum_i (1 - sum_t alpha_ti)^2: how far positions are from being looked at once, all words of a caption together.
 
@@ -427,34 +423,3 @@ def doubly_stochastic(weights: Tensor, is_word: Tensor) -> Tensor:
     """
     looked = (weights * is_word[..., None]).sum(1)
     return (1 - looked).square().sum(-1)
-
-
-def reinforce(
-    looks: Looks, log_probs: Tensor, is_word: Tensor, baseline: Tensor, *, reward: float, entropy: float
-) -> Tensor:
-    """What a hard model's captions add to the loss, so that its gradient reaches the weights.
-
-    The gradient of -reward (log p(y|s) - baseline) log p(s) - entropy H(s), for captions that saw drawn positions s.
-
-    Args:
-        looks: of the captions, [b, m, L], from a hard model in training.
-        log_probs: [b], log p(y|s) of whole captions; no gradient goes into them here.
-        is_word: bool [b, m].
-        baseline: what log p(y|s) is measured against.
-        reward, entropy: the factors of the two terms, the paper's lambda_r and lambda_e. With a reward of 1 the
-            gradient is, in the mean, that of the expected loss.
-    Returns:
-        [b]; 0 for captions that saw the sum.
-    Raises:
-        RangeError: the looks are a soft model's.
-    Source: Xu et al. 2015, section 4.1, equations 11 to 13.
-    """
-    if looks.positions is None or looks.is_hard is None:
-        raise RangeError("looks: expected those of a hard model, got soft attention's, which has a gradient")
-    tiny = torch.finfo(looks.weights.dtype).tiny
-    logs = looks.weights.clamp(min=tiny).log()
-    of_drawn = logs.gather(-1, looks.positions[..., None]).squeeze(-1)
-    gain = (log_probs.detach() - baseline)[:, None]
-    uncertainty = -(looks.weights * logs).sum(-1)
-    of_words = (-reward * gain * of_drawn - entropy * uncertainty) * is_word
-    return of_words.sum(-1) * looks.is_hard

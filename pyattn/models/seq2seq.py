@@ -36,7 +36,7 @@ from pyattn.models.pretrained import Fields, Pretrained
 from pyattn.models.seq2seq_config import Seq2SeqConfig
 from pyattn.nn.earlier import attend_earlier
 from pyattn.nn.embedding import check_tokens, embed
-from pyattn.nn.hard import hard_attention_of_scores
+from pyattn.nn.hard import half, hard_attention_of_scores
 from pyattn.nn.linear import Linear
 from pyattn.nn.local import DEFAULT_HALF_WIDTH, LocalMonotonic, LocalPredictive, LocalRenormalized, LocalScore
 from pyattn.nn.memory import Memory
@@ -254,7 +254,7 @@ class Seq2Seq(Pretrained):
         output = x.new_zeros(rows, c.read_size)
         reading = Reading([[c.start] for _ in range(rows)], memory, state, output, x.new_zeros(rows, 0, c.hidden))
         if c.hard and c.temperature is None and self.training:
-            reading.soft = torch.rand(b, device=source.device) < 0.5
+            reading.soft = half(b, source.device)
         return reading
 
     def _bridged(self, last: Tensor) -> Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from pyattn.check import RangeError
 from pyattn.nn.attend import check_attention
+from pyattn.nn.hard import check_temperature
 from pyattn.nn.recurrent import check_cell
 
 SCORES = ("dot", "scaled", "general", "low-rank", "additive", "cosine", "location")
@@ -164,9 +164,7 @@ class Seq2SeqConfig:
             raise RangeError(f"hard: expected no window beside it, got {self.window}: its draw is from all of a source")
         if self.window is None and self.window_size is not None:
             raise RangeError(f"window_size: expected None without a window, got {self.window_size}")
-        if self.temperature is not None and not (self.hard and 0 < self.temperature < math.inf):
-            wanted = "a positive number" if self.hard else "None without hard attention"
-            raise RangeError(f"temperature: expected {wanted}, got {self.temperature}")
+        check_temperature(self.hard, self.temperature)
 
     @property
     def directions(self) -> int:

@@ -17,6 +17,7 @@ and the straight-through Gumbel-softmax, whose variance is small (Jang et al. 20
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, SupportsFloat
 
@@ -29,6 +30,7 @@ from pyattn.backends import reference
 from pyattn.check import RangeError, ShapeError
 from pyattn.spec import AttentionSpec, Inputs, Numbers
 
+_BY_QUERY = ("q_segments", "q_ranks", "row_first", "row_stop")  # of `Inputs`, [b, m]
 _SCORES_AT_ONCE = 2**20  # of a draw; noise takes some ten numbers of 64 bits for each
 
 
@@ -51,6 +53,8 @@ def hard_attention(
     window: Sequence[int | None] | None = None,
     key_lengths: Tensor | None = None,
     segment_ids: tuple[Tensor, Tensor] | None = None,
+    ranks: tuple[Tensor, Tensor] | None = None,
+    row_windows: tuple[Tensor, Tensor] | None = None,
     scale: SupportsFloat | None = None,
     greedy: bool = False,
     temperature: SupportsFloat | None = None,
@@ -64,7 +68,7 @@ def hard_attention(
         q: [b, h, m, d] float16, bfloat16, float32 or float64.
         k: [b, hk, n, d] in q's dtype; hk divides h.
         v: [b, hk, n, dv] in q's dtype.
-        mask, causal, window, key_lengths, segment_ids, scale: as for `pyattn.attention`.
+        mask, causal, window, key_lengths, segment_ids, ranks, row_windows, scale: as for `pyattn.attention`.
         greedy: take the most probable key, as inference does, and draw nothing.
         temperature: of the straight-through Gumbel-softmax: the gradient of out is then that of
             softmax((s + G) / temperature) @ v by the scores, with the noise G of the draw; by v it is the chosen row's
@@ -83,8 +87,9 @@ def hard_attention(
     Source: Xu et al. 2015, arXiv:1502.03044, section 4.1.
     """
     x, numbers = core.prepare(
-        q, k, v, mask=mask, causal=causal, window=window, key_lengths=key_lengths, segment_ids=segment_ids, scale=scale
-    )
+        q, k, v, mask=mask, causal=causal, window=window, key_lengths=key_lengths, segment_ids=segment_ids, ranks=ranks,
+        row_windows=row_windows, scale=scale,
+    )  # fmt: skip
     _check_soft(soft, x.q)
     tau, noise = _checked_temperature(temperature), None if greedy else check.check_seed(seed, x.q.device)
     wide = reference.cast(x, torch.promote_types(x.q.dtype, torch.float32))
@@ -174,6 +179,21 @@ def reinforcement(
     return -weight * advantage * log_prob.flatten(1).sum(1) - entropy_weight * entropy.flatten(1).sum(1)
 
 
+def half(b: int, device: torch.device) -> Tensor:
+    """bool [b], half of it true: a training step's `soft`, by which choices also learn from the expectation.
+
+    Drawn anew for each call. Source: Xu et al. 2015, section 4.1, the second way to reduce the estimate's variance.
+    """
+    return torch.rand(b, device=device) < 0.5
+
+
+def check_temperature(hard: bool, temperature: float | None) -> None:
+    """Of a model's configuration: hard attention or not, and its temperature."""
+    if temperature is not None and not (hard and 0 < temperature < math.inf):
+        wanted = "a positive number" if hard else "None without hard attention"
+        raise RangeError(f"temperature: expected {wanted}, got {temperature}")
+
+
 def next_baseline(baseline: Tensor, log_likelihood: Tensor) -> Tensor:
     """The moving average 0.9 * baseline + 0.1 * the mean of log_likelihood [b] (Xu et al. 2015, section 4.1)."""
     return 0.9 * baseline + 0.1 * log_likelihood.detach().mean()
@@ -194,8 +214,8 @@ def _in_parts(x: Inputs, numbers: Numbers) -> Iterator[_Part]:
     for first in range(0, max(m, 1), rows):
         chosen = slice(first, first + rows)
         mask = x.mask if x.mask is None or x.mask.shape[2] == 1 else x.mask[:, :, chosen]
-        segments = None if x.q_segments is None else x.q_segments[:, chosen]
-        part = x._replace(q=x.q[:, :, chosen], mask=mask, q_segments=segments)
+        by_query = {name: t[:, chosen] for name in _BY_QUERY if (t := getattr(x, name)) is not None}
+        part = x._replace(q=x.q[:, :, chosen], mask=mask, **by_query)
         yield _Part(part, numbers._replace(offset=(numbers.offset or 0) + first), first)
 
 
@@ -282,7 +302,7 @@ def _rows_at(t: Tensor, index: Tensor) -> Tensor:
     (b, hk, n, d), (_, h, m) = t.shape, index.shape
     if n == 0:
         return t.new_zeros(b, h, m, d)
-    of_group = index.reshape(b, hk, -1, 1).clamp(min=0).expand(-1, -1, -1, d)
+    of_group = index.reshape(b, hk, h // hk * m, 1).clamp(min=0).expand(-1, -1, -1, d)
     return t.gather(2, of_group).view(b, h, m, d).masked_fill(index[..., None] < 0, 0.0)
 
 

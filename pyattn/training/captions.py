@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from pyattn.models.caption import Looks, doubly_stochastic, reinforce
+from pyattn.models.caption import doubly_stochastic
 from pyattn.tokens import encode_all
-from pyattn.training import parallel, text
+from pyattn.training import text
 from pyattn.training.caption_files import TRAIN, VALIDATION, Described, read_folder
+from pyattn.training.hard import Reinforcement
 from pyattn.training.images import ImageError, read_image
 from pyattn.training.scene_captions import TEMPLATES, captions
 from pyattn.training.scenes import Scene, picture, scene
@@ -30,20 +31,6 @@ from pyattn.training.translation import END, PAD, START, learn_tokenizer
 _VALIDATION_SCENES = 512
 _UNSEEN = 2**40  # the first number of scenes that no run trains on, the same in all runs
 _TOKENIZED_SCENES = 2000  # whose captions have every word many times
-_MEMORY = 0.9  # of the baseline
-
-
-@dataclass(frozen=True, slots=True)
-class LossFactors:
-    """Of the parts of the loss beside the captions' own.
-
-    coverage: lambda of the doubly stochastic term.
-    reward, entropy: lambda_r and lambda_e of a hard model.
-    """
-
-    coverage: float = 0.0
-    reward: float = 1.0
-    entropy: float = 0.0
 
 
 class CaptionBatch(NamedTuple):
@@ -62,18 +49,19 @@ class CaptionTask(Task):
     A loss of captions is the mean over tokens of -log p, and the doubly stochastic term has the same divisor: the two
     are then weighed as in the paper, where both are means over captions of sums.
 
-    What trains a hard model's weights is added to the captions' term as a number that is 0 and has the gradient of
-    `reinforce`. The baseline is the paper's moving average of log p(y|s) over the steps before, equation 12. It is
-    carried from step to step, and changes between steps alone, so that a step may be cut into any number of batches.
+    Args:
+        coverage: lambda of the doubly stochastic term.
+        reinforcement: what the choices of a hard model learn by, a part of the captions' term.
     """
 
-    def __init__(self, tokenizer: Tokenizer, digest: str, factors: LossFactors) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, digest: str, *, coverage: float, reinforcement: Reinforcement | None
+    ) -> None:
         self.tokenizer = tokenizer
         self.digest = digest
         self.baselines: dict[str, float] = {}
-        self.factors = factors
-        self._baseline = torch.zeros((), dtype=torch.float64)
-        self._rewards: Tensor | None = None  # of this step: their sum, and how many
+        self.coverage = coverage
+        self.reinforcement = reinforcement
 
     def collate(self, examples: Sequence[tuple[Tensor, Tensor]]) -> CaptionBatch:
         images, tokens = zip(*examples, strict=True)
@@ -88,54 +76,42 @@ class CaptionTask(Task):
 
     def counts(self, batch: CaptionBatch) -> dict[str, int]:
         tokens = self.size(batch)
-        return {"caption": tokens} | ({"coverage": tokens} if self.factors.coverage else {})
+        return {"caption": tokens} | ({"coverage": tokens} if self.coverage else {})
 
     def losses(self, model: nn.Module, batch: CaptionBatch, smoothing: float) -> dict[str, Tensor]:
         # What needs no weights is trained without them, by a cheaper call.
-        is_watched = self.factors.coverage > 0 or parallel.original(model).config.hard
-        found = model(batch.images, batch.tokens_in, return_looks=is_watched)
-        logits, looks = found if is_watched else (found, None)
-        logits, targets, is_word = logits.float().mT, batch.tokens_out, batch.tokens_out != PAD
-        loss = F.cross_entropy(logits, targets, ignore_index=PAD, reduction="sum", label_smoothing=smoothing)
-        if looks is None:
-            return {"caption": loss}
-        if looks.is_hard is not None and loss.requires_grad:
-            log_probs = -F.cross_entropy(logits.detach(), targets, ignore_index=PAD, reduction="none").sum(1)
-            added = self._reinforced(looks, looks.is_hard, log_probs, is_word)
-            loss = loss + (added - added.detach())
-        if not self.factors.coverage:
-            return {"caption": loss}
-        coverage = doubly_stochastic(looks.weights.float(), is_word).sum()
-        return {"caption": loss, "coverage": self.factors.coverage * coverage}
+        reinforcement = self.reinforcement if torch.is_grad_enabled() else None
+        is_watched = reinforcement is not None or self.coverage > 0
+        looks: Any = None
+        logits = model(batch.images, batch.tokens_in, return_looks=is_watched)
+        if is_watched:
+            logits, looks = logits
+        by_token = F.cross_entropy(
+            logits.float().mT, batch.tokens_out, ignore_index=PAD, reduction="none", label_smoothing=smoothing
+        )
+        losses, is_word = {"caption": by_token.sum()}, batch.tokens_out != PAD
+        if reinforcement is not None:
+            of_choices = reinforcement.term(-by_token.sum(1), looks.log_prob * is_word, looks.entropy * is_word)
+            losses["caption"] = losses["caption"] + of_choices
+        if self.coverage:
+            losses["coverage"] = self.coverage * doubly_stochastic(looks.weights.float(), is_word).sum()
+        return losses
 
     def carried(self, model: nn.Module) -> dict[str, Tensor]:
-        if not parallel.original(model).config.hard:
-            return {}
-        self._settle()
-        return {"baseline": self._baseline}
+        return {} if self.reinforcement is None else self.reinforcement.carried()
 
     def restore_carried(self, model: nn.Module, carried: dict[str, Tensor]) -> None:
-        if carried:
-            self._baseline = carried["baseline"].double().cpu()
+        if self.reinforcement is not None:
+            self.reinforcement.restore(carried)
 
-    def _reinforced(self, looks: Looks, is_hard: Tensor, log_probs: Tensor, is_word: Tensor) -> Tensor:
-        """The sum of `reinforce` over a batch, whose rewards count for the next step's baseline."""
-        counted = is_hard.double()
-        rewards = torch.stack([(log_probs * counted).sum(), counted.sum()])
-        self._rewards = rewards if self._rewards is None else self._rewards + rewards
-        baseline = self._baseline.to(log_probs)
-        looks = looks._replace(weights=looks.weights.float())
-        factors = {"reward": self.factors.reward, "entropy": self.factors.entropy}
-        return reinforce(looks, log_probs, is_word, baseline, **factors).sum()
+    def examples(self, step: int) -> Sequence[tuple[Tensor, Tensor]]:
+        if self.reinforcement is not None:
+            self.reinforcement.end_step()
+        return self._examples(step)
 
-    def _settle(self) -> None:
-        """Ends a step: its mean reward goes into the baseline. All processes come here together."""
-        if self._rewards is None:
-            return
-        total, count = parallel.summed(self._rewards).tolist()
-        if count:
-            self._baseline = _MEMORY * self._baseline + (1 - _MEMORY) * total / count
-        self._rewards = None
+    def _examples(self, step: int) -> Sequence[tuple[Tensor, Tensor]]:
+        """What `examples` gives."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +134,8 @@ class PictureTask(CaptionTask):
     """Pictures of a user's own: an epoch has every caption once, in random order, `batch` in a step and the rest in the
     last one. Which ones a step has depends on (seed, step) alone."""
 
-    def __init__(self, corpus: CaptionCorpus, *, batch: int, seed: int, factors: LossFactors) -> None:
-        super().__init__(corpus.tokenizer, corpus.digest, factors)
+    def __init__(self, corpus: CaptionCorpus, *, batch: int, seed: int, **beside: Any) -> None:
+        super().__init__(corpus.tokenizer, corpus.digest, **beside)
         self.corpus = corpus
         self.batch = batch
         self.seed = seed
@@ -168,8 +144,7 @@ class PictureTask(CaptionTask):
     def steps_per_epoch(self) -> int:
         return -(-len(self.corpus.train) // self.batch)
 
-    def examples(self, step: int) -> Sequence[tuple[Tensor, Tensor]]:
-        self._settle()
+    def _examples(self, step: int) -> Sequence[tuple[Tensor, Tensor]]:
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         order = numpy.random.default_rng((self.seed, epoch)).permutation(self.corpus.train)
         return [self.corpus.example(row) for row in order[place * self.batch : (place + 1) * self.batch].tolist()]
@@ -190,15 +165,14 @@ class PictureTask(CaptionTask):
 class SceneTask(CaptionTask):
     """Scenes of `pyattn.training.scenes`, of which each step has `batch` new ones, each with one of its captions."""
 
-    def __init__(self, *, vocab: int, batch: int, seed: int, factors: LossFactors) -> None:
+    def __init__(self, *, vocab: int, batch: int, seed: int, **beside: Any) -> None:
         sentences = [line for number in range(_TOKENIZED_SCENES) for line in captions(scene(0, _UNSEEN + number))]
         tokenizer = learn_tokenizer(sentences, vocab)
-        super().__init__(tokenizer, text.digest(sentences, vocab), factors)
+        super().__init__(tokenizer, text.digest(sentences, vocab), **beside)
         self.batch = batch
         self.seed = seed
 
-    def examples(self, step: int) -> Sequence[tuple[Tensor, Tensor]]:
-        self._settle()
+    def _examples(self, step: int) -> Sequence[tuple[Tensor, Tensor]]:
         first = (step - 1) * self.batch
         return self._told([scene(self.seed, number) for number in range(first, first + self.batch)])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -16,7 +16,6 @@ from pyattn.training.scenes import SIDE
 from pyattn.training.settings import (
     NOT_NEGATIVE,
     POSITIVE,
-    PROBABILITY,
     SIZE,
     Settings,
     at_least,
@@ -29,6 +28,7 @@ from pyattn.training.settings import (
 if TYPE_CHECKING:
     from pyattn.models.caption import CaptionConfig
     from pyattn.models.rnn import RNNConfig
+    from pyattn.training.hard import Reinforcement
     from pyattn.training.task import Task
     from pyattn.training.translation import ParallelCorpus, TranslationTask
 
@@ -140,7 +140,44 @@ _REINFORCE, _ENTROPY = 0.1, 0.001  # weights where the user names none; the pape
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seq2SeqSettings(TranslationSettings):
+class OfChoices(Settings):
+    """Hard attention, and how its choices learn."""
+
+    hard: bool = option(False, "A step looks at one place, drawn in training; it learns by REINFORCE.")
+    temperature: float | None = option(
+        None, "With --hard: of a straight-through Gumbel-softmax.", POSITIVE, shown="none, REINFORCE"
+    )
+    reinforce: float | None = option(
+        None, "With --hard: weight of REINFORCE beside the likelihood.", NOT_NEGATIVE, shown=str(_REINFORCE)
+    )
+    entropy: float | None = option(
+        None, "With --hard: weight of the entropy of what is drawn.", NOT_NEGATIVE, shown=str(_ENTROPY)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("reinforce", "entropy"):
+            if (weight := getattr(self, name)) is not None and not self._is_reinforced:
+                raise RangeError(f"{name}: expected --hard beside it, without --temperature, got {weight} alone")
+
+    @property
+    def _is_reinforced(self) -> bool:
+        return self.hard and self.temperature is None
+
+    def reinforcement(self) -> Reinforcement | None:
+        """What choices learn by, where it is not the loss itself."""
+        from pyattn.training.hard import Reinforcement
+
+        if not self._is_reinforced:
+            return None
+        return Reinforcement(
+            weight=_REINFORCE if self.reinforce is None else self.reinforce,
+            entropy_weight=_ENTROPY if self.entropy is None else self.entropy,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seq2SeqSettings(OfChoices, TranslationSettings):
     """A recurrent encoder and decoder that learn to translate, with attention or without."""
 
     kind: ClassVar[str] = "seq2seq"
@@ -165,16 +202,6 @@ class Seq2SeqSettings(TranslationSettings):
     )
     window_size: int | None = option(
         None, "Tokens of a window on either side of its middle.", SIZE, shown="10 with --window"
-    )
-    hard: bool = option(False, "A step reads one place of the source, drawn in training; it learns by REINFORCE.")
-    temperature: float | None = option(
-        None, "With --hard: of a straight-through Gumbel-softmax.", POSITIVE, shown="none, REINFORCE"
-    )
-    reinforce: float | None = option(
-        None, "With --hard: weight of REINFORCE beside the likelihood.", NOT_NEGATIVE, shown=str(_REINFORCE)
-    )
-    entropy: float | None = option(
-        None, "With --hard: weight of the entropy of what is drawn.", NOT_NEGATIVE, shown=str(_ENTROPY)
     )
     readout: str | None = option(
         None, "linear, tanh (Luong's) or maxout (Bahdanau's).", one_of(*READOUTS), shown="the order's"
@@ -206,17 +233,9 @@ class Seq2SeqSettings(TranslationSettings):
     def attends(self) -> bool:
         return not self.no_attention or self.self_attention
 
-    @property
-    def reinforced(self) -> bool:
-        """Whether choices learn by REINFORCE."""
-        return self.hard and self.temperature is None
-
     def config(self, vocab: int) -> Seq2SeqConfig:
         if self.no_attention and self.score is not None:
             raise RangeError(f"score: expected none with --no-attention, got {self.score}")
-        for name in ("reinforce", "entropy"):
-            if (weight := getattr(self, name)) is not None and not self.reinforced:
-                raise RangeError(f"{name}: expected --hard beside it, without --temperature, got {weight} alone")
         of_order = _OF_ORDER[self.order]
         bridge = of_order["bridge"] if self.bidirectional else "copy"
         return Seq2SeqConfig(
@@ -257,21 +276,15 @@ class Seq2SeqSettings(TranslationSettings):
         return Seq2Seq(self.config(task.tokenizer.get_vocab_size()))
 
     def task_of(self, corpus: ParallelCorpus) -> TranslationTask:
-        if not self.reinforced:
+        if (reinforcement := self.reinforcement()) is None:
             return super().task_of(corpus)
         from pyattn.training.hard import HardTranslationTask
 
-        return HardTranslationTask(
-            corpus,
-            max_tokens=self.max_tokens,
-            seed=self.seed,
-            weight=_REINFORCE if self.reinforce is None else self.reinforce,
-            entropy_weight=_ENTROPY if self.entropy is None else self.entropy,
-        )
+        return HardTranslationTask(corpus, max_tokens=self.max_tokens, seed=self.seed, reinforcement=reinforcement)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionSettings(Settings):
+class CaptionSettings(OfChoices, Settings):
     """Show, Attend and Tell: a network that learns to describe pictures, and looks where it needs to."""
 
     kind: ClassVar[str] = "caption"
@@ -282,12 +295,6 @@ class CaptionSettings(Settings):
         shown="scenes of shapes, made as needed",
         path=True,
     )
-    hard: bool = option(False, "Look at one position for each word, drawn by the weights, and not at all by weight.")
-    soft_rows: float = option(0.5, "With --hard, part of the captions that are read softly in training.", PROBABILITY)
-    reward: float = option(
-        0.1, "With --hard, how much looks are rewarded that made a caption more probable.", NOT_NEGATIVE
-    )
-    entropy: float = option(0.002, "With --hard, how much the entropy of the weights is rewarded.", NOT_NEGATIVE)
     coverage: float = option(
         0.0, "How much of the doubly stochastic term, by which all of a picture is looked at.", NOT_NEGATIVE
     )
@@ -321,7 +328,7 @@ class CaptionSettings(Settings):
             image_size=self.image_size,
             layers=self.layers,
             hard=self.hard,
-            soft_rows=self.soft_rows,
+            temperature=self.temperature,
             gate=self.gate,
             dropout=self.dropout,
             attention=self.attention,
@@ -336,12 +343,12 @@ class CaptionSettings(Settings):
         return ShowAttendTell(self.config(task.tokenizer.get_vocab_size()))
 
     def task(self, cache: Path) -> Task:
-        from pyattn.training.captions import LossFactors, PictureTask, SceneTask, load_pictures
+        from pyattn.training.captions import PictureTask, SceneTask, load_pictures
 
-        factors = LossFactors(self.coverage, self.reward, self.entropy)
+        beside: dict[str, Any] = {"coverage": self.coverage, "reinforcement": self.reinforcement()}
         if self.images is None:
-            return SceneTask(vocab=self.vocab, batch=self.batch, seed=self.seed, factors=factors)
+            return SceneTask(vocab=self.vocab, batch=self.batch, seed=self.seed, **beside)
         corpus = load_pictures(
             Path(self.images), vocab=self.vocab, context=self.context, size=self.image_size, cache=cache
         )
-        return PictureTask(corpus, batch=self.batch, seed=self.seed, factors=factors)
+        return PictureTask(corpus, batch=self.batch, seed=self.seed, **beside)
