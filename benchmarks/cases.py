@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyattn.spec import dtype_name
 
+_UNSTEADY = 8  # keys by which a row's window is at most off its way
 Direction = Literal["forward", "backward", "forward + backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 # In units of the forward's two matrix products: the backward has five.
@@ -33,6 +34,7 @@ class Case:
     group: int = 1  # query heads that share a key/value head
     value_dim: int | None = None  # None is d
     left: int | None = None  # with causal: how many keys before its own a query sees at most
+    row_window: int | None = None  # how many keys each query sees, at a place of its own
     dropout_p: float = 0.0
     bias: str | None = (
         None  # the dimensions of an additive bias with a gradient, of which b, m, n may be shared: "1hmn"
@@ -62,6 +64,7 @@ class Case:
             f"hk {self.hk}": self.group != 1,
             f"dv {self.dv}": self.dv != self.d,
             f"window {(self.left or 0) + 1}": self.left is not None,
+            f"row windows {self.row_window}": self.row_window is not None,
             f"dropout {self.dropout_p}": self.dropout_p > 0,
             f"bias {self.bias}": self.bias is not None,
             "mask": self.mask,
@@ -92,6 +95,8 @@ class Case:
         """How many pairs of a query and a key a head computes; a random mask spares nobody any."""
         if self.left is not None and self.left < self.m:
             return self.m * (self.left + 1) - self.left * (self.left + 1) / 2
+        if self.row_window is not None:
+            return self.m * self.row_window
         parts = self.lengths or self.documents
         pairs = self.m * self.n if parts is None else sum(length * length for length in parts)
         return pairs / 2 if self.causal else pairs
@@ -107,6 +112,7 @@ class Inputs(NamedTuple):
     bias: Tensor | None
     mask: Tensor | None  # bool [b, 1, m, n]
     documents: Tensor | None  # int32 [b, m], the number of each position's
+    row_windows: tuple[Tensor, Tensor] | None  # int32 [b, m], the first key of each query's, and the one behind it
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -126,15 +132,22 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
         return normal(case.b, heads, length, size) if case.lengths is None else normal(length, heads, size)
 
     sizes = {"b": case.b, "h": case.h, "m": case.m, "n": case.n, "1": 1}
-    mask = documents = None
+    mask = documents = row_windows = None
     if case.mask:
         mask = torch.rand(case.b, 1, case.m, case.n, generator=generator, device=device) < 0.5
     if case.documents is not None:
         numbers, lengths = torch.arange(len(case.documents), dtype=torch.int32), torch.tensor(case.documents)
         documents = numbers.repeat_interleave(lengths).repeat(case.b, 1).to(device)
+    if case.row_window is not None:
+        # As a model's that reads a source from its beginning to its end, but not steadily.
+        middle = torch.arange(case.m, device=device) * case.n // case.m
+        shift = torch.randint(-_UNSTEADY, _UNSTEADY + 1, (case.m,), generator=generator, device=device)
+        first = (middle + shift).clamp(0, case.n - case.row_window).int().repeat(case.b, 1)
+        row_windows = first, first + case.row_window
     return Inputs(
         rows(case.h, case.m, case.d), rows(case.hk, case.n, case.d), rows(case.hk, case.n, case.dv),
         rows(case.h, case.m, case.dv), normal(*(sizes[s] for s in case.bias)) if case.bias else None, mask, documents,
+        row_windows,
     )  # fmt: skip
 
 

@@ -129,7 +129,11 @@ def _call(case: Case, x: Inputs, cut: Cut) -> testing.Call:
     }
     if x.mask is not None:
         options["mask"] = cut("mask", x.mask.expand(-1, case.h, -1, -1))
-    if x.documents is not None:  # the same in every batch element
-        ids = x.documents[: len(d_out)]
-        options["segment_ids"] = ids[:, -d_out.shape[2] :], ids
+    b, _, m, _ = d_out.shape
+    # Both the same in every batch element.
+    if x.documents is not None:
+        ids = x.documents[:1].expand(b, -1)
+        options["segment_ids"] = ids[:, -m:], ids
+    if x.row_windows is not None:
+        options["row_windows"] = tuple(t[:1, -m:].expand(b, -1) for t in x.row_windows)
     return testing.Call(testing.Case(case.id), tensors, options, d_out, d_lse=d_out.new_zeros(d_out.shape[:3]))

@@ -70,6 +70,8 @@ class Pyattn(Peer):
             return lambda q, k, v: pyattn.attention_varlen(q, k, v, starts, starts, **options)
         if x.documents is not None:
             options["segment_ids"] = x.documents, x.documents
+        if x.row_windows is not None:
+            options["row_windows"] = x.row_windows
         return lambda q, k, v, bias=None: pyattn.attention(q, k, v, bias=bias, mask=x.mask, **options)
 
 
@@ -90,10 +92,10 @@ class Sdpa(Peer):
 
     def prepare(self, case: Case, x: Inputs) -> Attention:
         seen = x.mask
-        if case.left is not None or case.documents is not None:
-            b, i = (torch.arange(size, device=x.q.device) for size in (case.b, case.m))
+        if case.left is not None or x.documents is not None or x.row_windows is not None:
+            b, i, j = (torch.arange(size, device=x.q.device) for size in (case.b, case.m, case.n))
             b = b[:, None, None]
-            seen = _mask_mod(case, x)(b, b, i[:, None], i).expand(case.b, -1, -1)[:, None]
+            seen = _mask_mod(case, x)(b, b, i[:, None], j).expand(case.b, -1, -1)[:, None]
         options: dict[str, Any] = {"is_causal": case.causal and seen is None}
         if case.dropout_p > 0:
             options["dropout_p"] = case.dropout_p
@@ -139,8 +141,9 @@ class Flex(Peer):
         torch._dynamo.reset()  # earlier shapes count against the recompilation limit
         compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         blocks = None
-        if case.causal or x.mask is not None or x.documents is not None:
-            b = None if x.mask is None and x.documents is None else case.b
+        by_batch = x.mask is not None or x.documents is not None or x.row_windows is not None
+        if case.causal or by_batch:
+            b = case.b if by_batch else None
             blocks = create_block_mask(_mask_mod(case, x), b, None, case.m, case.n, device=str(x.q.device))
         return lambda q, k, v, bias=None: compiled(q, k, v, score_mod=_score_mod(case, bias), block_mask=blocks)
 
@@ -213,6 +216,9 @@ def _mask_mod(case: Case, x: Inputs) -> Callable[..., Tensor]:
     if x.documents is not None:
         documents = x.documents
         conditions.append(lambda b, h, i, j: documents[b, i] == documents[b, j])
+    if x.row_windows is not None:
+        first, stop = x.row_windows
+        conditions.append(lambda b, h, i, j: (first[b, i] <= j) & (j < stop[b, i]))
     return and_masks(*conditions)
 
 

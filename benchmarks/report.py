@@ -39,8 +39,8 @@ def record(
     return about | {
         "chapter": chapter, "case": case.id, "b": case.b, "h": case.h, "hk": case.hk, "m": case.m, "n": case.n,
         "d": case.d, "dv": case.dv, "dtype": case.dtype_name, "causal": case.causal, "left": case.left,
-        "dropout_p": case.dropout_p, "bias": case.bias, "mask": case.mask, "lengths": case.lengths,
-        "documents": case.documents,
+        "row_window": case.row_window, "dropout_p": case.dropout_p, "bias": case.bias, "mask": case.mask,
+        "lengths": case.lengths, "documents": case.documents,
         "direction": row.direction, "peer": row.peer, "status": row.status, "reason": row.reason,
         "p20_ms": timing and timing.p20_ms, "p50_ms": timing and timing.p50_ms, "p80_ms": timing and timing.p80_ms,
         "rounds": timing and timing.rounds, "gflops": row.gflops, "limit_gflops": limits.get(case.dtype_name),

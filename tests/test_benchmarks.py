@@ -24,6 +24,7 @@ FEATURES = {
     "gqa": Case(2, 6, 1, 50, 16, torch.float32, False, group=3),
     "dv": Case(1, 2, 30, 30, 16, torch.float32, False, value_dim=24),
     "window": Case(1, 3, 60, 60, 16, torch.float32, True, left=9),
+    "row windows": Case(2, 3, 60, 50, 16, torch.float32, False, row_window=7),
     "dropout": Case(1, 2, 40, 40, 16, torch.float32, False, dropout_p=0.3),
     "bias": Case(1, 2, 40, 50, 16, torch.float32, False, bias="bh1n"),
     "bias of all": Case(3, 2, 40, 40, 16, torch.float32, False, bias="1hmn"),
@@ -35,13 +36,20 @@ TINY_GROUPS = {
     "fallback": ((FEATURES["dropout"],), (FEATURES["dv"],), (FEATURES["bias"],)),
     "decode": ((FEATURES["gqa"],),),
     "small call": ((Case(1, 2, 8, 8, 8, torch.float32, False),),),
-    "window": ((replace(FEATURES["window"], causal=False, left=None), FEATURES["window"]),),
+    "window": (
+        (
+            replace(FEATURES["window"], causal=False, left=None),
+            FEATURES["window"],
+            replace(FEATURES["window"], causal=False, left=None, row_window=5),
+        ),
+    ),
     "threads": ((TINY,), (FEATURES["packed"],)),
 }
 FIELDS = {
-    "chapter", "case", "b", "h", "hk", "m", "n", "d", "dv", "dtype", "causal", "left", "dropout_p", "bias", "mask",
-    "lengths", "documents", "direction", "peer", "status", "reason", "p20_ms", "p50_ms", "p80_ms", "rounds", "gflops",
-    "limit_gflops", "peak_bytes", "speedup", "device", "device_type", "threads", "versions", "commit", "platform",
+    "chapter", "case", "b", "h", "hk", "m", "n", "d", "dv", "dtype", "causal", "left", "row_window", "dropout_p",
+    "bias", "mask", "lengths", "documents", "direction", "peer", "status", "reason", "p20_ms", "p50_ms", "p80_ms",
+    "rounds", "gflops", "limit_gflops", "peak_bytes", "speedup", "device", "device_type", "threads", "versions",
+    "commit", "platform",
 }  # fmt: skip
 
 
@@ -119,6 +127,7 @@ def test_flops_of_causal_are_half():
 def test_flops_count_visible_pairs_and_both_head_sizes():
     case = FEATURES["window"]
     assert case.flops("forward") == 2 * 3 * 32 * sum(min(i + 1, 10) for i in range(60))
+    assert FEATURES["row windows"].flops("forward") == 2 * 2 * 3 * 32 * 60 * 7
     assert FEATURES["packed"].flops("forward") == 2 * 2 * 32 * (30**2 + 7**2 + 20**2) / 2
     assert FEATURES["documents"].flops("forward") == 3 * FEATURES["packed"].flops("forward")
     assert FEATURES["dv"].flops("forward + backward") == 3.5 * 2 * 2 * (16 + 24) * 30**2
@@ -150,7 +159,7 @@ def test_every_feature_passes_when_right_and_fails_when_wrong(case):
     assert [row.reason.split()[0] for row in rows[1::2]] == ["out", "d_q", "out"]
 
 
-@pytest.mark.parametrize("name", ["gqa", "dv", "window", "bias", "bias of all", "mask", "documents"])
+@pytest.mark.parametrize("name", ["gqa", "dv", "window", "row windows", "bias", "bias of all", "mask", "documents"])
 def test_sdpa_is_held_against_the_same_definition(name: str):
     rows = suite.measure_group([FEATURES[name]], [Sdpa("SDPA")], "cpu", seconds=0)
     assert [row.status for row in rows] == ["ok", "ok"]
@@ -348,7 +357,7 @@ def test_cpu_run_leaves_json_lines_charts_and_tables(tmp_path: Path, monkeypatch
         assert png.startswith(b"\x89PNG") and len(png) > 10_000
     printed = capsys.readouterr().out
     for words in ("backward, bfloat16", "ratio", TINY.label, "of limit", "machine limit: float32 ", "cannot fuse",
-                  "decode", "small call", "window / full", "speed-up"):  # fmt: skip
+                  "decode", "small call", "/ full", "speed-up"):  # fmt: skip
         assert words in printed
 
 
@@ -375,12 +384,13 @@ def test_subject_without_time_still_has_table_and_panels_and_says_why(subject, t
 def test_window_over_its_aim_shows_red(capsys):
     cases = TINY_GROUPS["window"][0]
 
-    def colour(milliseconds: float) -> str:
-        times = zip(cases, (8.0, milliseconds), strict=True)
+    def colours(*milliseconds: float) -> list[str]:
+        times = zip(cases, (8.0, *milliseconds), strict=True)
         rows = [suite.Row(c, "forward", "pyattn", "ok", timing=suite.Timing(ms, ms, ms, 3)) for c, ms in times]
-        return str(next(iter(window.SUBJECT.table(rows, report.Notes()).columns[-1].cells)))
+        return [str(cell) for cell in window.SUBJECT.table(rows, report.Notes()).columns[-1].cells]
 
-    assert colour(1.0) == "[red]0.1250[/red]" and colour(0.5) == "[bold]0.0625[/bold]"
+    assert colours(1.1, 0.5) == ["[bold]1.0000[/bold]", "[red]0.1375[/red]", "[red]0.0625[/red]"]
+    assert colours(0.9, 0.4) == ["[bold]1.0000[/bold]", "[bold]0.1125[/bold]", "[bold]0.0500[/bold]"]
 
 
 def test_decode_counts_bytes_of_keys_and_values_and_of_copy_twice():
