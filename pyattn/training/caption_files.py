@@ -186,9 +186,8 @@ def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str,
             if missing := [name for name in columns if name not in header]:
                 raise TextError(f"images: expected a column {missing[0]} in {where}, got {','.join(row)[:80]!r}")
         elif row:
-            if header[-1] in _CAPTION_COLUMNS and len(row) > len(
-                header
-            ):  # which may have commas of its own without being quoted
+            # A caption that stands last may have commas of its own without being quoted.
+            if header[-1] in _CAPTION_COLUMNS and len(row) > len(header):
                 row = [*row[: len(header) - 1], ",".join(row[len(header) - 1 :])]
             if len(row) != len(header):
                 raise TextError(f"images: expected {','.join(header)} in {where}, got {','.join(row)[:80]!r}")

@@ -122,9 +122,7 @@ def _kind(generator: numpy.random.Generator, held_out: bool) -> Kind:
     return Kind(SIZES[generator.integers(len(SIZES))], *pairs[generator.integers(len(pairs))])
 
 
-_SEEN = tuple(
-    (colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT
-)  # fmt: skip
+_SEEN = tuple((colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT)
 
 
 def _paint(image: numpy.ndarray, shape: str, colour: numpy.ndarray, x: float, y: float, radius: float) -> None:
