@@ -27,8 +27,6 @@ from pyattn.training.scene_captions import captions
 from pyattn.training.scene_scores import held_back, scores_of
 from pyattn.training.scenes import MOST, Scene, picture
 
-_MOST_TOKENS = 40
-
 
 def bleu(told: Sequence[Caption], scenes: Sequence[Scene]) -> float:
     references = [list(column) for column in zip(*map(captions, scenes), strict=True)]
@@ -75,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         images = torch.stack([torch.from_numpy(picture(each)) for each in scenes])
         table = Table("model", "right", "parsed", "inside", "pointed", "area", "BLEU", title=f"%, {title}")
         for name, model, tokenizer in track(systems, title, console=console, disable=not console.is_terminal):
-            told = tell(model, tokenizer, images, beams=options.beams, most=_MOST_TOKENS)
+            told = tell(model, tokenizer, images, beams=options.beams)
             table.add_row(*row(name, told, scenes))
             if not held_out:
                 options.out.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ Result = TypeVar("Result")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOAT32 = torch.finfo(torch.float32)
+_LARGEST_SCALE = _FLOAT32.max * math.log(2)  # kernels take powers of 2, and so multiply it by log2(e)
 _UNLIMITED = 2**62  # a window this wide hides nothing and still fits 64 bits when positions are added
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 # Options by the names that they have elsewhere.
@@ -188,8 +189,10 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
 def check_scale(scale: SupportsFloat | None, d: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(d) if d > 0 else 1.0
-    if not abs(_number("scale", scale)) <= _FLOAT32.max:
-        raise RangeError(f"scale: expected a finite number in float32's range, got {scale}")
+    if not abs(_number("scale", scale)) <= _LARGEST_SCALE:
+        raise RangeError(
+            f"scale: expected a finite number in float32's range, at most {_LARGEST_SCALE:.3g}, got {scale}"
+        )
     return float(scale)
 
 
@@ -244,18 +247,24 @@ def check_dtypes(x: Inputs) -> None:
 
 def check_values(x: Inputs) -> None:
     """Checks what only the values can tell. For tensors on the CPU; reading a GPU's values would stall it."""
-    lengths, n = x.key_lengths, x.n
-    if lengths is not None and lengths.numel() > 0 and lengths.device.type == "cpu":
-        low, high = (int(t) for t in torch.aminmax(lengths))
-        if low < 0 or high > n:
-            wrong = low if low < 0 else high
-            raise RangeError(f"key_lengths: expected values in [0, n={n}], got {wrong}: there are {n} keys")
+    lengths = x.key_lengths
+    if lengths is not None:
+        check_lengths(lengths, x.n)
     if x.block_table is not None and lengths is not None and lengths.device.type == "cpu":
         _check_pages(x.block_table, lengths, *x.k.shape[::2])
     cu_q, cu_k = x.cu_seqlens_q, x.cu_seqlens_k
     if cu_q is not None and cu_k is not None and cu_q.device.type == "cpu":
         check_starts("cu_seqlens_q", cu_q.tolist(), x.q.shape[2])
         check_starts("cu_seqlens_k", cu_k.tolist(), x.k.shape[2])
+
+
+def check_lengths(lengths: Tensor, n: int) -> None:
+    """Whether no length is beyond n keys, for tensors on the CPU."""
+    if lengths.numel() > 0 and lengths.device.type == "cpu":
+        low, high = (int(t) for t in torch.aminmax(lengths))
+        if low < 0 or high > n:
+            wrong = low if low < 0 else high
+            raise RangeError(f"key_lengths: expected values in [0, n={n}], got {wrong}: there are {n} keys")
 
 
 def _check_pages(block_table: Tensor, lengths: Tensor, pages: int, page_size: int) -> None:

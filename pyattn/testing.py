@@ -237,6 +237,10 @@ class Oracle(NamedTuple):
         ]
 
 
+# Windows of some rows of `row_windows`, as far away as int32 says: of nothing, of nothing and of everything.
+_FAR_WINDOWS = ((2**31 - 1, 2**31 - 1), (2**31 - 1, -(2**31)), (-(2**31), 2**31 - 1))
+
+
 def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Call:
     """Random tensors for `case`, as `attention` or `attention_varlen` takes them; the same numbers on every device."""
     generator = torch.Generator().manual_seed(seed)
@@ -295,8 +299,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str | torch.device = "cp
         )
     if c.row_windows is not None:
         first = torch.randint(-2, c.n + 2, (c.b, c.m), generator=generator)
-        length = torch.randint(-1, c.row_windows + 1, (c.b, c.m), generator=generator)
-        options["row_windows"] = (first.to(device), (first + length).to(device))
+        stop = first + torch.randint(-1, c.row_windows + 1, (c.b, c.m), generator=generator)
+        first[:, 5 : 5 + len(_FAR_WINDOWS)], stop[:, 5 : 5 + len(_FAR_WINDOWS)] = torch.tensor(_FAR_WINDOWS).T
+        options["row_windows"] = (first.to(device), stop.to(device))
     d_out = normal(c.b, c.h, c.m, c.dv).to(device, dtype)
     d_lse = normal(c.b, c.h, c.m).to(device, accumulator)
     if c.packed is not None:

@@ -172,6 +172,7 @@ WRONG: list[tuple[str, tuple[str, str, str], str]] = [
     ("flickr8k_csv", ("captions.txt", "Two dogs", '"  "'), "expected a caption with words in .*captions.txt, line 4"),
     ("flickr8k_csv", ("captions.txt", "b.jpg", "../x/b.jpg"), "the name of a picture within .* line 4, got '../x"),
     ("flickr8k_csv", ("captions.txt", "b.jpg", "/etc/passwd"), "expected the name of a picture within .*passwd"),
+    ("flickr8k_csv", ("captions.txt", "a.jpg,A dog", 'a.jpg,"A dog'), "captions.txt, line 2 is no CSV"),
     ("coco", (TRAIN_JSON, '"images"', '"pictures"'), "an object with a list images in .*train2014.json, got one"),
     ("coco", (TRAIN_JSON, '"image_id": 7', '"image_id": 8'), r"an image_id out of images in .*annotations\[0\], got 8"),
     ("coco", (TRAIN_JSON, '"caption"', '"text"'), r"a string caption in .*train2014.json, annotations\[0\], got"),
@@ -180,6 +181,11 @@ WRONG: list[tuple[str, tuple[str, str, str], str]] = [
     ("karpathy", ("dataset_coco.json", '"raw"', '"text"'), r"a string raw in .*images\[0\].sentences\[0\]"),
     ("karpathy", ("dataset_coco.json", '"split"', '"part"'), r"a string split in .*dataset_coco.json, images\[0\]"),
     ("karpathy", ("dataset_coco.json", "a.jpg", "x.jpg"), r"images\[0\].sentences\[0\] names x.jpg, which is not"),
+    ("karpathy", ("dataset_coco.json", '"val2014"', '"../val2014"'), r"a filepath within .*images\[0\], got '../val"),
+    ("karpathy", ("dataset_coco.json", '"val2014"', '"/val2014"'), r"a filepath within .*images\[0\], got '/val2014"),
+    ("imagefolder_jsonl", ("train/metadata.jsonl", "A dog", "\\ud83d dog"), "text in .*.jsonl, line 1, got .*ud83d"),
+    ("imagefolder_jsonl", ("train/metadata.jsonl", "x/a", "\\ud83d"), "expected text in .*.jsonl, line 1, got"),
+    ("imagefolder_jsonl", ("train/metadata.jsonl", "A dog", 300000 * "a"), "at most 262,144 characters .*, line 1"),
     ("imagefolder_jsonl", ("train/metadata.jsonl", "file_name", "name"), "a string file_name in .*.jsonl, line 1"),
     ("imagefolder_jsonl", ("train/metadata.jsonl", '"text"', '"label"'), "a caption, in a field caption or text"),
     ("imagefolder_jsonl", ("train/metadata.jsonl", "{", "["), "metadata.jsonl, line 1 is no JSON"),
@@ -259,6 +265,16 @@ def test_the_middle_square_is_kept_and_a_cameras_note_followed(tmp_path: Path) -
     assert found[:, :3].max() < 60 and found[:, 5:].min() > 190
 
 
+def test_a_picture_in_two_parts_and_two_files_of_captions_are_refused(tmp_path: Path) -> None:
+    FORMS["karpathy"](tmp_path)
+    _replace(tmp_path, "dataset_coco.json", "c.jpg", "a.jpg")
+    with pytest.raises(TextError, match=r"a.jpg in one part, got validation in .*images\[2\].* and train in"):
+        read_folder(tmp_path)
+    _write(tmp_path / "dataset_flickr8k.json", {"images": []})
+    with pytest.raises(TextError, match=r"one file of captions, got .*dataset_coco.json and .*dataset_flickr8k.json"):
+        read_folder(tmp_path)
+
+
 def _bomb(folder: Path) -> Path:
     """A file of some bytes that says it had 60,000 x 60,000 pixels."""
     whole = _draw(folder / "bomb.png").read_bytes()
@@ -271,6 +287,12 @@ def _bomb(folder: Path) -> Path:
 def _large(folder: Path) -> Path:
     path = folder / "large.png"
     Image.new("1", (9000, 9000)).save(path)
+    return path
+
+
+def _floating(folder: Path) -> Path:
+    path = folder / "floating.tiff"
+    Image.new("F", (8, 8), 0.5).save(path)
     return path
 
 
@@ -297,6 +319,7 @@ def _broken(folder: Path) -> Path:
 DAMAGED = {
     _bomb: f"bomb.png has .*more than {images.MOST_PIXELS:,}",
     _large: f"large.png has 9,000 x 9,000 pixels, more than {images.MOST_PIXELS:,}",
+    _floating: "floating.tiff is damaged .its numbers are floating",
     _cut: "cannot read .*cut.jpg: image file is truncated",
     _text: "cannot read .*text.jpg: cannot identify image file",
     _broken: "broken.png",
@@ -356,6 +379,21 @@ def test_a_caption_that_is_too_long_and_a_picture_alone_are_refused(tmp_path: Pa
         _load(_metadata(tmp_path / "one", 1))
 
 
+def test_an_enormous_file_is_not_read(tmp_path: Path) -> None:
+    _metadata(tmp_path)
+    with (tmp_path / "1.png").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ImageError, match=r"1\.png has 1,099,511,627,776 bytes, more than"):
+        _load(tmp_path)
+
+
+def test_captions_of_scenes_must_fit_the_context() -> None:
+    with pytest.raises(RangeError, match=r"context: expected at least .* with --vocab 260, got 64"):
+        SceneTask(vocab=260, context=64, batch=1, seed=0, coverage=0.0, reinforcement=None)
+    with pytest.raises(RangeError, match="seed: expected a number below 2"):
+        _settings(seed=2**32)
+
+
 def test_an_epoch_has_every_caption_once_by_seed_and_step_alone(tmp_path: Path) -> None:
     corpus = _load(_metadata(tmp_path))
     task = PictureTask(corpus, batch=4, seed=0, coverage=0.0, reinforcement=None)
@@ -378,6 +416,7 @@ def _settings(**options: Any) -> CaptionSettings:
 def _scenes(settings: CaptionSettings) -> SceneTask:
     return SceneTask(
         vocab=450,
+        context=settings.context,
         batch=settings.batch,
         seed=settings.seed,
         coverage=settings.coverage,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import pyattn
-from pyattn import dropout
+from pyattn import DtypeError, RangeError, dropout
 from pyattn.nn import Chosen, hard, hard_attention, hard_attention_of_scores, next_baseline, reinforcement
 
 B, H, HK, M, N, D, DV = 2, 4, 2, 5, 7, 3, 6
@@ -122,6 +122,44 @@ def test_a_query_without_keys_chooses_none() -> None:
     assert hard_attention_of_scores(torch.zeros(0, H, M, N, **FLOAT64), v[:0], temperature=1.0).out.shape[0] == 0
 
 
+def test_scores_that_do_not_fit_are_named() -> None:
+    s, v = torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 3, 4)
+    for options, error, text in (
+        ({"scores": s.long()}, DtypeError, "scores: expected float16 or bfloat16 or float32 or float64, got int64"),
+        ({"key_lengths": torch.tensor([4])}, RangeError, r"key_lengths: expected values in \[0, n=3\], got 4"),
+        ({"key_lengths": torch.tensor([-1])}, RangeError, r"key_lengths: expected values in \[0, n=3\], got -1"),
+        ({"soft": torch.tensor([1])}, DtypeError, "soft: expected bool"),
+        ({"temperature": 0.0}, RangeError, "temperature: expected a positive number"),
+    ):
+        with pytest.raises(error, match=text):
+            hard_attention_of_scores(**({"scores": s, "v": v} | options))
+
+
+def test_any_positive_temperature_gives_the_chosen_row() -> None:
+    q, k, v = (t.float() for t in tensors())
+    plain = hard_attention(q, k, v, seed=3)
+    for temperature in (1e-300, 1e-40, 1e30):
+        chosen = hard_attention(q, k, v, seed=3, temperature=temperature)
+        assert_close(chosen.out, plain.out)
+        assert all(g.isfinite().all() for g in torch.autograd.grad(chosen.out.sum(), (q, k, v), retain_graph=True))
+
+
+def test_a_draw_that_has_changed_since_has_no_gradient() -> None:
+    seed, mask = torch.tensor(5), MASK.clone()
+    for changed in (seed, mask):
+        q, k, v = tensors()
+        chosen = hard_attention(q, k, v, mask=mask, temperature=1.0, seed=seed)
+        changed.fill_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            chosen.out.sum().backward()
+
+
+def test_hard_attention_compiles_whole() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(hard_attention, fullgraph=True, backend="eager")
+    assert_close(compiled(*tensors(), seed=4), hard_attention(*tensors(), seed=4))
+
+
 def test_scores_behind_a_length_are_not_seen() -> None:
     q, k, v = tensors()
     s = logits(q, k, MASKS["everything"][1])
@@ -145,6 +183,12 @@ def test_a_key_that_nobody_sees_is_not_there(poison: float) -> None:
             loss = chosen.out.sum() + chosen.log_prob.sum() + chosen.entropy.sum()
             found.append((chosen, torch.autograd.grad(loss, (q, keys, values))))
         assert_close(*found)
+        by_scores = []
+        for values in (v, bad_v):
+            s = torch.zeros(B, H, M, N, **FLOAT64, requires_grad=True)
+            chosen = hard_attention_of_scores(s, values, soft=torch.tensor([True, False]), **options)
+            by_scores.append((chosen, torch.autograd.grad(chosen.out.sum(), (s, values))))
+        assert_close(*by_scores)
 
 
 def test_draws_do_not_depend_on_how_many_queries_are_scored_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

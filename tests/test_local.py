@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import pyattn
-from pyattn import registry
+from pyattn import RangeError, registry
 from pyattn.nn import (
     AdditiveScore,
     DotScore,
@@ -175,6 +175,23 @@ def test_centres_are_not_rounded_to_16_bits(dtype: torch.dtype) -> None:
     assert_close(context.float(), local.attend(query, local.keys(memory), memory, LENGTHS), rtol=0.05, atol=0.05)
 
 
+def test_a_window_is_around_all_the_rest() -> None:
+    for wrap in (lambda score: LearnedValue(score, MEMORY, 4), lambda score: LocalMonotonic(score, 3)):
+        with pytest.raises(RangeError, match="score: expected a window around all the rest, got LocalMonotonic inside"):
+            wrap(LocalMonotonic(DotScore(), D))
+
+
+def test_places_and_widths_beyond_32_bits_are_what_they_say() -> None:
+    query, memory = torch.randn(1, 2, 3, **FLOAT64), torch.randn(1, N, 3, **FLOAT64)
+    near, far = torch.tensor([[3, 4]]), torch.tensor([[3, 2**32 + 3]])
+    local = LocalMonotonic(DotScore(), D)
+    found = local(query, memory, positions=far)
+    assert_close(found[:, 0], local(query, memory, positions=near)[:, 0])
+    assert not found[:, 1].any()
+    wide = LocalMonotonic(DotScore(), 2**31)
+    assert_close(wide(query, memory), DotScore()(query, memory))
+
+
 def test_other_options_and_learned_values_go_through() -> None:
     local, query, memory = made("predictive")
     context, weights = local.attend(
@@ -217,6 +234,9 @@ def _local(**options: object) -> LocalScore:
         (lambda x: _local().attend(x[0, 0], x, x), pyattn.ShapeError, r"query: expected \[b, m, size\] or \[b, size\]"),
         (lambda x: LocalPredictive(DotScore(), 5).attend(x, x, x), pyattn.ShapeError, r"query: expected \[b, m, 5\]"),
         (lambda x: _local().attend(x, x, x[0]), pyattn.ShapeError, r"values: expected \[b, n, dv\]"),
+        (lambda x: _local().attend_unfused(x, x, x, bias=torch.ones(3, 3)), TypeError, "attend_unfused: expected no"),
+        (lambda x: _local().attend(x, x, x, [3, 3]), pyattn.DtypeError, "key_lengths: expected a torch.Tensor"),
+        (lambda x: _local().attend(x, x, x, torch.ones(3).int()), pyattn.ShapeError, "key_lengths: expected shape"),
         (lambda x: _local().attend(x, None, x), pyattn.DtypeError, "keys: expected a torch.Tensor"),
     ],
 )  # fmt: skip

@@ -8,9 +8,10 @@ import numpy
 import pytest
 import torch
 
+from pyattn.check import RangeError
 from pyattn.decoding.captions import Caption
 from pyattn.training import scene_scores
-from pyattn.training.scene_captions import TEMPLATES, CaptionError, captions, parse
+from pyattn.training.scene_captions import TEMPLATES, CaptionError, captions, longest, parse
 from pyattn.training.scene_scores import scores_of
 from pyattn.training.scenes import (
     CELLS,
@@ -180,6 +181,11 @@ def test_objects_that_are_named_twice_are_not_right() -> None:
         "five small red circles",
         "a  small red circle",
         "A small red circle.",
+        "in the bottom right there is a small red circle in the top left",
+        "a small red circle in the top row",
+        "two small red circles in the top left",
+        "there is a small red circle are above a large blue square",
+        "there is a small red circle is above a large blue square",
     ],
 )
 def test_what_no_template_writes_is_refused(caption: str) -> None:
@@ -201,6 +207,23 @@ def test_looks_are_scored_while_colours_and_shapes_are_named() -> None:
     weights[3, 7], weights[3, 12] = 0.6, 0.4
     found = scores_of([shown], [Caption(text, 0.0, text.split(), weights)])
     assert found.inside == pytest.approx((0.6 + 0.6 + 1 + 1) / 4) and found.pointed == 0.75
+
+
+def test_words_of_cells_without_a_position_are_not_scored() -> None:
+    shown = _scene(("small red circle", 4))
+    told = Caption("a small red circle", 0.0, ["a", "small", "red", "circle"], torch.full((4, 4), 0.25))
+    assert scores_of([shown], [told]).area == 0
+    other = _scene(("small red circle", 0))
+    assert scores_of([shown, other], [told, told]).inside == 0.25  # of the other alone
+
+
+def test_longest_bounds_every_caption() -> None:
+    for size in (len, lambda words: len(words.split())):
+        most = max(size(caption) for number in range(500) for caption in captions(scene(3, number)))
+        assert most <= longest(size)
+    assert longest(lambda words: len(words.split())) == 18
+    with pytest.raises(RangeError, match="seed: expected one of a scene's"):
+        scene(2**32, 0)
 
 
 def test_captions_that_cannot_be_parsed_and_things_that_are_not_there_count_against_a_model() -> None:

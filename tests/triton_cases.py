@@ -9,7 +9,7 @@ from ptx.cases import DECODING, STEPS
 from test_kvcache import OPTIONS, cache, held_against_definition
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from pyattn import core, testing
+from pyattn import core, relative_attention, testing
 from pyattn.backends.reference import definition, dropout_keep
 from pyattn.registry import BACKENDS
 from pyattn.spec import AttentionSpec, Inputs
@@ -239,6 +239,21 @@ def test_rows_of_distances_that_no_pair_has_are_not_read():
     assert torch.equal(d_rows[:, :, 33:-33], expected.pop("d_relative_k"))
     assert not d_rows[:, :, :33].any() and not d_rows[:, :, -33:].any()
     assert all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_distances_may_be_forbidden(causal):
+    m, n = 40, 64  # the last block of queries is not whole
+    q, k, v = (t.requires_grad_() for t in torch.randn(3, 1, 1, n, 8).unbind())
+    relative_k = torch.zeros(1, 1, m + n - 1, 1)
+    relative_k[:, :, ::7] = -torch.inf
+    found = []
+    for backend in ("reference", "triton"):
+        out = relative_attention(
+            q[:, :, :m], k, v, torch.ones(1, 1, m, 1), relative_k, 1 - m, causal=causal, backend=backend
+        )
+        found.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    torch.testing.assert_close(*found)
 
 
 def test_segment_ids_are_told_apart_by_their_upper_bits_too():

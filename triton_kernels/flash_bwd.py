@@ -496,6 +496,8 @@ def _flash_bwd_dkdv_kernel(
                     q_ids, k_ids, q_ranks, k_ranks, row_first, row_stop,
                 )  # fmt: skip
                 p_t = tl.where(see, p_t, 0.0)
+            elif rq_ptr is not None:  # of a query past the end, 0 times infinite numbers of a distance
+                p_t = tl.where(in_m[None, :], p_t, 0.0)
             p_kept = p_t
             if seed_ptr is not None:
                 keep = tl.trans(dropout_keep(seed, threshold, i_s, i_h, start_m + rows, start_n, BLOCK_M, BLOCK_N))

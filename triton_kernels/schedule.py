@@ -71,12 +71,16 @@ def keys_seen(start_m, stop_m, n_keys, offset, left, right):
 
 @triton.jit
 def within_windows(first, last, first_full, last_full, row_first, row_stop, inside):
-    """`keys_seen`, narrowed by the rows' own windows, out of which those that are `inside`; both None without."""
+    """`keys_seen`, narrowed by the rows' own windows, out of which those that are `inside`; both None without.
+
+    A window may begin anywhere: what lies behind the last key is brought there, because rounding it up would overflow.
+    """
     if row_first is not None:
         MOST: tl.constexpr = 2**31 - 1
-        first = tl.maximum(first, tl.min(tl.where(inside, row_first, MOST)))
+        end = tl.maximum(last, 0)
+        first = tl.minimum(tl.maximum(first, tl.min(tl.where(inside, row_first, MOST))), end)
         last = tl.minimum(last, tl.max(tl.where(inside, row_stop, 0)))
-        first_full = tl.maximum(first_full, tl.max(tl.where(inside, row_first, 0)))
+        first_full = tl.minimum(tl.maximum(first_full, tl.max(tl.where(inside, row_first, 0))), end)
         last_full = tl.minimum(last_full, tl.min(tl.where(inside, row_stop, MOST)))
     return first, last, first_full, last_full
 
@@ -85,7 +89,8 @@ def within_windows(first, last, first_full, last_full, row_first, row_stop, insi
 def queries_seeing(start_n, stop_n, M, offset, left, right):
     """(first, last, first_full, last_full): queries that see some, and every key of [start_n, stop_n).
 
-    M is rounded up to whole blocks: queries past the end are loaded as 0 and their lse as -inf, which contributes 0.
+    M is rounded up to whole blocks: queries past the end are loaded as 0 and their lse as -inf, which contributes 0
+    where no score is infinite.
     """
     first = 0
     first_full = 0

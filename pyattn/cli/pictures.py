@@ -56,4 +56,4 @@ def caption(
 
             pictures.mkdir(parents=True, exist_ok=True)
             draw_looks(pictures / f"{number}.png", image, told.words, told.weights)
-        typer.echo(f"{path}\t{one_line(told.text)}")
+        typer.echo(f"{one_line(str(path))}\t{one_line(told.text)}")

@@ -33,7 +33,7 @@ _LINES_AT_ONCE = 1024  # so that sentences of similar length meet, and a pipe of
 
 Item = TypeVar("Item")
 Model = Annotated[Path, typer.Option(help="Folder with config.json, model.safetensors and tokenizer.json.")]
-Attention = Annotated[str, typer.Option(help="pyattn or torch (its own fused attention).")]
+Attention = Annotated[str, typer.Option(help="pyattn, or torch: what there is without pyattn.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there is one")]
 Beams = Annotated[int, typer.Option(min=1, help="Width of the beam search.")]
 Penalty = Annotated[float, typer.Option(help="Divide the scores of tokens that the text has already by this.")]

@@ -63,7 +63,7 @@ def tell(
             rules=Rules(forbidden=(c.pad, c.start)),
         )  # fmt: skip
         best = [each[0] for each in hypotheses]
-        longest = max(len(each.tokens) for each in best)
+        longest = max((len(each.tokens) for each in best), default=0)
         rows = [[c.start, *each.tokens, *[c.pad] * (longest - len(each.tokens))][:longest] for each in best]
         _, looks = model(part, torch.tensor(rows, dtype=torch.long, device=device), return_looks=True)
         for each, weights in zip(best, looks.weights.float().cpu(), strict=True):

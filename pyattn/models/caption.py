@@ -119,11 +119,10 @@ class Looks(NamedTuple):
 class Telling:
     """Captions as far as they are told: what each row has read, the grids it looks at, its LSTM's state."""
 
-    def __init__(self, read: list[list[int]], memory: Memory, state: Tensor, is_soft: Tensor | None) -> None:
+    def __init__(self, read: list[list[int]], memory: Memory, state: Tensor) -> None:
         self.read = read
-        self.memory = memory
+        self.memory = memory  # the keys, the grid, and of a hard model in training which images are read softly
         self.state = state  # [2, 1, rows, hidden]
-        self.is_soft = is_soft  # bool [images], of a hard model in training: those that are nevertheless read softly
         self.looks: list[Looks] | None = None  # of each step, m = 1; None where nobody asks
 
     def reorder(self, rows: Sequence[int]) -> None:
@@ -255,14 +254,12 @@ class ShowAttendTell(Pretrained):
             raise ShapeError(f"tokens: expected captions for a multiple of the {b} images, got {rows}")
         mean = grid.mean(1)
         state = torch.stack([self.initial_h(mean), self.initial_c(mean)]).unsqueeze(1)
-        memory = Memory([(self.score.keys(grid), grid)], b, None, grid.device)
+        is_soft = half(b, grid.device) if c.hard and c.temperature is None and self.training else None
+        memory = Memory([(self.score.keys(grid), grid, is_soft)], b, None, grid.device)
         if rows != b:
             memory.reorder([i for i in range(b) for _ in range(rows // b)])
             state = state.repeat_interleave(rows // b, 2)
-        is_soft = None
-        if c.hard and c.temperature is None and self.training:
-            is_soft = half(b, grid.device)
-        return Telling(texts, memory, state, is_soft)
+        return Telling(texts, memory, state)
 
     def _grid(self, images: Tensor) -> Tensor:
         """images, if they are none yet, as a grid [b, L, grid_size]."""
@@ -294,11 +291,11 @@ class ShowAttendTell(Pretrained):
         """z of each row without its gate, [rows, grid_size], of states h [rows, hidden]."""
         memory, is_watched = telling.memory, telling.looks is not None
         attend = self.score.attend if self.config.attention == "pyattn" else self.score.attend_unfused
-        query, (keys, grid) = memory.by_source(h.unsqueeze(1)), memory.layers[0]
+        query, (keys, grid, is_soft) = memory.by_source(h.unsqueeze(1)), memory.layers[0]
         if self.config.hard:
             # The sum of the identity's rows, by the weights, is the weights.
             identity = torch.eye(grid.shape[1], dtype=grid.dtype, device=grid.device).expand(len(grid), -1, -1)
-            context, looks = self._choose(cast(Tensor, attend(query, keys, identity)), grid, telling)
+            context, looks = self._choose(cast(Tensor, attend(query, keys, identity)), grid, is_soft, memory)
         elif is_watched:
             context, weights = attend(query, keys, grid, return_weights=True)
             looks = Looks(memory.by_row(weights, 1))
@@ -308,16 +305,16 @@ class ShowAttendTell(Pretrained):
             telling.looks.append(looks)
         return memory.by_row(context, 1).squeeze(1)
 
-    def _choose(self, weights: Tensor, grid: Tensor, telling: Telling) -> tuple[Tensor, Looks]:
+    def _choose(self, weights: Tensor, grid: Tensor, is_soft: Tensor | None, memory: Memory) -> tuple[Tensor, Looks]:
         """The contexts of hard attention by weights [images, rows of one, L], and where each row looked."""
         # The logarithm of a weight is its score, but for a number that all scores of a step have in common.
         scores = weights.clamp(min=torch.finfo(weights.dtype).tiny).log().unsqueeze(1)
         chosen = hard_attention_of_scores(
             scores, grid.unsqueeze(1), greedy=not self.training, temperature=self.config.temperature,
-            soft=telling.is_soft,
+            soft=is_soft,
         )  # fmt: skip
-        of_choice = (telling.memory.by_row(t.transpose(1, 2), 1).squeeze(2) for t in chosen[1:])
-        return chosen.out.squeeze(1), Looks(telling.memory.by_row(weights, 1), *of_choice)
+        of_choice = (memory.by_row(t.transpose(1, 2), 1).squeeze(2) for t in chosen[1:])
+        return chosen.out.squeeze(1), Looks(memory.by_row(weights, 1), *of_choice)
 
     def _joined(self, looks: Sequence[Looks], telling: Telling) -> Looks:
         """Those of all steps together."""

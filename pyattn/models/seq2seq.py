@@ -74,7 +74,6 @@ class Reading:
     output: Tensor  # [rows, read_size]: o of the step before, zeros at first
     asked: Tensor  # [rows, i, hidden]: the states that asked; none without self-attention
     steps: int = 0  # of attention, so far
-    soft: Tensor | None = None  # bool [sources]: those with soft attention, where that of others is hard
     choices: list[Choices] | None = None  # those of hard attention, where somebody wants them
     weights: list[Tensor] | None = None  # those of each step, where somebody wants them
 
@@ -178,7 +177,8 @@ class Seq2Seq(Pretrained):
             source, target, source_lengths: as `forward` takes them. Row i of the result is that of the token behind
                 target i.
         Returns:
-            [b, m, n], the weights of attention.
+            [b, m, n], the weights of attention; of hard attention 1 where it looked, and nothing for a source that is
+            soft in training.
         Raises:
             RangeError: the model has no attention; and as `forward`.
             ShapeError: as `forward`.
@@ -244,7 +244,8 @@ class Seq2Seq(Pretrained):
         x = self._embedded(name, source, self.source_embedding)
         states, last = self.encoder(_reversed(x, lengths) if c.reverse else x, lengths=lengths)
         states = _reversed(states, lengths) if c.reverse else states
-        prepared = () if self.score is None else (self.score.keys(states), self.score.values(states))
+        is_soft = half(b, source.device) if c.hard and c.temperature is None and self.training else None
+        prepared = () if self.score is None else (self.score.keys(states), self.score.values(states), is_soft)
         memory = Memory([prepared], b, lengths, source.device)
         state = self._bridged(last)
         if rows != b:
@@ -253,8 +254,6 @@ class Seq2Seq(Pretrained):
             state = state.repeat_interleave(targets, 2)
         output = x.new_zeros(rows, c.read_size)
         reading = Reading([[c.start] for _ in range(rows)], memory, state, output, x.new_zeros(rows, 0, c.hidden))
-        if c.hard and c.temperature is None and self.training:
-            reading.soft = half(b, source.device)
         return reading
 
     def _bridged(self, last: Tensor) -> Tensor:
@@ -326,10 +325,10 @@ class Seq2Seq(Pretrained):
 
     def _attend(self, states: Tensor, reading: Reading) -> Tensor:
         memory, m = reading.memory, states.shape[1]
-        score, (keys, values) = cast(Score, self.score), memory.layers[0]
+        score, (keys, values, is_soft) = cast(Score, self.score), memory.layers[0]
         query = memory.by_source(states)
         if self.config.hard:
-            return self._choose(score.scores(query, keys), values, reading, m)
+            return self._choose(score.scores(query, keys), values, is_soft, reading, m)
         attend = score.attend if self.config.attention == "pyattn" else score.attend_unfused
         options: dict[str, Any] = {"return_weights": reading.weights is not None}
         if isinstance(score, LocalScore):
@@ -341,12 +340,12 @@ class Seq2Seq(Pretrained):
         reading.weights.append(memory.by_row(found[1], m))
         return memory.by_row(found[0], m)
 
-    def _choose(self, scores: Tensor, values: Tensor, reading: Reading, m: int) -> Tensor:
-        """The contexts of hard attention by scores [sources, 1, rows of one * m, n]."""
+    def _choose(self, scores: Tensor, values: Tensor, is_soft: Tensor | None, reading: Reading, m: int) -> Tensor:
+        """The contexts of hard attention by scores [sources, 1, rows of one * m, n]; some sources may be soft."""
         memory, n = reading.memory, values.shape[1]
         chosen = hard_attention_of_scores(
             scores, values.unsqueeze(1), key_lengths=memory.lengths, greedy=not self.training,
-            temperature=self.config.temperature, soft=reading.soft,
+            temperature=self.config.temperature, soft=is_soft,
         )  # fmt: skip
         if reading.choices is not None:
             by_step = (memory.by_row(t.transpose(1, 2), m).squeeze(2) for t in (chosen.log_prob, chosen.entropy))

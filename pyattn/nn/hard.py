@@ -140,6 +140,8 @@ def hard_attention_of_scores(
         s = s.masked_fill(j >= key_lengths.view(-1, 1, 1, 1), -torch.inf)
     with check.without_autocast(scores.device.type):
         wide = v.to(s.dtype).repeat_interleave(scores.shape[1] // v.shape[1], 1)
+        # What nobody sees may be anything, and 0 times it NaN.
+        wide = wide.masked_fill(~(s > -torch.inf).any(2)[..., None], 0.0)
         index = _largest(_perturbed(s.detach(), noise, 0))
         out = _rows_at(v, index)
         if tau is not None:
@@ -214,7 +216,7 @@ def _in_parts(x: Inputs, numbers: Numbers) -> Iterator[_Part]:
     for first in range(0, max(m, 1), rows):
         chosen = slice(first, first + rows)
         mask = x.mask if x.mask is None or x.mask.shape[2] == 1 else x.mask[:, :, chosen]
-        by_query = {name: t[:, chosen] for name in _BY_QUERY if (t := getattr(x, name)) is not None}
+        by_query = {name: getattr(x, name)[:, chosen] for name in _BY_QUERY if getattr(x, name) is not None}
         part = x._replace(q=x.q[:, :, chosen], mask=mask, **by_query)
         yield _Part(part, numbers._replace(offset=(numbers.offset or 0) + first), first)
 
@@ -237,21 +239,21 @@ class _Relaxed(torch.autograd.Function):
     def forward(
         ctx, q: Tensor, k: Tensor, x: Inputs, numbers: Numbers, noise: Tensor | None, temperature: float
     ) -> Tensor:
-        ctx.save_for_backward(q, k)
-        ctx.call = x._replace(q=q.detach(), k=k.detach(), v=x.v.detach()), numbers
-        ctx.noise, ctx.temperature = noise, temperature
-        return torch.cat([_relaxed_part(part, noise, temperature) for part in _in_parts(*ctx.call)], 2)
+        ctx.save_for_backward(noise, *x._replace(q=q, k=k))
+        ctx.numbers, ctx.temperature = numbers, temperature
+        return torch.cat([_relaxed_part(part, noise, temperature) for part in _in_parts(x, numbers)], 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        _, k = ctx.saved_tensors  # which raises where one of them has changed since
-        d_q, d_k = [], torch.zeros_like(k)
-        for part in _in_parts(*ctx.call):
-            given = part.x.q.detach().requires_grad_(), k.detach().requires_grad_()
+        noise, *tensors = ctx.saved_tensors  # which raises where one of them has changed since
+        call = Inputs(*tensors)
+        d_q, d_k = [], torch.zeros_like(call.k)
+        for part in _in_parts(call, ctx.numbers):
+            given = part.x.q.detach().requires_grad_(), call.k.detach().requires_grad_()
             with torch.enable_grad():
-                x = part.x._replace(q=given[0], k=given[1])
-                out = _relaxed_part(part._replace(x=x), ctx.noise, ctx.temperature)
+                x = part.x._replace(q=given[0], k=given[1], v=call.v.detach())
+                out = _relaxed_part(part._replace(x=x), noise, ctx.temperature)
             rows = slice(part.first, part.first + out.shape[2])
             of_q, of_k = torch.autograd.grad(out, given, d_out[:, :, rows])
             d_q.append(of_q)
@@ -267,7 +269,7 @@ def _relaxed_part(part: _Part, noise: Tensor | None, temperature: float) -> Tens
 
 def _relaxed(s: Tensor, noise: Tensor | None, first: int, temperature: float) -> Tensor:
     """The Gumbel-softmax of s, in its dtype."""
-    return _softmax(_perturbed(s, noise, first).to(s.dtype) / temperature)
+    return _softmax(_perturbed(s, noise, first), temperature).to(s.dtype)
 
 
 def _perturbed(s: Tensor, noise: Tensor | None, first: int) -> Tensor:
@@ -291,9 +293,14 @@ def _largest(s: Tensor) -> Tensor:
     return index.masked_fill(largest == -torch.inf, -1)
 
 
-def _softmax(s: Tensor) -> Tensor:
-    """Over the last dimension; 0 in rows that are -inf throughout."""
-    is_empty = (s == -torch.inf).all(-1, keepdim=True)
+def _softmax(s: Tensor, temperature: float = 1.0) -> Tensor:
+    """Of s / temperature over the last dimension; 0 in rows that are -inf throughout."""
+    if s.shape[-1] == 0:
+        return s
+    largest = s.detach().amax(-1, keepdim=True)
+    is_empty = largest == -torch.inf
+    # Before the division, which may make numbers infinite.
+    s = (s - largest.masked_fill(is_empty, 0.0)) / temperature
     return s.masked_fill(is_empty, 0.0).softmax(-1).masked_fill(is_empty, 0.0)
 
 
@@ -339,7 +346,7 @@ def _check_soft(soft: Tensor | None, q: Tensor) -> None:
 
 
 def _check_scores(scores: Tensor, v: Tensor, key_lengths: Tensor | None) -> None:
-    check.check_dense("scores", scores)
+    check.check_tensor("scores", scores, check.DTYPES, scores)
     check.check_tensor("v", v, check.DTYPES, scores)
     if scores.dim() != 4:
         raise ShapeError(f"scores: expected [b, h, m, n], got {list(scores.shape)}")
@@ -348,3 +355,4 @@ def _check_scores(scores: Tensor, v: Tensor, key_lengths: Tensor | None) -> None
         raise ShapeError(f"v: expected [b={b}, hk, n={n}, dv] with hk dividing h={h}, got {list(v.shape)}")
     if key_lengths is not None:
         check.check_integers("key_lengths", key_lengths, (b,), scores)
+        check.check_lengths(key_lengths, v.shape[2])

@@ -38,6 +38,8 @@ class LocalScore(ScoreAround):
         half_width: D, the keys that a query sees on each side of its window's middle.
     """
 
+    _has_window = True
+
     def __init__(self, score: Score, half_width: int = DEFAULT_HALF_WIDTH, *, query_size: int | None = None) -> None:
         check_sizes(half_width=half_width)
         super().__init__(score, query_size=query_size)
@@ -77,8 +79,7 @@ class LocalScore(ScoreAround):
         Raises:
             DtypeError, ShapeError: positions are no integers, or of another shape; and as there.
         """
-        check.refuse_unknown("attend", [name for name in ("row_windows", "bias") if name in options])
-        window = self._window(query, values, key_lengths, positions)
+        window = self._window("attend", query, values, key_lengths, positions, options)
         return super().attend(query, keys, values, key_lengths, **window, **options)
 
     def attend_unfused(
@@ -91,13 +92,20 @@ class LocalScore(ScoreAround):
         positions: Tensor | int | None = None,
         **options: Any,
     ) -> Any:
-        window = self._window(query, values, key_lengths, positions)
+        window = self._window("attend_unfused", query, values, key_lengths, positions, options)
         return super().attend_unfused(query, keys, values, key_lengths, **window, **options)
 
     def _window(
-        self, query: Tensor, values: Tensor, key_lengths: Tensor | None, positions: Tensor | int | None
+        self,
+        function: str,
+        query: Tensor,
+        values: Tensor,
+        key_lengths: Tensor | None,
+        positions: Tensor | int | None,
+        options: dict[str, Any],
     ) -> dict[str, Any]:
-        """The options of attention that make it local."""
+        """What makes attention local, beside the options that the caller gave to the function of this name."""
+        check.refuse_unknown(function, [name for name in ("row_windows", "bias") if name in options])
         for name, t in (("query", query), ("values", values)):
             check.check_dense(name, t)
         if query.dim() not in (2, 3) or (self.query_size is not None and query.shape[-1] != self.query_size):
@@ -107,10 +115,14 @@ class LocalScore(ScoreAround):
             raise ShapeError(f"values: expected [b, n, dv], got {list(values.shape)}")
         at, n = _positions(positions, query), values.shape[1]
         query = query.unsqueeze(1) if query.dim() == 2 else query
-        lengths = torch.full_like(at[:, :1], n) if key_lengths is None else key_lengths.unsqueeze(1)
+        if key_lengths is None:
+            lengths = torch.full_like(at[:, :1], n)
+        else:
+            lengths = check.check_integers("key_lengths", key_lengths, (len(query),), query).unsqueeze(1)
         centers = self.centers(query, lengths, at)
-        middle = centers.detach().round().int()
-        windows = middle - self.half_width, middle + self.half_width + 1
+        middle = centers.detach().round().long()
+        # All that lies beyond the keys is the same, and int32 need not hold it.
+        windows = tuple((middle + side).clamp(-1, n).int() for side in (-self.half_width, self.half_width + 1))
         return {"row_windows": windows} | self._bias(centers, n)
 
     def _bias(self, centers: Tensor, n: int) -> dict[str, Tensor]:

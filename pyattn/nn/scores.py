@@ -51,6 +51,7 @@ class Score(nn.Module):
     """
 
     _has_exponentials = False  # whether its keys have them
+    _has_window = False  # whether a query sees a part of the keys
 
     def __init__(self, *, query_size: int | None = None, memory_size: int | None = None, heads: int = 1) -> None:
         check_sizes(query_size=query_size, memory_size=memory_size, heads=heads)
@@ -489,6 +490,9 @@ class ScoreAround(Score):
     """What adds something to the attention of another score, whose keys and queries are its own."""
 
     def __init__(self, score: Score, *, query_size: int | None = None, memory_size: int | None = None) -> None:
+        if score._has_window:
+            raise RangeError(f"score: expected a window around all the rest, got {type(score).__name__} inside of "
+                             f"{type(self).__name__}")  # fmt: skip
         super().__init__(
             query_size=query_size or score.query_size, memory_size=memory_size or score.memory_size, heads=score.heads
         )

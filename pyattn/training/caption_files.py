@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from pyattn.tokens import PORTION
 from pyattn.training import text
 from pyattn.training.text import TextError
 
@@ -77,12 +78,15 @@ def read_folder(folder: Path) -> list[Described]:
     for entry in _FORMS[name][1](folder, sources):
         if entry.part == OUT:
             continue
-        caption = " ".join(entry.caption.split())
-        if not any(letter.isalnum() for letter in caption):
-            raise TextError(f"images: expected a caption with words in {entry.where}, got {caption[:80]!r}")
-        path = _path(entry, folder)
+        for part in (entry.name, entry.caption):
+            if any("\ud800" <= letter <= "\udfff" for letter in part):  # half a character, as JSON can say it
+                raise TextError(f"images: expected text in {entry.where}, got {part[:80]!a}")
+        line, path = Line(_caption(entry), entry.where), _path(entry, folder)
         described = pictures.setdefault(path, Described(path, entry.part))
-        described.lines.append(Line(caption, entry.where))
+        if described.part != entry.part:
+            raise TextError(f"images: expected {entry.name} in one part, got {entry.part} in {entry.where} and "
+                            f"{described.part} in {described.lines[0].where}")  # fmt: skip
+        described.lines.append(line)
     if not pictures:
         raise TextError(f"images: expected captions for training or validation, {sources[0]} has none")
     return list(pictures.values())
@@ -92,21 +96,37 @@ def _sources(folder: Path, globs: Sequence[str]) -> list[Path]:
     return [path for glob in globs for path in sorted(folder.glob(glob)) if path.is_file()]
 
 
+def _caption(entry: _Entry) -> str:
+    """The words of an entry, with one space between them."""
+    caption = " ".join(entry.caption.split())
+    if not any(letter.isalnum() for letter in caption):
+        raise TextError(f"images: expected a caption with words in {entry.where}, got {caption[:80]!r}")
+    if len(caption) > PORTION:
+        got = f"{len(caption):,} in {entry.where}"
+        raise TextError(f"images: expected at most {PORTION:,} characters in a caption, got {got}")
+    return caption
+
+
 def _path(entry: _Entry, folder: Path) -> Path:
     """The picture of an entry."""
-    parts = PurePosixPath(entry.name).parts
-    if not parts or ".." in parts or entry.name.startswith("/"):
+    if not _is_within(entry.name):
         raise TextError(f"images: expected the name of a picture within {folder} in {entry.where}, got {entry.name!r}")
     for place in entry.folders:
-        with suppress(OSError):  # of a name that no file can have
+        with suppress(OSError, ValueError):  # of a name that no file can have
             if (path := place / entry.name).is_file():
                 return path
     raise TextError(f"images: {entry.where} names {entry.name}, which is not in "
                     f"{' or '.join(str(place) for place in entry.folders)}")  # fmt: skip
 
 
+def _is_within(name: str) -> bool:
+    """Whether a name stays in the folder that it is looked for in."""
+    parts = PurePosixPath(name).parts
+    return len(parts) > 0 and ".." not in parts and not name.startswith("/")
+
+
 def _flickr(folder: Path, sources: list[Path]) -> Iterator[_Entry]:
-    token = sources[0]
+    token = _one(sources)
     lists = {token.with_name(f"Flickr_8k.{name}Images.txt"): part for name, part in _FLICKR_LISTS.items()}
     parts = {
         line.strip(): part for path, part in lists.items() if path.is_file() for line in text.lines(path, "images")
@@ -144,11 +164,13 @@ def _coco(folder: Path, sources: list[Path]) -> Iterator[_Entry]:
 
 
 def _karpathy(folder: Path, sources: list[Path]) -> Iterator[_Entry]:
-    source = sources[0]
+    source = _one(sources)
     for number, image in enumerate(_list(_json(source), "images", source)):
         where = f"{source}, images[{number}]"
         name, part = _field(image, "filename", str, where), _field(image, "split", str, where)
         inner = _field(image, "filepath", str, where) if "filepath" in image else ""
+        if inner and not _is_within(inner):
+            raise TextError(f"images: expected a filepath within {folder} in {where}, got {inner!r}")
         places = (inner, f"images/{inner}", "images", *_FLICKR_IMAGES, "flickr30k-images")
         for place, sentence in enumerate(_list(image, "sentences", where)):
             of_sentence = f"{where}.sentences[{place}]"
@@ -171,7 +193,7 @@ def _imagefolder(folder: Path, sources: list[Path]) -> Iterator[_Entry]:
 def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
     """Rows of a CSV file that has these columns and others, and where each one begins."""
     lines = text.lines(path, "images")
-    reader = csv.reader(line + "\n" for line in lines)
+    reader = csv.reader((line + "\n" for line in lines), strict=True)  # a quote that is not closed is an error
     begins, header = 1, None
     while True:
         try:
@@ -237,6 +259,13 @@ def _field(value: Any, name: str, kind: type, where: str) -> Any:
 
 def _shown(value: Any) -> str:
     return f"one with {', '.join(map(str, value))[:80]}" if isinstance(value, dict) else f"a {type(value).__name__}"
+
+
+def _one(sources: list[Path]) -> Path:
+    """The file of a form that has one alone."""
+    if len(sources) > 1:
+        raise TextError(f"images: expected one file of captions, got {sources[0]} and {sources[1]}")
+    return sources[0]
 
 
 def _places(folder: Path, inner: Sequence[str]) -> tuple[Path, ...]:

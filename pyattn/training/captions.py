@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from pyattn.check import RangeError
 from pyattn.models.caption import doubly_stochastic
 from pyattn.tokens import encode_all
 from pyattn.training import text
 from pyattn.training.caption_files import TRAIN, VALIDATION, Described, read_folder
 from pyattn.training.hard import Reinforcement
-from pyattn.training.images import ImageError, read_image
-from pyattn.training.scene_captions import TEMPLATES, captions
+from pyattn.training.images import ImageError, read_bytes, read_image
+from pyattn.training.scene_captions import TEMPLATES, captions, longest
 from pyattn.training.scenes import Scene, picture, scene
 from pyattn.training.task import Task
 from pyattn.training.text import Sentences, TextError
@@ -163,11 +164,20 @@ class PictureTask(CaptionTask):
 
 
 class SceneTask(CaptionTask):
-    """Scenes of `pyattn.training.scenes`, of which each step has `batch` new ones, each with one of its captions."""
+    """Scenes of `pyattn.training.scenes`, of which each step has `batch` new ones, each with one of its captions.
 
-    def __init__(self, *, vocab: int, batch: int, seed: int, **beside: Any) -> None:
+    Raises:
+        RangeError: a caption may have more tokens of such a vocabulary than the context has.
+    """
+
+    def __init__(self, *, vocab: int, context: int, batch: int, seed: int, **beside: Any) -> None:
+        # The words, and so the vocabulary, are those of any so many scenes.
         sentences = [line for number in range(_TOKENIZED_SCENES) for line in captions(scene(0, _UNSEEN + number))]
         tokenizer = learn_tokenizer(sentences, vocab)
+        most = 1 + longest(lambda words: len(tokenizer.encode(words, add_special_tokens=False)))
+        if most > context:
+            raise RangeError(f"context: expected at least {most}, the tokens that a caption of a scene may have with "
+                             f"--vocab {vocab}, got {context}")  # fmt: skip
         super().__init__(tokenizer, text.digest(sentences, vocab), **beside)
         self.batch = batch
         self.seed = seed
@@ -250,7 +260,7 @@ def _parts(described: Sequence[Described], folder: Path) -> list[str]:
 def _digest(described: Sequence[Described], *choices: object) -> str:
     """Names the captions and the bytes of the pictures."""
     try:
-        contents = (hashlib.sha256(each.path.read_bytes()).hexdigest() for each in described)
+        contents = (hashlib.sha256(read_bytes(each.path)).hexdigest() for each in described)
         told = (repr([line.caption for line in each.lines]) for each in described)
         parts = (str(each.part) for each in described)
         return text.digest(chain.from_iterable(zip(contents, told, parts, strict=True)), *choices)

@@ -17,8 +17,9 @@ from pyattn.training.translation import PAD, PairBatch, ParallelCorpus, Translat
 class Reinforcement:
     """What the loss of a task has beside its likelihood, so that choices learn, and the baseline.
 
-    The reward of an example's choices is the log-likelihood of all its tokens together, less what was usual before: a
-    moving average, which goes from step to step. All parts of a step, in every process, have the one before it.
+    The reward of an example's choices is the log-likelihood of all its tokens together (smoothed where the loss is),
+    less what was usual before: a moving average, which goes from step to step. All parts of a step, in every process,
+    have the one before it.
 
     Args:
         weight, entropy_weight: of `pyattn.nn.hard.reinforcement`.

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyattn.check import PyattnError
 
 MOST_PIXELS = 2**26  # of a picture; a file of a few bytes may claim to have more than memory does
+MOST_BYTES = 2**30  # which MOST_PIXELS do not need, whatever they are
 # Of Pillow's formats those that pictures come in. Others would start programs (EPS), or are no pictures.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
@@ -48,12 +49,26 @@ def read_image(path: Path, size: int) -> Tensor:
     return torch.from_numpy(pixels).movedim(-1, 0).contiguous()
 
 
+def read_bytes(path: Path) -> bytes:
+    """All of a picture's file.
+
+    Raises:
+        ImageError: it has more than MOST_BYTES.
+        OSError: it cannot be read.
+    """
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ImageError(f"image: {path} has {size:,} bytes, more than {MOST_BYTES:,}")
+    return path.read_bytes()
+
+
 def _check_size(path: Path, width: int, height: int) -> None:
     if width * height > MOST_PIXELS:
         raise ImageError(f"image: {path} has {width:,} x {height:,} pixels, more than {MOST_PIXELS:,}")
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its numbers are floating, of which none is known to be white")
     if image.mode.startswith("I"):  # 16 bits, of which Pillow would keep the lower ones
         return Image.fromarray((numpy.asarray(image).clip(0, 65535) // 257).astype(numpy.uint8)).convert("RGB")
     if not image.has_transparency_data:

@@ -12,7 +12,7 @@ from pyattn.check import RangeError
 from pyattn.models.seq2seq_config import BRIDGES, ORDERS, READOUTS, SCORES, WINDOWS, Seq2SeqConfig
 from pyattn.nn.recurrent import CELLS
 from pyattn.training.recipes import OfText, TranslationSettings
-from pyattn.training.scenes import SIDE
+from pyattn.training.scenes import SEEDS, SIDE
 from pyattn.training.settings import (
     NOT_NEGATIVE,
     POSITIVE,
@@ -314,6 +314,8 @@ class CaptionSettings(OfChoices, Settings):
         super().__post_init__()
         if self.images is None and self.image_size != SIDE:
             raise RangeError(f"image_size: expected {SIDE} without --images, as scenes have, got {self.image_size}")
+        if self.images is None and self.seed >= SEEDS:
+            raise RangeError(f"seed: expected a number below 2^32 without --images, as scenes have, got {self.seed}")
 
     def config(self, vocab: int) -> CaptionConfig:
         from pyattn.models.caption import CaptionConfig
@@ -347,7 +349,7 @@ class CaptionSettings(OfChoices, Settings):
 
         beside: dict[str, Any] = {"coverage": self.coverage, "reinforcement": self.reinforcement()}
         if self.images is None:
-            return SceneTask(vocab=self.vocab, batch=self.batch, seed=self.seed, **beside)
+            return SceneTask(vocab=self.vocab, context=self.context, batch=self.batch, seed=self.seed, **beside)
         corpus = load_pictures(
             Path(self.images), vocab=self.vocab, context=self.context, size=self.image_size, cache=cache
         )

@@ -7,14 +7,15 @@
     two small red circles in the top row and a large blue square in the bottom left
     two red circles that are small are above a blue square that is large
 
-A place is said of one object, and of several that share a row or a column. A relation holds where it does of every two
-objects of the two kinds.
+A place is said of one object, which has a cell, and of several that share a row or a column. A relation holds where it
+does of every two objects of the two kinds.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from pyattn.check import PyattnError
@@ -65,6 +66,20 @@ def captions(scene: Scene) -> tuple[str, ...]:
     return _of_one(*groups[0]) if len(groups) == 1 else _of_two(*groups)
 
 
+def longest(size: Callable[[str], int]) -> int:
+    """A bound of what captions come to, by a size that adds up over words."""
+
+    def most(words: Iterable[str]) -> int:
+        return max(map(size, words))
+
+    be, place = most(("is", "are")), most((*_CELLS, *_LINES))
+    named = most(("a", "an", *_COUNTS)) + most(SIZES) + most(COLOURS) + most(_NOUNS)
+    joint = most((*_RELATIONS, "and"))
+    return (
+        max(place + size("there") + be + 2 * named, 2 * (named + place), 2 * (named + size("that") + be) + be) + joint
+    )
+
+
 def parse(caption: str) -> Description:
     """What a caption says.
 
@@ -73,11 +88,13 @@ def parse(caption: str) -> Description:
     """
     if (found := _CAPTION.fullmatch(caption)) is None:
         raise CaptionError(f"caption: expected one of the templates', got {caption[:200]!r}")
+    if found["lead"] and found["place1"]:
+        raise CaptionError(f"caption: expected one place of a kind, got two in {caption[:200]!r}")
     phrases = [phrase for phrase in (_phrase(found, number) for number in (1, 2)) if phrase is not None]
-    verb, is_one = found["there"] or found["lead_there"] or found["verb"], phrases[0].count == 1
-    if verb is not None and (verb == "is") != is_one:
+    verbs = [verb for name in ("there", "lead_there", "verb") if (verb := found[name])]
+    if verbs not in ([], [_be(phrases[0].count)]):
         raise CaptionError(
-            f"caption: expected {'is' if is_one else 'are'} of {phrases[0].count}, got {caption[:200]!r}"
+            f"caption: expected {_be(phrases[0].count)} of {phrases[0].count}, once, got {caption[:200]!r}"
         )
     return Description(tuple(phrases), found["relation"])
 
@@ -170,6 +187,9 @@ def _phrase(found: re.Match[str], number: int) -> Phrase | None:
     shape = next(shape for shape in SHAPES if noun in (shape, _noun(shape, 2)))
     kind = Kind(before or behind or "", colour, shape)
     place = found[f"place{number}"] or (found["lead"] if number == 1 else None)
+    if place is not None and (count == 1) != (place in _CELLS):
+        raise CaptionError(f"caption: expected a cell of one object, a row or a column of several, got {place} of "
+                           f"{count} in {found[0][:200]!r}")  # fmt: skip
     expected = _named(kind, count, by_predicate=behind is not None)
     if found[f"named{number}"] != expected:  # a wrong article or number, or a size that is missing or said twice
         raise CaptionError(f"caption: expected {expected!r}, got {found[f'named{number}']!r} in {found[0][:200]!r}")
@@ -179,16 +199,13 @@ def _phrase(found: re.Match[str], number: int) -> Phrase | None:
 
 def _pattern() -> re.Pattern[str]:
     """Of a caption; what has to agree within it is not looked at."""
-    cells = [_cell_name(row, column) for row in range(CELLS) for column in range(CELLS)]
-    lines = [f"in the {name} row" for name in _ROWS] + [f"in the {name} column" for name in _COLUMNS]
-    nouns = [_noun(shape, count) for shape in SHAPES for count in (2, 1)]
-    place, sizes, relations = ("|".join(words) for words in ([*cells, *lines], SIZES, _RELATIONS))
+    place, sizes, relations = ("|".join(words) for words in ((*_CELLS, *_LINES), SIZES, _RELATIONS))
 
     def phrase(number: int) -> str:
         count = f"(?P<number{number}>an?|{'|'.join(_COUNTS)})"
         middle = f"(?:(?P<size{number}>{sizes}) )?(?P<colour{number}>{'|'.join(COLOURS)})"
         behind = f"(?: that (?:is|are) (?P<predicate{number}>{sizes}))?"
-        named = f"(?P<named{number}>{count} {middle} (?P<noun{number}>{'|'.join(nouns)}){behind})"
+        named = f"(?P<named{number}>{count} {middle} (?P<noun{number}>{'|'.join(_NOUNS)}){behind})"
         return f"{named}(?: (?P<place{number}>{place}))?"
 
     start = f"(?:(?P<lead>{place}) there (?P<lead_there>is|are) |there (?P<there>is|are) )?"
@@ -196,4 +213,7 @@ def _pattern() -> re.Pattern[str]:
     return re.compile(f"{start}{phrase(1)}{joint}")
 
 
+_CELLS = tuple(_cell_name(row, column) for row in range(CELLS) for column in range(CELLS))
+_LINES = (*(f"in the {name} row" for name in _ROWS), *(f"in the {name} column" for name in _COLUMNS))
+_NOUNS = tuple(_noun(shape, count) for shape in SHAPES for count in (2, 1))
 _CAPTION = _pattern()

@@ -14,7 +14,6 @@ from pyattn.training.scene_captions import CaptionError, Description, parse
 from pyattn.training.scenes import CELLS, Scene, picture, scene
 
 _FIRST = 2**41  # scenes for scores, which are in no training and no validation
-_MOST_TOKENS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ def score_scenes(
     """
     scenes = held_back(count, held_out=held_out)
     images = torch.stack([torch.from_numpy(picture(each)) for each in scenes])
-    return scores_of(scenes, tell(model, tokenizer, images, beams=beams, most=_MOST_TOKENS))
+    return scores_of(scenes, tell(model, tokenizer, images, beams=beams))
 
 
 def scores_of(scenes: Sequence[Scene], told: Sequence[Caption]) -> SceneScores:
@@ -86,7 +85,11 @@ def scores_of(scenes: Sequence[Scene], told: Sequence[Caption]) -> SceneScores:
 
 def _looks(scene: Scene, description: Description, weights: Tensor) -> list[tuple[float, float, float]]:
     """For each word that names a colour or a shape: weight within the named objects' cells, whether the largest weight
-    is there, and the part of the grid that is. weights: [words, L], of a square grid."""
+    is there, and the part of the grid that is. weights: [words, L], of a square grid.
+
+    A position belongs to the cell that its middle is in. A word whose cells have no position, as the middle ones of a
+    grid of 2 x 2, is left out.
+    """
     side = round(weights.shape[1] ** 0.5)
     place = ((torch.arange(side) + 0.5) * CELLS / side).long()  # the cell in which the middle of a position is
     cells = (place[:, None] * CELLS + place).flatten()
@@ -95,7 +98,8 @@ def _looks(scene: Scene, description: Description, weights: Tensor) -> list[tupl
         named = torch.zeros(CELLS * CELLS, dtype=torch.bool)
         named[[each.cell for each in scene.of(phrase.kind)]] = True
         is_inside = named[cells]
-        for word in phrase.words:
+        is_there = bool(is_inside.any()) or not scene.of(phrase.kind)
+        for word in phrase.words if is_there else ():
             inside = weights[word][is_inside].sum().item()
             found.append((inside, float(is_inside[weights[word].argmax()]), is_inside.float().mean().item()))
     return found

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy
 
+from pyattn.check import RangeError
+
 SIZES = ("small", "large")
 COLOURS = {
     "red": (0.9, 0.12, 0.12),
@@ -29,6 +31,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross", "star")
 HELD_OUT = (("red", "square"), ("yellow", "star"), ("blue", "circle"), ("purple", "triangle"), ("white", "cross"))
 
+SEEDS = 2**32
 SIDE = 64  # pixels of a picture
 CELLS = 3  # of the grid, on either side
 MOST = 4  # objects of a scene
@@ -87,7 +90,13 @@ class Scene:
 
 
 def scene(seed: int, index: int, *, held_out: bool = False) -> Scene:
-    """A scene without any pair of HELD_OUT, or with one at least."""
+    """A scene without any pair of HELD_OUT, or with one at least.
+
+    Raises:
+        RangeError: the seed is not below SEEDS: numpy would draw the same for others and their numbers.
+    """
+    if not 0 <= seed < SEEDS:
+        raise RangeError(f"seed: expected one of a scene's, in [0, 2^32), got {seed}")
     number = (seed, index, int(held_out))
     generator = numpy.random.default_rng(number)
     count = int(generator.integers(1, MOST + 1))

@@ -72,7 +72,7 @@ class Settings:
 
     kind: ClassVar[str]  # its name on the command line
 
-    attention: str = option("pyattn", "pyattn or torch (its own fused attention).", one_of("pyattn", "torch"))
+    attention: str = option("pyattn", "pyattn, or torch: what there is without pyattn.", one_of("pyattn", "torch"))
     layers: int = option(6, "Transformer blocks, or layers of a recurrent network.", between(1, 2**12))
     width: int = option(128, "Size of a token's vector.", SIZE)
     context: int = option(1024, "Positions: how many tokens the model sees at once.", between(1, 2**24))
