@@ -31,6 +31,7 @@ from pyattn.nn.linear import Linear
 from pyattn.nn.memory import Memory
 from pyattn.nn.recurrent import Recurrent
 from pyattn.nn.scores import AdditiveScore
+from pyattn.nn.weights import weights_of
 from pyattn.spec import dtype_name
 
 OWN_TYPE = "pyattn-caption"  # in config.json
@@ -293,9 +294,8 @@ class ShowAttendTell(Pretrained):
         attend = self.score.attend if self.config.attention == "pyattn" else self.score.attend_unfused
         query, (keys, grid, is_soft) = memory.by_source(h.unsqueeze(1)), memory.layers[0]
         if self.config.hard:
-            # The sum of the identity's rows, by the weights, is the weights.
-            identity = torch.eye(grid.shape[1], dtype=grid.dtype, device=grid.device).expand(len(grid), -1, -1)
-            context, looks = self._choose(cast(Tensor, attend(query, keys, identity)), grid, is_soft, memory)
+            weights = weights_of(lambda v: cast(Tensor, attend(query, keys, v[:, 0])).unsqueeze(1), grid.unsqueeze(1))
+            context, looks = self._choose(weights, grid, is_soft, memory)
         elif is_watched:
             context, weights = attend(query, keys, grid, return_weights=True)
             looks = Looks(memory.by_row(weights, 1))
@@ -306,15 +306,15 @@ class ShowAttendTell(Pretrained):
         return memory.by_row(context, 1).squeeze(1)
 
     def _choose(self, weights: Tensor, grid: Tensor, is_soft: Tensor | None, memory: Memory) -> tuple[Tensor, Looks]:
-        """The contexts of hard attention by weights [images, rows of one, L], and where each row looked."""
+        """The contexts of hard attention by weights [images, 1, rows of one, L], and where each row looked."""
         # The logarithm of a weight is its score, but for a number that all scores of a step have in common.
-        scores = weights.clamp(min=torch.finfo(weights.dtype).tiny).log().unsqueeze(1)
+        scores = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
         chosen = hard_attention_of_scores(
             scores, grid.unsqueeze(1), greedy=not self.training, temperature=self.config.temperature,
             soft=is_soft,
         )  # fmt: skip
         of_choice = (memory.by_row(t.transpose(1, 2), 1).squeeze(2) for t in chosen[1:])
-        return chosen.out.squeeze(1), Looks(memory.by_row(weights, 1), *of_choice)
+        return chosen.out.squeeze(1), Looks(memory.by_row(weights.squeeze(1), 1), *of_choice)
 
     def _joined(self, looks: Sequence[Looks], telling: Telling) -> Looks:
         """Those of all steps together."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pyattn import check, core
 from pyattn.check import DtypeError, ShapeError
-from pyattn.nn.scores import check_sizes, weights_of
+from pyattn.nn.scores import check_sizes
+from pyattn.nn.weights import weights_of
 
 # Arguments of `core.attend`, as the module has them.
 _NAMES = {"q": "query", "k": "key", "v": "value", "weight": "scale", "causal": "use_causal_mask"}

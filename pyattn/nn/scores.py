@@ -15,7 +15,6 @@ of either side, and run on `pyattn.attention`. Neither holds the scores [b, m, n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -25,13 +24,12 @@ from pyattn import check
 from pyattn.api import additive_attention, attention
 from pyattn.check import RangeError, ShapeError
 from pyattn.nn.linear import Linear
+from pyattn.nn.weights import weights_of
 
 # Options of the functions of attention that a score sets itself or has no use for.
 _NOT_OPTIONS = ("scale", "return_lse", "cu_seqlens_q", "cu_seqlens_k")
 # Of the arguments of those, as `attend` has them.
 _NAMES = {"q": "query", "k": "keys", "v": "values", "exp_keys": "keys.exponentials"}
-# Columns of weights that one pass computes: the largest value size that every backend takes.
-_WEIGHT_COLUMNS = 256
 
 
 class Keys(NamedTuple):
@@ -491,8 +489,7 @@ class ScoreAround(Score):
 
     def __init__(self, score: Score, *, query_size: int | None = None, memory_size: int | None = None) -> None:
         if score._has_window:
-            raise RangeError(f"score: expected a window around all the rest, got {type(score).__name__} inside of "
-                             f"{type(self).__name__}")  # fmt: skip
+            raise RangeError(f"score: expected a window around all the rest, got {type(score).__name__} inside")
         super().__init__(
             query_size=query_size or score.query_size, memory_size=memory_size or score.memory_size, heads=score.heads
         )
@@ -548,21 +545,6 @@ class LearnedValue(ScoreAround):
         """[b, n, value_size], once per sentence, for `attend`."""
         _check_states("memory", memory, self.memory_size)
         return self.value_projection(memory)
-
-
-def weights_of(contexts: Callable[[Tensor], Tensor], k: Tensor) -> Tensor:
-    """The weights [b, h, m, n] of attention, of which there is only a function from values to contexts [b, h, m, dv].
-
-    The columns of the identity are values whose contexts are the weights.
-
-    Args:
-        contexts: called once for every 256 keys, each time with the same weights.
-        k: the keys [b, h, n, d].
-    """
-    b, h, n, _ = k.shape
-    j = torch.arange(n, device=k.device)
-    columns = [(j[:, None] == part).to(k.dtype) for part in j.split(_WEIGHT_COLUMNS)]  # each [n, at most 256]
-    return torch.cat([contexts(values.expand(b, h, -1, -1)) for values in columns], -1)
 
 
 def check_sizes(**sizes: int | None) -> None:
