@@ -166,9 +166,9 @@ class ConvEncoder(nn.Module):
 class ShowAttendTell(Pretrained):
     """The model. Attention runs on `pyattn.additive_attention`, one query for each caption and step.
 
-    Where the weights are wanted (pictures, hard attention, the doubly stochastic term), they come out of the same call
-    as the context: the columns of the identity stand beside the values, and what they sum up to are the weights, with
-    their gradient. Steps follow one another, so that all of them are [b, m, L] together, as a caption is short.
+    Where the weights are wanted (pictures, hard attention, the doubly stochastic term), they are attention over the
+    identity, with the gradient that values have. A step has one query, and a caption is short: all of them together are
+    [b, m, L].
     """
 
     config: CaptionConfig
@@ -310,9 +310,8 @@ class ShowAttendTell(Pretrained):
         # The logarithm of a weight is its score, but for a number that all scores of a step have in common.
         scores = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
         chosen = hard_attention_of_scores(
-            scores, grid.unsqueeze(1), greedy=not self.training, temperature=self.config.temperature,
-            soft=is_soft,
-        )  # fmt: skip
+            scores, grid.unsqueeze(1), greedy=not self.training, temperature=self.config.temperature, soft=is_soft
+        )
         of_choice = (memory.by_row(t.transpose(1, 2), 1).squeeze(2) for t in chosen[1:])
         return chosen.out.squeeze(1), Looks(memory.by_row(weights.squeeze(1), 1), *of_choice)
 
