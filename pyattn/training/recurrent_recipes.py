@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -139,23 +140,27 @@ _OF_ORDER = {
 _REINFORCE, _ENTROPY = 0.1, 0.001  # weights where the user names none; the paper has none, either
 
 
-@dataclass(frozen=True, kw_only=True)
-class OfChoices(Settings):
-    """Hard attention, and how its choices learn."""
+_hard = partial(option, False, "A step looks at one place, drawn in training; it learns by REINFORCE.")
+_temperature = partial(
+    option, None, "With --hard: of a straight-through Gumbel-softmax.", POSITIVE, shown="none, REINFORCE"
+)
+_reinforce = partial(
+    option, None, "With --hard: weight of REINFORCE beside the likelihood.", NOT_NEGATIVE, shown=str(_REINFORCE)
+)
+_entropy = partial(
+    option, None, "With --hard: weight of the entropy of what is drawn.", NOT_NEGATIVE, shown=str(_ENTROPY)
+)
 
-    hard: bool = option(False, "A step looks at one place, drawn in training; it learns by REINFORCE.")
-    temperature: float | None = option(
-        None, "With --hard: of a straight-through Gumbel-softmax.", POSITIVE, shown="none, REINFORCE"
-    )
-    reinforce: float | None = option(
-        None, "With --hard: weight of REINFORCE beside the likelihood.", NOT_NEGATIVE, shown=str(_REINFORCE)
-    )
-    entropy: float | None = option(
-        None, "With --hard: weight of the entropy of what is drawn.", NOT_NEGATIVE, shown=str(_ENTROPY)
-    )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+class OfChoices:
+    """What settings with these fields make of hard attention."""
+
+    hard: bool
+    temperature: float | None
+    reinforce: float | None
+    entropy: float | None
+
+    def check_choices(self) -> None:
         for name in ("reinforce", "entropy"):
             if (weight := getattr(self, name)) is not None and not self._is_reinforced:
                 raise RangeError(f"{name}: expected --hard beside it, without --temperature, got {weight} alone")
@@ -203,6 +208,10 @@ class Seq2SeqSettings(OfChoices, TranslationSettings):
     window_size: int | None = option(
         None, "Tokens of a window on either side of its middle.", SIZE, shown="10 with --window"
     )
+    hard: bool = _hard()
+    temperature: float | None = _temperature()
+    reinforce: float | None = _reinforce()
+    entropy: float | None = _entropy()
     readout: str | None = option(
         None, "linear, tanh (Luong's) or maxout (Bahdanau's).", one_of(*READOUTS), shown="the order's"
     )
@@ -228,6 +237,10 @@ class Seq2SeqSettings(OfChoices, TranslationSettings):
     width: int = shared("width", 512)
     dropout: float = shared("dropout", 0.3)
     lr: float = shared("lr", 1e-3)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choices()
 
     @property
     def attends(self) -> bool:
@@ -295,6 +308,10 @@ class CaptionSettings(OfChoices, Settings):
         shown="scenes of shapes, made as needed",
         path=True,
     )
+    hard: bool = _hard()
+    temperature: float | None = _temperature()
+    reinforce: float | None = _reinforce()
+    entropy: float | None = _entropy()
     coverage: float = option(
         0.0, "How much of the doubly stochastic term, by which all of a picture is looked at.", NOT_NEGATIVE
     )
@@ -312,6 +329,7 @@ class CaptionSettings(OfChoices, Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_choices()
         if self.images is None and self.image_size != SIDE:
             raise RangeError(f"image_size: expected {SIDE} without --images, as scenes have, got {self.image_size}")
         if self.images is None and self.seed >= SEEDS:
