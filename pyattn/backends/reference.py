@@ -68,7 +68,11 @@ def weights(spec: AttentionSpec, x: Inputs, s: Tensor) -> tuple[Tensor, Tensor]:
     sees_any = (s != -torch.inf).any(-1, keepdim=True)
     s = torch.where(sees_any, s, 0.0)  # keeps an empty row's gradients finite; its results are replaced below
     p = torch.where(sees_any, torch.softmax(s, -1), 0.0)[..., : spec.n]
-    return p, torch.where(sees_any, torch.logsumexp(s, -1, keepdim=True), -torch.inf).squeeze(-1)
+    # torch has exp(s - lse) for the gradient of logsumexp: not p, where lse is so large that log(n) is lost in it.
+    largest = s.detach().amax(-1, keepdim=True)
+    largest = torch.where(largest.isfinite(), largest, 0.0)
+    lse = largest + torch.logsumexp(s - largest, -1, keepdim=True)
+    return p, torch.where(sees_any, lse, -torch.inf).squeeze(-1)
 
 
 def gradients(spec: AttentionSpec, x: Inputs, d_out: Tensor, d_lse: Tensor | None, like: Inputs) -> Grads:

@@ -146,11 +146,11 @@ def hard_attention_of_scores(
         out = _rows_at(v, index)
         if tau is not None:
             out = _straight_through(out, _relaxed(s, noise, 0, tau) @ wide.detach())
-        p, finite = _softmax(s), s.masked_fill(s == -torch.inf, 0.0)
-        lse = torch.logsumexp(torch.where(index[..., None] < 0, 0.0, s), -1)
-        chosen_score = torch.where(j == index[..., None], finite, 0.0).sum(-1)
+        p, log_p = _softmax(s), torch.where(index[..., None] < 0, 0.0, s).log_softmax(-1)
+        log_prob = torch.where(j == index[..., None], log_p, 0.0).sum(-1)
+        entropy = -(p * log_p.masked_fill(s == -torch.inf, 0.0)).sum(-1)
         expected = None if soft is None else p @ wide
-    return _chosen(out, index, chosen_score - lse, lse - (p * finite).sum(-1), expected, soft)
+    return _chosen(out, index, log_prob, entropy, expected, soft)
 
 
 def reinforcement(
