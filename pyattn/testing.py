@@ -215,11 +215,12 @@ class Result(NamedTuple):
     error: float  # largest absolute error
     baseline: float  # that of plain PyTorch in the same dtype
     excess: float  # error / allowed error, the worse of maximum and root mean square; passes up to 1
+    size: float = 0.0  # the largest finite number that there should be
 
     @property
-    def ratio(self) -> float:
-        """The error over plain PyTorch's."""
-        return self.error / self.baseline if self.baseline > 0 else (0.0 if self.error == 0 else float("inf"))
+    def relative(self) -> float:
+        """The error over the size of what there should be."""
+        return self.error / self.size if self.size > 0 else self.error
 
 
 class Oracle(NamedTuple):
@@ -359,7 +360,8 @@ def compare(name: str, actual: Tensor, expected: Tensor, baseline: Tensor, round
     if actual.numel() == 0:
         return Result(name, 0.0, 0.0, 0.0)
     error, shown = _distance(actual, expected), _distance(baseline, expected).nan_to_num(posinf=0.0)
-    last = eps * torch.where(expected.isfinite(), expected, 0.0).abs()
+    finite = torch.where(expected.isfinite(), expected, 0.0).abs()
+    last = eps * finite
     # What overflows is no measure.
     rounding = torch.as_tensor(rounding, dtype=torch.float64).nan_to_num(nan=0.0, posinf=0.0)
     excesses = []
@@ -367,7 +369,7 @@ def compare(name: str, actual: Tensor, expected: Tensor, baseline: Tensor, round
         allowed = 2 * math.hypot(float(norm(shown)), float(norm(rounding))) + float(norm(last))
         excesses.append(float(norm(error)) / (allowed + torch.finfo(torch.float64).tiny))
     excess = float(torch.tensor(excesses).amax())  # NaN where one of them is
-    return Result(name, float(error.amax()), float(shown.amax()), excess)
+    return Result(name, float(error.amax()), float(shown.amax()), excess, float(finite.amax()))
 
 
 def assert_as_accurate(

@@ -97,5 +97,5 @@ def _rows(verdict: Verdict) -> frozenset[str]:
 
 
 def worst(verdicts: list[Verdict]) -> Result | None:
-    """The result with the largest error; None when every case was refused."""
-    return max((result for verdict in verdicts for result in verdict.results), key=lambda r: r.error, default=None)
+    """The result that is nearest to what is allowed, or furthest beyond; None when every case was refused."""
+    return max((result for verdict in verdicts for result in verdict.results), key=lambda r: r.excess, default=None)

@@ -86,11 +86,14 @@ def bench(
 
 
 def _verification_table(verdicts: list[Verdict]) -> Table:
-    """backend x feature x dtype: the largest error over the cases, and how many times plain PyTorch's it is."""
+    """backend x feature x dtype: the error of the case that is nearest to what is allowed."""
     from pyattn import verification
 
     dtypes = list(dict.fromkeys(verdict.dtype for verdict in verdicts))
-    caption = "largest error against float64, forward and backward (in brackets: as a multiple of plain PyTorch's)"
+    caption = (
+        "error against float64, forward and backward, over the largest number of the result; in brackets as a part of "
+        "what is allowed; of the case that comes nearest to that"
+    )
     table = Table("backend", "feature", *map(dtype_name, dtypes), caption=caption)
     for (backend, feature), cells in verification.by_feature(verdicts).items():
         row = [_verification_cell(cells.get(dtype, [])) for dtype in dtypes]
@@ -102,7 +105,7 @@ def _verification_cell(verdicts: list[Verdict]) -> Text:
     from pyattn import verification
 
     worst = verification.worst(verdicts)
-    numbers = "" if worst is None else f"{worst.error:.1e} ({worst.ratio:.2f})"
+    numbers = "" if worst is None else f"{worst.relative:.1e} ({worst.excess:.2f})"
     if any(verdict.failures for verdict in verdicts):
         return Text(f"{numbers} FAILED".strip(), "red")
     return Text(numbers) if numbers else Text("refused", "dim")
