@@ -15,7 +15,7 @@ from .report import NO_LIMITS, Limits, by_call, unit
 from .suite import Row
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
-_COLOURS = ("#D55E00", "#0072B2", "#999999", "#009E73", "#E69F00", "#CC79A7")
+_COLOURS = ("#D55E00", "#0072B2", "#999999", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
 
 
 class Panel(NamedTuple):
@@ -49,22 +49,26 @@ def draw(
     for line, name in zip(axes, names, strict=True):
         for axis, direction in zip(line, DIRECTIONS, strict=True):
             chosen = [row for row in rows if panel(row.case) == name and row.direction == direction]
-            _bars(axis, speeds(f"{name}, {direction}", chosen, label, limits))
+            found = speeds(f"{name}, {direction}", chosen, label, limits)
+            _bars(axis, found, list(found.series))
     _legend(figure, axes[0][0])
     _save(figure, path)
 
 
 def draw_panels(path: Path, panels: Sequence[Panel], title: str) -> None:
-    """Writes a PNG of any panels, two in a row, each with its own legend unless all have the same."""
+    """Writes a PNG of any panels, two in a row, each with its own legend unless that of one says all. A series of one
+    name has one colour in all of them."""
     figure, axes = _figure((len(panels) + 1) // 2, min(len(panels), 2), title)
     places = [axis for line in axes for axis in line]
-    alike = len({(*panel.series, panel.line and panel.line[0]) for panel in panels}) == 1
+    names = list(dict.fromkeys(name for panel in panels for name in panel.series))
+    fullest = max(range(len(panels)), key=lambda place: len(panels[place].series))
+    alike = len(panels[fullest].series) == len(names) and len({panel.line and panel.line[0] for panel in panels}) == 1
     for axis, panel in zip(places, panels, strict=False):
-        _bars(axis, panel)
+        _bars(axis, panel, names)
         if not alike and (len(panel.series) > 1 or panel.line):
             axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
     if alike:
-        _legend(figure, places[0])
+        _legend(figure, places[fullest])
     for axis in places[len(panels) :]:
         axis.set_visible(False)
     _save(figure, path)
@@ -89,13 +93,15 @@ def _legend(figure: Figure, axis: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=10)
 
 
-def _bars(axis: Axes, panel: Panel) -> None:
+def _bars(axis: Axes, panel: Panel, names: Sequence[str]) -> None:
+    """names: of the series of all panels, each of which has its colour."""
     width = 0.84 / len(panel.series)
     for place, (name, heights) in enumerate(panel.series.items()):
         offsets = [index + (place - (len(panel.series) - 1) / 2) * width for index in range(len(panel.groups))]
         bars = axis.bar(
-            offsets, [h or 0.0 for h in heights], width * 0.94, label=name, color=_COLOURS[place % len(_COLOURS)]
-        )
+            offsets, [h or 0.0 for h in heights], width * 0.94, label=name,
+            color=_COLOURS[names.index(name) % len(_COLOURS)],
+        )  # fmt: skip
         axis.bar_label(bars, [f"{h:.{panel.digits}f}" if h else "" for h in heights], fontsize=6.5, padding=1)
     if panel.line is not None:
         name, height = panel.line

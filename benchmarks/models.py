@@ -97,10 +97,15 @@ def measure_generation(case: Generation, device: str, rounds: int = _ROUNDS) -> 
     ]
 
 
-def ratio(rows: Sequence[Row], baseline: str = BASELINE) -> float:
-    """How many times as fast pyattn is as the baseline, in one case; as eager where there is no other."""
+def baseline_of(rows: Sequence[Row]) -> str:
+    """The peer that a case's ratio is to: eager where transformers has no other."""
+    return BASELINE if any(row.peer == BASELINE for row in rows) else THEIRS["eager"]
+
+
+def ratio(rows: Sequence[Row]) -> float:
+    """How many times as fast pyattn is as the baseline, in one case."""
     times = {row.peer: row.timing.p50_ms for row in rows}
-    return times.get(baseline, times.get(THEIRS["eager"], 0.0)) / times[_PYATTN]
+    return times[baseline_of(rows)] / times[_PYATTN]
 
 
 def _table(title: str, groups: Sequence[Sequence[Row]]) -> object:
@@ -109,9 +114,9 @@ def _table(title: str, groups: Sequence[Sequence[Row]]) -> object:
     for rows in groups:
         by_peer = {row.peer: row for row in rows}
         cells = [_cell(by_peer.get(peer)) for peer in peers]
-        lines.append([rows[0].case.label, *cells, f"{ratio(rows):.2f}"])
+        lines.append([rows[0].case.label, *cells, f"{ratio(rows):.2f} {_short_name(baseline_of(rows))}"])
     return table(
-        f"{title}: tokens/s, MB{', MFU' if title == 'training' else ''}", ["case", *peers, f"/ {BASELINE}"], lines
+        f"{title}: tokens/s, MB{', MFU' if title == 'training' else ''}", ["case", *peers, "/ transformers"], lines
     )
 
 
@@ -134,13 +139,17 @@ def _panels(groups: Sequence[Sequence[Row]]) -> list[Panel]:
 
 
 def _panel(name: str, groups: Sequence[Sequence[Row]]) -> Panel:
-    labels = [f"{_short(rows[0].case)}\n{ratio(rows):.2f} x sdpa" for rows in groups]
+    labels = [f"{_short(rows[0].case)}\n{ratio(rows):.2f} x {_short_name(baseline_of(rows))}" for rows in groups]
     peers = dict.fromkeys(row.peer for rows in groups for row in rows)
     series = {
         peer: [next((row.tokens_per_second for row in rows if row.peer == peer), None) for rows in groups]
         for peer in peers
     }
     return Panel(name, "tokens/s", labels, series)
+
+
+def _short_name(peer: str) -> str:
+    return peer.removeprefix("transformers ")
 
 
 def _short(case: Training | Generation) -> str:
@@ -163,7 +172,7 @@ def run(
         found: list[list[Row]] = []
         for case in track(cases, kind, console=console, transient=True, disable=not console.is_terminal):
             found.append(measure(case, device, rounds))
-            console.print(f"{case.label}: {ratio(found[-1]):.2f} times {BASELINE}", highlight=False)
+            console.print(f"{case.label}: {ratio(found[-1]):.2f} times {baseline_of(found[-1])}", highlight=False)
             gc.collect()
         publish(kind, found, out, device, console)
         groups += found
