@@ -17,6 +17,7 @@ import pyattn
 from pyattn import registry
 from pyattn.check import DtypeError, RangeError, ShapeError
 from pyattn.decoding import Sampling, beam_search, generate
+from pyattn.decoding.captions import tell
 from pyattn.models import CaptionConfig, PretrainedError, ShowAttendTell, caption
 from pyattn.models.caption import doubly_stochastic
 from pyattn.nn import hard_attention_of_scores, reinforcement
@@ -203,6 +204,18 @@ def test_reinforcement_is_the_gradient_of_the_expected_loss(monkeypatch: pytest.
                 total += 0 if gradient is None else chance.detach() * gradient
     for ours, theirs in zip(estimate, torch.autograd.grad(expected, parameters, allow_unused=True), strict=True):
         assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs)
+
+
+def test_rows_of_a_model_in_training_may_be_left_out() -> None:
+    model = built(hard=True).train()
+    decoder = model.decoder(images())
+    _, state = decoder.prefill(decoder.start, count=2)
+    state.reorder([0, 0, 2, 2])  # which images are read softly goes with them
+    assert decoder.step(torch.tensor([3, 4, 5, 6]), state).shape == (4, 11)
+
+
+def test_no_images_have_no_captions() -> None:
+    assert tell(built(), None, images()[:0]) == []
 
 
 def test_straight_through_reaches_the_scores() -> None:

@@ -65,7 +65,8 @@ def tell(
         best = [each[0] for each in hypotheses]
         longest = max((len(each.tokens) for each in best), default=0)
         rows = [[c.start, *each.tokens, *[c.pad] * (longest - len(each.tokens))][:longest] for each in best]
-        _, looks = model(part, torch.tensor(rows, dtype=torch.long, device=device), return_looks=True)
+        tokens = torch.tensor(rows, dtype=torch.long, device=device).view(len(rows), longest)
+        _, looks = model(part, tokens, return_looks=True)
         for each, weights in zip(best, looks.weights.float().cpu(), strict=True):
             text = tokenizer.decode(each.tokens)
             words, of_words = _by_word(tokenizer, each.tokens, weights)
