@@ -172,7 +172,10 @@ _PADDED_ON_AMPERE = {64: Config(32, 128, 4, 2), 128: Config(64, 64, 8, 2), 256: 
 # Rows that a release of Triton needs so as not to spill, instead of those above or beside them. What they cost, smaller
 # tiles or one stage less, has not been measured.
 RELEASES: dict[str, dict[tuple[str, str, int], dict[int, Config]]] = {
-    "3.6": {("additive dq", "hopper", 16): {128: Config(64, 16, 4, 1), 256: Config(64, 16, 8, 1)}},  # spilled 184 bytes
+    "3.6": {
+        ("additive dq", "hopper", 16): {128: Config(64, 16, 4, 1), 256: Config(64, 16, 8, 1)},  # spilled 184 bytes
+        ("relative forward", "ampere", 16): {64: Config(64, 64, 8, 2)},  # 88 bytes with a window
+    },
     "3.8": {
         ("dkdv", "ampere crowded", 16): _PADDED_ON_AMPERE,  # 1552 bytes with a padded head size
         ("additive dq", "any", 16): {128: Config(64, 16, 8, 1)},  # 192 bytes on sm_80
