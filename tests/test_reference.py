@@ -77,3 +77,16 @@ def test_reference_through_operator_gives_autograds_gradients():
     grads = backend.backward(spec, x, backend.forward(spec, x), call.d_out, call.d_lse, bias_gradient=True)
     for name in ("q", "k", "v", "bias", "sinks"):
         torch.testing.assert_close(getattr(grads, name), expected[f"d_{name}"], rtol=1e-5, atol=1e-5)
+
+
+def test_reference_gradient_of_a_huge_lse_is_the_weights():
+    q, k = (
+        torch.randn(1, 1, 3, 4, dtype=torch.float64, requires_grad=True),
+        torch.randn(1, 1, 5, 4, dtype=torch.float64),
+    )
+    for size in (0.0, -1e39, 1e39):  # beside which log(5) is lost
+        bias = torch.full((3, 5), size, dtype=torch.float64)
+        _, lse = pyattn.attention(q, k, k, bias=bias, return_lse=True, backend="reference")
+        (found,) = torch.autograd.grad(lse.sum(), q)
+        p = (q @ k.mT / 2 + bias).softmax(-1)
+        torch.testing.assert_close(found, p @ k / 2)
